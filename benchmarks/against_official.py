@@ -1,0 +1,269 @@
+"""The released code and ours, in one run on one machine, with the same weights, seeds and draws.
+
+    python benchmarks/against_official.py --official PATH --size 256 1024 --dtype bf16 fp32 --out benchmarks/results/x.json
+
+PATH is a checkout of github.com/mit-han-lab/hart, which is run unmodified (see `official.py`) and not part of this project.
+Each side has a process of its own; they take turns, so that a change in the machine's speed touches both. In fp32 the
+pictures must agree; in bf16 the two round differently and draw different codes from some scale on, so the difference says
+little there and is printed for the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import official
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS, THEIRS = "ours", "theirs"
+Generate = Callable[[int], torch.Tensor]
+
+
+# ---- the two sides, each in a worker
+
+
+def load_ours(request: dict[str, Any]) -> Generate:
+    """Our pipeline as seed -> pictures [B, 3, H, W]."""
+    from hart_infer import HartPipeline
+    from hart_infer.text import PromptEmbeds
+
+    pipe = HartPipeline.from_pretrained(
+        request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds = PromptEmbeds(*measure.random_context(Path(request["checkpoint"])))
+    options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"]}
+
+    def generate(seed: int) -> torch.Tensor:
+        pictures: torch.Tensor = pipe(prompt_embeds=embeds, seed=seed, output_type="pt", **options).images
+        return pictures
+
+    return generate
+
+
+def load_theirs(request: dict[str, Any]) -> Generate:
+    """The released code as seed -> pictures [B, 3, H, W]."""
+    checkpoint = Path(request["checkpoint"])
+    hart = official.OfficialHart(request["official"], checkpoint, setting=request["setting"], device=request["device"])
+    context, mask = measure.random_context(checkpoint)
+    position_ids = mask.long().cumsum(dim=1) - 1
+
+    def generate(seed: int) -> torch.Tensor:
+        return hart.generate(
+            context, mask, position_ids, seed=seed, cfg=request["guidance"], more_smooth=request["more_smooth"]
+        )
+
+    return generate
+
+
+class Side:
+    """A worker's state: load once, then generate and measure."""
+
+    def __init__(self, role: str) -> None:
+        """`role` says which code this process runs."""
+        self._load = load_ours if role == OURS else load_theirs
+        self._generate: Generate | None = None
+        self._device = torch.device("cpu")
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request."""
+        if request["command"] == "load":
+            torch.set_num_threads(request["threads"])
+            self._device = torch.device(request["device"])
+            start = time.perf_counter()
+            self._generate = self._load(request)
+            answer = {"seconds": time.perf_counter() - start, "peak_bytes": measure.peak_bytes(self._device)}
+            measure.reset_peak(self._device)
+            return answer
+        assert self._generate is not None
+        measure.synchronize(self._device)
+        start = time.perf_counter()
+        pictures = self._generate(request["seed"])
+        measure.synchronize(self._device)
+        seconds = time.perf_counter() - start
+        torch.save(pictures.float().cpu(), request["save"])
+        return {"seconds": seconds, "peak_bytes": measure.peak_bytes(self._device)}
+
+
+# ---- the comparison
+
+
+def compare(size: int, dtype: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Both sides at one size and dtype."""
+    checkpoint = measure.random_checkpoint(size, args.stored or dtype, "none", args.cache_dir)
+    request = {
+        "checkpoint": str(checkpoint),
+        "official": str(args.official),
+        "dtype": dtype,
+        "setting": "fp32" if dtype == "fp32" else args.official_setting,
+        "device": args.device,
+        "guidance": args.guidance,
+        "more_smooth": not args.hard,
+        "threads": args.threads,
+    }
+    together = fits_together(checkpoint, args) if args.processes == "auto" else args.processes == "together"
+    if together:
+        with (
+            measure.Worker(__file__, OURS, args.threads) as ours,
+            measure.Worker(__file__, THEIRS, args.threads) as theirs,
+        ):
+            loads = {worker.role: worker.ask("load", **request) for worker in (ours, theirs)}
+            rounds = [
+                {worker.role: _picture(worker, i, args, folder) for worker in _turn(i, ours, theirs)}
+                for i in range(-args.warmup, args.repeats)
+            ]
+    else:
+        loads, rounds = {}, []
+        for i in range(-args.warmup, args.repeats):
+            rounds.append({})
+            for role in _turn(i, OURS, THEIRS):
+                with measure.Worker(__file__, role, args.threads) as worker:
+                    loads[role] = worker.ask("load", **request)
+                    rounds[-1][role] = _picture(worker, i, args, folder)
+    result = summarise(loads, rounds[args.warmup :], folder, args)
+    settings = {"size": size, "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
+    return {**settings, "processes": "together" if together else "one at a time", **result}
+
+
+def _turn(index: int, first: Any, second: Any) -> tuple[Any, Any]:
+    return (first, second) if index % 2 == 0 else (second, first)
+
+
+def _picture(worker: measure.Worker, index: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    seed = args.seed + max(index, 0)
+    answer = worker.ask("generate", seed=seed, save=str(folder / f"{worker.role}-{seed}.pt"))
+    print(f"  {worker.role:>6} seed {seed}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return answer
+
+
+def fits_together(checkpoint: Path, args: argparse.Namespace) -> bool:
+    """Whether both processes find room at once, by a generous estimate; without knowing the memory, no."""
+    available = measure.available_memory()
+    if available is None or args.device != "cpu":
+        return False
+    config = measure.read_config(checkpoint)
+    positions = config["context_token"] + sum(side**2 for side in config["patch_nums"][1:])
+    cache = 2 * 2 * config["depth"] * positions * config["embed_dim"] * 4  # keys and values, two halves, fp32
+    weights = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) * (4 / _itemsize(checkpoint))
+    return 2 * (1.6 * weights + 1.5 * cache + 2e9) < available
+
+
+def _itemsize(checkpoint: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "llm" / "model.safetensors", "pt") as file:
+        return 4 if file.get_slice("head.bias").get_dtype() == "F32" else 2
+
+
+def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Times, peaks and differences of the measured rounds."""
+    seconds = {role: measure.spread([r[role]["seconds"] for r in rounds]) for role in (OURS, THEIRS)}
+    peaks = {role: max(r[role]["peak_bytes"] for r in rounds) for role in (OURS, THEIRS)}
+    ratios = [r[OURS]["seconds"] / r[THEIRS]["seconds"] for r in rounds]
+    differences = []
+    for i in range(args.repeats):
+        ours, theirs = (torch.load(folder / f"{role}-{args.seed + i}.pt", weights_only=True) for role in (OURS, THEIRS))
+        if ours.shape != theirs.shape:
+            raise measure.BenchmarkError(f"the pictures differ in shape: {list(ours.shape)}, {list(theirs.shape)}")
+        difference = (ours - theirs).abs()
+        differences.append({"largest": difference.max().item(), "mean": difference.mean().item()})
+    return {
+        "time_ratio": math.prod(ratios) ** (1 / len(ratios)),
+        "time_ratios": ratios,
+        "seconds": seconds,
+        "peak_bytes": peaks,
+        "load": loads,
+        "difference": {key: max(d[key] for d in differences) for key in ("largest", "mean")},
+        "differences": differences,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """One comparison for people."""
+    seconds, peaks, difference = result["seconds"], result["peak_bytes"], result["difference"]
+    return "\n".join(
+        (
+            f"{result['size']}px {result['dtype']}: ours / theirs {result['time_ratio']:.3f} "
+            f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s)",
+            f"  peak memory: ours {measure.gigabytes(peaks[OURS])}, theirs {measure.gigabytes(peaks[THEIRS])} "
+            f"(loading: {measure.gigabytes(result['load'][OURS]['peak_bytes'])}, "
+            f"{measure.gigabytes(result['load'][THEIRS]['peak_bytes'])})",
+            f"  pictures differ by at most {difference['largest']:.2e}, on average {difference['mean']:.2e} (of 1)",
+            f"  theirs: {result['official_setting']}; processes {result['processes']}",
+        )
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description="Compare with a checkout of the released HART code.")
+    result.add_argument("--official", type=Path, required=True, metavar="PATH", help="checkout of mit-han-lab/hart")
+    result.add_argument("--size", type=int, nargs="+", choices=sorted(measure.SIZES), default=[256, 1024],
+                        help="128 is a tiny model's")  # fmt: skip
+    result.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--official-setting", choices=("cast", "autocast"), default="cast",
+                        help="its bf16: cast is faster and smaller, autocast is as released")  # fmt: skip
+    result.add_argument("--hard", action="store_true", help="without more_smooth, which amplifies rounding")
+    result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
+    result.add_argument("--guidance", type=float, default=4.5)
+    result.add_argument("--seed", type=int, default=1)
+    result.add_argument("--repeats", type=int, default=3)
+    result.add_argument("--warmup", type=int, default=1)
+    result.add_argument("--threads", type=int, default=torch.get_num_threads())
+    result.add_argument("--processes", choices=("auto", "together", "separate"), default="auto",
+                        help="both loaded at once, or one after the other; auto looks at the free memory")  # fmt: skip
+    result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where checkpoints are kept")
+    result.add_argument("--out", type=Path, help="JSON file to write, by convention in benchmarks/results/")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison; returns the exit code: 2 where PATH is no checkout, 1 where a side fails."""
+    args = parser().parse_args(arguments)
+    if args.repeats < 1:
+        parser().error("--repeats must be 1 or more")
+    results = []
+    try:
+        args.official = official.check_checkout(args.official)
+        for size in args.size:
+            for dtype in args.dtype:
+                with tempfile.TemporaryDirectory() as folder:
+                    results.append(compare(size, dtype, args, Path(folder)))
+                print(report(results[-1]), flush=True)
+                if args.out:
+                    write(args, results)
+    except official.OfficialError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (measure.BenchmarkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """The record so far, so that a long run that dies leaves what it had."""
+    names = ("guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
+    values = {
+        "benchmark": "against_official",
+        "machine": measure.machine(args.device),
+        "settings": {name: getattr(args, name) for name in names},
+        "official_commit": official.commit(args.official),
+        "results": results,
+    }
+    measure.write_json(args.out, values)
+
+
+if __name__ == "__main__":
+    worker_role = sys.argv[2] if sys.argv[1:2] == ["--worker"] else None
+    sys.exit(measure.serve(Side(worker_role)) if worker_role else main())

@@ -1,0 +1,201 @@
+"""Time and memory of whole pictures, stage by stage, as JSON.
+
+    python benchmarks/end_to_end.py --size 1024 --dtype bf16 --out benchmarks/results/end_to_end.json
+
+The pipeline runs in a fresh process, so that its peak memory is its own. Stages are timed from outside, by wrapping the
+pipeline's parts and its per-scale callback; the device is synchronised at every stage's end. Without --checkpoint the
+weights are random (`random_checkpoint.py`), made once and kept in a cache folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+PROMPT = "A small white cat asleep on a sunny windowsill, among pots of red flowers, photographed in soft light"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StageClock:
+    """Seconds of each stage of one call; what no stage claims is `other`."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Wrap the parts of `pipe`, for good: the process is the benchmark's own."""
+        self.pipe = pipe
+        self.seconds: dict[str, float] = {}
+        self._inside = 0.0  # seconds of wrapped parts since the last scale ended
+        self._last = 0.0
+        pipe.transformer.diffusion.sample = self._timed("diffusion", pipe.transformer.diffusion.sample)
+        pipe.autoencoder.decode = self._timed("decode", pipe.autoencoder.decode)
+        if pipe.text_encoder is not None:
+            pipe.text_encoder.encode = self._timed("text", pipe.text_encoder.encode)
+
+    def _now(self) -> float:
+        measure.synchronize(self.pipe.device)
+        return time.perf_counter()
+
+    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self._now()
+            result = function(*args, **kwargs)
+            elapsed = self._now() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+            self._inside += elapsed
+            return result
+
+        return timed
+
+    def _scale_ended(self, step: Any) -> None:
+        now = self._now()
+        self.seconds[f"scale {step.index} ({step.side}x{step.side})"] = now - self._last - self._inside
+        self._last, self._inside = now, 0.0
+
+    def run(self, **arguments: Any) -> tuple[float, dict[str, float]]:
+        """One call: its seconds in all, and by stage in the order they ran."""
+        self.seconds, self._inside = {}, 0.0
+        start = self._last = self._now()
+        self.pipe(callback_on_step_end=self._scale_ended, **arguments)
+        total = self._now() - start
+        stages = dict(sorted(self.seconds.items(), key=lambda item: _order(item[0])))
+        return total, {**stages, "other": total - sum(stages.values())}
+
+
+def _order(stage: str) -> tuple[int, int]:
+    if stage.startswith("scale"):
+        return 1, int(stage.split()[1])
+    return {"text": 0, "diffusion": 2, "decode": 3}[stage], 0
+
+
+def load(path: str, dtype: str, device: str, text_encoder: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the seconds and memory that loading it took."""
+    start = time.perf_counter()
+    from hart_infer import HartPipeline
+
+    imported = time.perf_counter()
+    target = torch.device(device)
+    before = measure.resident_bytes() or 0
+    measure.reset_peak(target)
+    measure.reset_peak(torch.device("cpu"))
+    pipe = HartPipeline.from_pretrained(
+        path, torch_dtype=DTYPES[dtype], device=device, text_encoder=False if text_encoder == "none" else None
+    )
+    measure.synchronize(target)
+    modules = [pipe.transformer, pipe.autoencoder] + ([pipe.text_encoder.model] if pipe.text_encoder else [])
+    weights = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+    host_peak = measure.peak_bytes(torch.device("cpu"))
+    result = {
+        "import_seconds": imported - start,
+        "seconds": time.perf_counter() - imported,
+        "weights_bytes": weights,
+        "resident_before_bytes": before,
+        "peak_bytes": host_peak,
+        "peak_over_weights": host_peak / weights,
+        "peak_over_weights_without_libraries": (host_peak - before) / weights,
+    }
+    if target.type == "cuda":
+        result["device_peak_bytes"] = measure.peak_bytes(target)
+    return pipe, result
+
+
+def work(request: dict[str, Any]) -> dict[str, Any]:
+    """In the worker: load, warm up, run, and report."""
+    torch.set_num_threads(request["threads"])
+    pipe, loading = load(request["checkpoint"], request["dtype"], request["device"], request["text_encoder"])
+    pipe.set_progress_bar_config(disable=True)
+    inputs: dict[str, Any] = {"prompt": PROMPT}
+    if pipe.text_encoder is None:
+        from hart_infer.text import PromptEmbeds
+
+        inputs = {"prompt_embeds": PromptEmbeds(*measure.random_context(Path(request["checkpoint"])))}
+    clock = StageClock(pipe)
+    options = {**inputs, "num_images_per_prompt": request["images"], "guidance_scale": request["guidance"]}
+    separate = measure.reset_peak(pipe.device)
+    for i in range(request["warmup"]):
+        clock.run(seed=i, **options)
+    runs = [clock.run(seed=i, **options) for i in range(request["repeats"])]
+    return {
+        "sizes": list(pipe.sizes),
+        "load": loading,
+        "seconds": measure.spread([total for total, _ in runs]),
+        "stages": {name: measure.spread([stages[name] for _, stages in runs]) for name in runs[0][1]},
+        "runs": [{"seconds": total, "stages": stages} for total, stages in runs],
+        "peak_bytes": measure.peak_bytes(pipe.device),
+        "peak_covers": "generation, weights included" if separate else "the process's whole life",
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for people."""
+    settings, loading, total = result["settings"], result["load"], result["seconds"]
+    lines = [
+        f"{settings['size']}px, {settings['dtype']} on {result['machine']['device']}, {settings['threads']} threads, "
+        f"text encoder: {settings['text_encoder']}",
+        f"load      {loading['seconds']:8.2f} s   peak {measure.gigabytes(loading['peak_bytes'])}, weights "
+        f"{measure.gigabytes(loading['weights_bytes'])} ({loading['peak_over_weights']:.2f}x)",
+        f"generate  {total['median']:8.2f} s   peak {measure.gigabytes(result['peak_bytes'])}",
+    ]
+    for name, seconds in result["stages"].items():
+        share = seconds["median"] / statistics.fmean(run["seconds"] for run in result["runs"])
+        lines.append(f"  {name:<18}{seconds['median']:8.3f} s {share:6.1%}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description="Time and memory of whole pictures, stage by stage.")
+    result.add_argument("--size", type=int, choices=sorted(measure.SIZES), default=1024, help="128 is a tiny model's")
+    result.add_argument("--dtype", choices=DTYPES, default="bf16")
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--checkpoint", default="random", metavar="PATH", help="a folder, or random (the default)")
+    result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
+    result.add_argument("--text-encoder", choices=("none", "tiny", "full"), default="none",
+                        help="with a given checkpoint: none, or anything else for its own")  # fmt: skip
+    result.add_argument("--images", type=int, default=1, help="pictures per call")
+    result.add_argument("--guidance", type=float, default=4.5)
+    result.add_argument("--repeats", type=int, default=3)
+    result.add_argument("--warmup", type=int, default=1)
+    result.add_argument("--threads", type=int, default=torch.get_num_threads())
+    result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where random checkpoints are kept")
+    result.add_argument("--out", type=Path, help="JSON file to write")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    args = parser().parse_args(arguments)
+    if args.repeats < 1:
+        parser().error("--repeats must be 1 or more")
+    try:
+        path = args.checkpoint
+        if path == "random":
+            path = measure.random_checkpoint(args.size, args.stored or args.dtype, args.text_encoder, args.cache_dir)
+        settings = {
+            **{name: getattr(args, name) for name in ("size", "dtype", "device", "text_encoder", "images", "guidance")},
+            **{name: getattr(args, name) for name in ("repeats", "warmup", "threads")},
+            "checkpoint": "random" if args.checkpoint == "random" else str(path),
+            "stored": args.stored or args.dtype if args.checkpoint == "random" else None,
+        }
+        with measure.Worker(__file__, "ours", args.threads) as worker:
+            answer = worker.ask("run", **{**settings, "checkpoint": str(path)})
+        if args.size not in answer["sizes"]:
+            raise measure.BenchmarkError(f"{path} makes {answer['sizes']} px, not {args.size}")
+        result = {"benchmark": "end_to_end", "machine": measure.machine(args.device), "settings": settings, **answer}
+        print(report(result))
+        if args.out:
+            measure.write_json(args.out, result)
+    except (measure.BenchmarkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(measure.serve(work) if sys.argv[1:2] == ["--worker"] else main())

@@ -1,0 +1,54 @@
+"""HART (Hybrid Autoregressive Transformer, arXiv:2410.10812): text in, 1024 x 1024 picture out.
+
+>>> from hart_infer import HartPipeline
+>>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px")
+>>> pipe("a cat").images[0].save("cat.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    HartError,
+    InputError,
+    OutOfMemoryError,
+    OutputError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from .pipeline import HartOutput, HartPipeline, Step
+    from .text import PromptEmbeds
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "HartError",
+    "HartOutput",
+    "HartPipeline",
+    "InputError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PromptEmbeds",
+    "Step",
+    "WeightsError",
+    "__version__",
+]
+_LAZY = {"HartOutput": "pipeline", "HartPipeline": "pipeline", "Step": "pipeline", "PromptEmbeds": "text"}
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch on first use, so that `import hart_infer` is quick."""
+    from importlib import import_module
+
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,81 @@
+"""What the command says and where: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PROGRAM = "hart-infer"
+
+
+class UsageError(Exception):
+    """The command line asks for something that makes no sense; exit code 2."""
+
+
+def emit(line: str) -> None:
+    """Write one result line to stdout, at once, so that a pipe sees it while the command goes on."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def emit_json(values: Any, *, indent: int | None = None) -> None:
+    """Write one JSON value to stdout."""
+    emit(json.dumps(values, indent=indent))
+
+
+def emit_table(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> None:
+    """Write a title and aligned name-value rows to stdout."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    if title:
+        emit(title)
+    for name, value in rows:
+        emit(f"  {name:<{width}}  {value}".rstrip())
+
+
+def note(line: str) -> None:
+    """Say something to the person at the terminal."""
+    encoding = sys.stderr.encoding or "utf-8"
+    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def library_messages(*, quiet: bool, debug: bool) -> Iterator[None]:
+    """Show what the library logs on stderr: warnings, with `quiet` only errors, with `debug` everything."""
+    logger = logging.getLogger("hart_infer")
+    before = logger.level, logger.propagate
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore")
+            else:
+                warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning as one line; those about code, deprecations and the like, are not for the user."""
+    if category is UserWarning:
+        note(f"{PROGRAM}: warning: {message}")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}"

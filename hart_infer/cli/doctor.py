@@ -1,0 +1,151 @@
+"""`hart-infer doctor`: what this machine has, and what will be used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import hart_infer
+
+from ..checkpoint import RELEASED_MODEL
+from . import machine, options
+from .console import emit_json, emit_table
+
+PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "pillow")
+GIB = 2**30
+NO = "no"
+
+
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommand."""
+    parser = options.add_command(
+        commands,
+        "doctor",
+        usage="[--json]",
+        summary="Show what this machine has and what will be used.",
+        details="Loads no model and downloads nothing. Good to have in a bug report.",
+    )
+    parser.set_defaults(run=run)
+    options.add_json(parser, "the report as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look and tell."""
+    report = examine()
+    if args.json:
+        emit_json(report, indent=2)
+        return 0
+    for title, section in report.items():
+        emit_table([(name.replace("_", " "), _shown(value)) for name, value in section.items()], title=title)
+    return 0
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """The report: sections of names and values."""
+    return {
+        "software": _software(),
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "kernels": _kernels(),
+        "hub": _hub(),
+        "used by default": _defaults(),
+    }
+
+
+def _software() -> dict[str, Any]:
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "hart-infer": hart_infer.__version__,
+        "python": f"{platform.python_version()} ({_tilde(sys.executable)})",
+        "system": platform.platform(),
+        **versions,
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    total, available = machine.memory()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "architecture": platform.machine(),
+        "cores": allowed,
+        "torch_threads": torch.get_num_threads(),
+        "memory": _gib(total),
+        "memory_available": _gib(available),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bf16": sorted(machine.cpu_features()) or "emulated",
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"built_for_cuda": torch.version.cuda or NO}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            found[f"cuda:{index}"] = f"{properties.name}, capability {capability}, {_gib(properties.total_memory)}"
+    else:
+        found["cuda_devices"] = "none"
+    found["mps"] = torch.backends.mps.is_available()
+    return found
+
+
+def _kernels() -> dict[str, Any]:
+    extension = importlib.util.find_spec("hart_infer._C")
+    return {
+        "triton": _version("triton") or _version("triton-windows") or "absent",
+        "compiled_extension": _tilde(extension.origin or "built in") if extension else "absent",
+    }
+
+
+def _hub() -> dict[str, Any]:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(RELEASED_MODEL, "llm/config.json")
+    return {
+        "cache": _tilde(constants.HF_HUB_CACHE),
+        "offline": constants.HF_HUB_OFFLINE,
+        "released_model_cached": isinstance(found, str),
+    }
+
+
+def _defaults() -> dict[str, Any]:
+    choice = machine.choose()
+    return {
+        "device": f"{choice.device}: {choice.device_reason}",
+        "dtype": f"{choice.dtype}: {choice.dtype_reason}",
+        "model": RELEASED_MODEL,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tilde(path: str) -> str:
+    """A path without the name of the person whose machine it is: reports get posted."""
+    home = os.path.expanduser("~")
+    return f"~{path.removeprefix(home)}" if path.startswith(home + os.sep) else path
+
+
+def _gib(size: int | None) -> str | None:
+    return None if size is None else f"{size / GIB:.1f} GiB"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else NO
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

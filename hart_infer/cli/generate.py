@@ -1,0 +1,228 @@
+"""`hart-infer generate`: prompts in, picture files out."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from . import options
+from .console import UsageError, note
+from .naming import DEFAULT_NAME, Job, make_plan
+from .writing import Previews, Writer, check_outputs, sampling_settings
+
+if TYPE_CHECKING:
+    from ..pipeline import HartPipeline
+
+DETAILS = """\
+The pictures' paths go to stdout, one per line, each as soon as it is written."""
+
+EPILOG = f"""\
+names:
+  --out is a file name; or a pattern with {{index}}, {{seed}} and {{prompt}}, which
+  take Python's format specs ({{index:04d}}, {{prompt:.20}}); or a folder. Pictures
+  that would get the same name are numbered: cat-000.png, cat-001.png.
+  A file that --out names is replaced if it exists (not with --no-overwrite).
+  Without --out, or in a folder, names are {DEFAULT_NAME}: they continue
+  after those that are there, and no file is ever replaced.
+  The extension decides the format: .png, .jpg, .jpeg or .webp. Missing folders
+  are made.
+
+prompts file:
+  One prompt per line, in UTF-8. Empty lines and lines that begin with # are
+  skipped. Prompts on the command line come first.
+
+seeds:
+  Picture i of a call has seed SEED + i, whatever --batch-size is. Without --seed
+  the first one is drawn, and shown.
+
+metadata:
+  Every picture carries its prompt, seed, model and settings: as JSON in a PNG's
+  text chunk, in EXIF otherwise. `hart-infer info PICTURE` shows them;
+  --no-metadata leaves them out.
+
+examples:
+  hart-infer generate "a cat on a red sofa" -o cat.png
+  hart-infer generate "a cat" "a dog" --num 4 --seed 7 -o "out/{{prompt}}-{{seed}}.png"
+  hart-infer generate "a cat" --num 9 --grid -o cats.png
+  hart-infer generate --prompts prompts.txt -o pictures/ --batch-size 4
+  echo "a fox" | hart-infer generate --prompts - --json
+"""
+
+
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommand."""
+    parser = options.add_command(
+        commands,
+        "generate",
+        usage="PROMPT... [-o OUT] [-m MODEL] [options]",
+        summary="Generate pictures from prompts.",
+        details=DETAILS,
+        epilog=EPILOG,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="what the picture shows; quote it")
+    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one per line; - reads stdin")
+    parser.add_argument("-o", "--out", metavar="PATTERN", help=f"where to write (default: {DEFAULT_NAME})")
+    _add_output(parser)
+    _add_sampling(parser)
+    options.add_text_encoder(options.add_model(parser))
+    options.add_machine(parser)
+    options.add_quiet(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument("-n", "--num", metavar="N", type=options.positive_int, default=1, help="pictures per prompt")
+    group.add_argument("--no-overwrite", action="store_true", help="refuse to replace files, before anything is computed")
+    group.add_argument(
+        "--grid",
+        metavar="COLUMNS",
+        nargs="?",
+        const=0,
+        type=_columns,
+        help="all pictures as one file, --out (or NAME-grid.EXT, if that is a pattern or folder)",
+    )
+    group.add_argument("--singles", action="store_true", help="with --grid: also every picture by itself")
+    group.add_argument("--preview-dir", metavar="DIR", help="also write what each scale adds, one PNG per scale")
+    group.add_argument("--no-metadata", dest="metadata", action="store_false", help="leave prompt and settings out")
+    options.add_json(group, "one JSON object per picture (path, prompt, seed) instead of its path")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("-s", "--seed", type=options.seed_int, help="seed of the first picture (default: random)")
+    add("--size", metavar="PIXELS", type=options.positive_int, help="side of the picture (default: largest)")
+    add(
+        "--guidance-scale",
+        metavar="X",
+        type=options.finite_float,
+        default=4.5,
+        help="pull of the prompt (4.5)",
+    )
+    add("--steps", metavar="N", type=options.natural_int, default=8, help="residual diffusion steps, 0 for none (8)")
+    add(
+        "--top-k",
+        metavar="K",
+        type=options.natural_int,
+        help="codes to draw from, 0 for all (600, later 300)",
+    )
+    add(
+        "--top-p",
+        metavar="P",
+        type=options.probability,
+        default=0.0,
+        help="nucleus to draw from, 0 for all (0)",
+    )
+    add(
+        "--no-smooth",
+        dest="more_smooth",
+        action="store_false",
+        help="feed on drawn codes, not mixtures of codes",
+    )
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--no-system-prompt", dest="use_system_prompt", action="store_false", help="nothing before the prompt")
+    add("--batch-size", metavar="N", type=options.positive_int, default=1, help="pictures at a time (1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked, load the model, make the pictures."""
+    prompts = _prompts(args)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    count = len(prompts) * args.num
+    if seed + count - 1 > options.MAX_SEED:
+        raise UsageError(f"--seed {seed} is too large for {count} pictures.")
+    if args.singles and args.grid is None:
+        raise UsageError("--singles goes with --grid; without it every picture is written anyway.")
+    plan = make_plan(args.out, prompts, num=args.num, first_seed=seed, grid=args.grid is not None)
+    previews = Previews(Path(args.preview_dir), plan.jobs) if args.preview_dir else None
+    writer = Writer(args, plan)
+    check_outputs([*writer.targets(), *(previews.first_paths() if previews else [])], replace=not args.no_overwrite)
+    pipe = options.load_pipeline(args, text_encoder=args.text_encoder)
+    writer.made_on(device=pipe.device.type, dtype=str(pipe.dtype).removeprefix("torch."))
+    writer.check_grid_size(args.size or max(pipe.sizes))
+    if not args.quiet and args.seed is None:
+        note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
+    _generate(args, pipe, plan.jobs, writer, previews)
+    return 0
+
+
+def _generate(
+    args: argparse.Namespace,
+    pipe: HartPipeline,
+    jobs: Sequence[Job],
+    writer: Writer,
+    previews: Previews | None,
+) -> None:
+    """Make the pictures batch by batch, writing each batch before the next begins."""
+    settings = sampling_settings(args)
+    for first in range(0, len(jobs), args.batch_size):
+        batch = jobs[first : first + args.batch_size]
+        if len(jobs) > len(batch) and not args.quiet:
+            until = f"-{first + len(batch)}" if len(batch) > 1 else ""
+            pipe.set_progress_bar_config(desc=f"{first + 1}{until} of {len(jobs)}")
+        prompts, repeats = _factored([job.prompt for job in batch])
+        output: Any = pipe(
+            prompts,
+            num_images_per_prompt=repeats,
+            seed=[job.seed for job in batch],
+            callback_on_step_end=previews.callback(batch) if previews else None,
+            **settings,
+        )
+        for job, image in zip(batch, output.images, strict=True):
+            writer.add(job, image)
+    writer.finish()
+
+
+def _factored(prompts: list[str]) -> tuple[list[str], int]:
+    """Each prompt once and how often each is repeated, so that it is encoded once; or as they are."""
+    once = list(dict.fromkeys(prompts))
+    repeats = len(prompts) // len(once)
+    is_even = prompts == [prompt for prompt in once for _ in range(repeats)]
+    return (once, repeats) if is_even else (prompts, 1)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file."""
+    prompts = list(args.prompt)
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UsageError("a prompt is empty.")
+    if args.prompts is not None:
+        prompts += _read_prompts(args.prompts)
+    if not prompts:
+        raise UsageError("no prompt: give one in quotes, or a file of them with --prompts.")
+    for prompt in prompts:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UsageError(f"a prompt is not valid UTF-8: {prompt!r}.")
+    return prompts
+
+
+def _read_prompts(name: str) -> list[str]:
+    shown = "stdin" if name == "-" else name
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise InputError(f"{shown} holds no prompt.")
+    return prompts
+
+
+def _columns(text: str) -> int:
+    """argparse type of --grid: its value is optional, so a prompt after it lands here."""
+    try:
+        return options.positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of columns; put prompts before --grid, or another option between"
+        ) from error

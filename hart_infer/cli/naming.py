@@ -1,0 +1,146 @@
+"""Which picture goes into which file: --out patterns, seeds, numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Formatter
+
+from .console import UsageError
+
+DEFAULT_NAME = "hart-{index:03d}.png"
+PLACEHOLDERS = ("index", "seed", "prompt")
+MAX_SLUG_BYTES = 80
+_GAP = "\0"  # stands for a placeholder; no file name has it
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    index: int
+    prompt: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All files of one call. Unless `may_replace`, the names are ours to choose and no file is replaced."""
+
+    jobs: tuple[Job, ...]
+    grid: Path | None
+    may_replace: bool
+
+
+def make_plan(out: str | None, prompts: Sequence[str], *, num: int, first_seed: int, grid: bool) -> Plan:
+    """Name every picture before any is made; UsageError if the pattern makes no sense.
+
+    Each prompt gets `num` pictures in a row; picture i has seed first_seed + i. A name that would be given
+    twice gets a number. Default names (no `out`, or a folder) continue after those that are there.
+    """
+    is_folder = out is not None and (out.endswith(("/", os.sep)) or os.path.isdir(out))
+    pattern = os.path.join(_escaped(out or ""), DEFAULT_NAME) if out is None or is_folder else out
+    may_replace = out is not None and not is_folder
+    _check_pattern(pattern)
+    start = 0 if may_replace else next_free_index(Path(out or ""))
+    repeated = [prompt for prompt in prompts for _ in range(num)]
+    jobs = [
+        Job(start + i, prompt, first_seed + i, Path(_fill(pattern, start + i, first_seed + i, prompt)))
+        for i, prompt in enumerate(repeated)
+    ]
+    grid_path = _grid_path(pattern, [job.path for job in jobs], number=None if may_replace else start) if grid else None
+    paths = distinct([job.path for job in jobs], reserved=grid_path)
+    named = tuple(replace(job, path=path) for job, path in zip(jobs, paths, strict=True))
+    return Plan(named, grid_path, may_replace)
+
+
+def renumbered(path: Path) -> Path:
+    """The next default name for a picture whose name someone else took meanwhile."""
+    return path.with_name(re.sub(r"\d+", f"{next_free_index(path.parent):03d}", path.name, count=1))
+
+
+def slug(prompt: str) -> str:
+    """The prompt as a part of a file name: letters and digits of any script, joined by hyphens."""
+    text = unicodedata.normalize("NFC", prompt)
+    words = "".join(c.lower() if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    kept = ""
+    for word in words:
+        longer = f"{kept}-{word}" if kept else word
+        if len(longer.encode("utf-8", "replace")) > MAX_SLUG_BYTES:
+            break
+        kept = longer
+    if not kept and words:
+        kept = words[0].encode("utf-8", "replace")[:MAX_SLUG_BYTES].decode("utf-8", "ignore")
+    return kept or "picture"
+
+
+def next_free_index(folder: Path) -> int:
+    """The number after the highest of the default names in a folder."""
+    pattern = re.compile(re.escape(DEFAULT_NAME).replace(re.escape("{index:03d}"), r"(\d+)(?:-grid)?"))
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return 0
+    return max((int(match[1]) + 1 for name in names if (match := pattern.fullmatch(name))), default=0)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        unknown = {name for _, name, _, _ in Formatter().parse(pattern) if name is not None} - set(PLACEHOLDERS)
+        if not unknown:
+            _fill(pattern, 0, 0, "prompt")
+    except (ValueError, KeyError, IndexError) as error:
+        hint = "write a brace that is no placeholder as {{ or }}."
+        raise UsageError(f"--out {pattern!r} is not a pattern ({error}); {hint}") from error
+    if unknown:
+        shown = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise UsageError(f"--out {pattern!r} has a placeholder that does not exist; there are {shown}.")
+
+
+def _fill(pattern: str, index: int, seed: int, prompt: str) -> str:
+    return pattern.format(index=index, seed=seed, prompt=slug(prompt))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def distinct(paths: Sequence[Path], reserved: Path | None = None) -> list[Path]:
+    """Number the names that occur more than once; file systems that ignore case are kept in mind."""
+    count = Counter(_key(path) for path in (*paths, *([reserved] if reserved else [])))
+    taken = set(count)
+    given: Counter[str] = Counter()
+    result = []
+    for path in paths:
+        name, key = path, _key(path)
+        while count[key] > 1 and _key(name) in taken:
+            name = path.with_name(f"{path.stem}-{given[key]:03d}{path.suffix}")
+            given[key] += 1
+        taken.add(_key(name))
+        result.append(name)
+    return result
+
+
+def _key(path: Path) -> str:
+    return os.path.normcase(os.path.abspath(path)).casefold()
+
+
+def _grid_path(pattern: str, paths: Sequence[Path], *, number: int | None) -> Path:
+    """The pattern itself if it has no placeholder, else NAME-grid.EXT in the folder that holds all pictures.
+
+    NAME is the pattern's file name without its placeholders.
+    """
+    if all(field is None for _, field, _, _ in Formatter().parse(pattern)):
+        return paths[0]
+    folder = os.path.commonpath([path.parent for path in paths])
+    parts = Formatter().parse(os.path.basename(pattern))
+    marked = "".join(text + (_GAP if field is not None else "") for text, field, _, _ in parts)
+    stem = re.sub(f"[ ._-]*{_GAP}[ ._-]*", "-", os.path.splitext(marked)[0]).strip("-") or "hart"
+    middle = "" if number is None else f"-{number:03d}"
+    return Path(folder) / f"{stem}{middle}-grid{paths[0].suffix}"

@@ -1,0 +1,30 @@
+"""What a pipeline is made of, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .pipeline import HartPipeline
+
+
+def describe_pipeline(pipeline: HartPipeline) -> str:
+    """Several lines: the model, its parts with parameters and memory, and what runs each operation."""
+    parts = {"transformer": pipeline.transformer, "autoencoder": pipeline.autoencoder}
+    encoder = pipeline.text_encoder
+    lines = [f"{pipeline.name or 'HART'} on {pipeline.device}, {str(pipeline.dtype).removeprefix('torch.')}"]
+    lines += [f"  {name}: {_size(module)}" for name, module in parts.items()]
+    lines.append(f"  text encoder: {_size(encoder.model) if encoder else 'none (calls need prompt_embeds)'}")
+    config = pipeline.transformer.config
+    lines.append(f"  sizes: {', '.join(map(str, pipeline.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}")
+    lines.append("  operations: attention by torch's scaled_dot_product_attention; rms_norm and rope by PyTorch")
+    return "\n".join(lines)
+
+
+def _size(module: nn.Module) -> str:
+    parameters = list(module.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    size = sum(parameter.nbytes for parameter in parameters)
+    return f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB"

@@ -1,0 +1,31 @@
+"""The exceptions that hart_infer raises on purpose; each message says what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class HartError(Exception):
+    """Base class of every error that hart_infer raises on purpose."""
+
+
+class ConfigError(HartError, ValueError):
+    """A checkpoint's configuration is incomplete, inconsistent, or asks for maths that this package does not have."""
+
+
+class WeightsError(HartError, ValueError):
+    """A checkpoint's tensors are truncated, missing, unexpected, of the wrong shape, or not plain tensors."""
+
+
+class CheckpointNotFoundError(HartError, FileNotFoundError):
+    """A folder, file, Hub repository or revision does not exist or cannot be reached, and no cached copy serves."""
+
+
+class InputError(HartError, ValueError):
+    """An argument of a call is of the wrong type, out of range, or contradicts another."""
+
+
+class OutputError(HartError, OSError):
+    """A picture or a checkpoint could not be written; nothing half-written is left."""
+
+
+class OutOfMemoryError(HartError, RuntimeError):
+    """The device ran out of memory; the message says what to turn down."""

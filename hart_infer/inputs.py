@@ -1,0 +1,115 @@
+"""Checks of a call's arguments, each with one clear sentence."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+MAX_SEED = 2**63 - 1
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
+
+
+def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
+    """One or many non-empty strings, as a list."""
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"{name} must be a string or a list of strings, not {type(prompts).__name__}.")
+    if not listed:
+        raise InputError(f"{name} is an empty list; give at least one string.")
+    for i, item in enumerate(listed):
+        if not isinstance(item, str):
+            raise InputError(f"{name}[{i}] must be a string, not {type(item).__name__}.")
+        if not item.strip():
+            raise InputError(f"{name}[{i}] is empty; describe the picture you want.")
+    return list(listed)
+
+
+def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """A whole number in range; booleans are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
+        raise InputError(f"{name} must be a whole number {bounds}, not {value!r}.")
+    return value
+
+
+def check_float(value: Any, name: str, low: float, high: float = math.inf) -> float:
+    """A finite number in range."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+        raise InputError(f"{name} must be a number {bounds}, not {value!r}.")
+    return float(value)
+
+
+def check_size(size: Any, sizes: Sequence[int]) -> int:
+    """One of the sizes that the checkpoint was trained for; None is the largest."""
+    if size is None:
+        return max(sizes)
+    if isinstance(size, bool) or size not in sizes:
+        raise InputError(f"size {size!r} is not one that this checkpoint was trained for; it has {_listed(sizes)}.")
+    return int(size)
+
+
+def check_output_type(value: Any) -> str:
+    """One of the four forms of the result."""
+    if value not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {value!r}.")
+    return str(value)
+
+
+def seeds_for(
+    count: int, seed: int | Sequence[int] | None, generator: GeneratorArgument, device: torch.device
+) -> tuple[list[int], torch.device]:
+    """Every image's seed and the device that draws.
+
+    `seed` int: seed, seed + 1, ...; a list: one per image. `generator`: its device draws, and it gives the seeds, one per
+    image for a single generator, or each its own for a list; a generator that nothing was drawn from yet gives the seed it
+    was set to, so that `generator=torch.Generator().manual_seed(7)` is `seed=7`. Neither: fresh seeds from the system.
+    """
+    if seed is not None and generator is not None:
+        raise InputError("seed and generator contradict each other; give one of them.")
+    if generator is not None:
+        return _seeds_from_generators(count, generator, device)
+    if seed is None:
+        return [secrets.randbelow(2**32) for _ in range(count)], device
+    if not isinstance(seed, int):
+        if len(seed) != count:
+            raise InputError(f"seed has {len(seed)} entries for {count} images; give one per image, or one number.")
+        return [check_int(item, "seed", 0, MAX_SEED) for item in seed], device
+    first = check_int(seed, "seed", 0, MAX_SEED - count)
+    return [first + i for i in range(count)], device
+
+
+def _seeds_from_generators(
+    count: int, generator: torch.Generator | Sequence[torch.Generator], device: torch.device
+) -> tuple[list[int], torch.device]:
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    for item in generators:
+        if not isinstance(item, torch.Generator):
+            raise InputError(f"generator must be a torch.Generator or a list of them, not {type(item).__name__}.")
+        if item.device.type not in ("cpu", device.type):
+            raise InputError(f"generator is on {item.device}, the pipeline on {device}; make it on either the CPU or there.")
+    if not isinstance(generator, torch.Generator) and len(generators) != count:
+        raise InputError(f"generator is a list of {len(generators)} for {count} images; give one per image, or one for all.")
+    each = count if isinstance(generator, torch.Generator) else 1
+    seeds = [_next_seed(item) for item in generators for _ in range(each)]
+    return seeds, generators[0].device
+
+
+def _next_seed(generator: torch.Generator) -> int:
+    """The generator's own seed if it is fresh, else a drawn one; either way it has been drawn from afterwards."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    is_fresh = torch.equal(fresh.get_state(), generator.get_state())
+    drawn = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+    return generator.initial_seed() if is_fresh else int(drawn)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(str(size) for size in sorted(sizes))

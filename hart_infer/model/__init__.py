@@ -1,0 +1,1 @@
+"""The model: one idea of the paper per file."""

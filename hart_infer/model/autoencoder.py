@@ -1,0 +1,184 @@
+"""The hybrid autoencoder: VQGAN encoder and decoder around the quantizer (paper section 3.1; released `HARTAutoEncoder`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AutoencoderConfig
+from .quantizer import Quantizer, Tokens
+from .tiling import tiled
+
+BLOCKS_PER_LEVEL = 2  # residual blocks of an encoder level; the decoder has one more
+Mode = Literal["discrete", "hybrid"]
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions and a shortcut."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        """The shortcut is a 1x1 convolution where the channels change."""
+        super().__init__()
+        self.norm1 = _norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, out_channels, h, w]."""
+        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
+        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        return self.shortcut(x) + hidden
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels, scaled by channels^-1/2."""
+
+    def __init__(self, channels: int) -> None:
+        """1x1 convolutions in and out."""
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, 3, channels, height * width).transpose(2, 3).contiguous()
+        q, k, v = qkv.unbind(1)  # [B, hw, C]
+        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, channels, height, width))
+
+
+class Downsample(nn.Module):
+    """Halve the sides: pad right and bottom by one, then a stride-2 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Channels are kept."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h/2, w/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Channels are kept."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _middle(channels: int) -> dict[str, nn.Module]:
+    return {
+        "mid_block_1": ResnetBlock(channels, channels),
+        "mid_attn_1": AttentionBlock(channels),
+        "mid_block_2": ResnetBlock(channels, channels),
+    }
+
+
+def _out(channels: int, out_channels: int) -> dict[str, nn.Module]:
+    conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+    return {"norm_out": _norm(channels), "silu_out": nn.SiLU(inplace=True), "conv_out": conv_out}
+
+
+def _encoder(config: AutoencoderConfig) -> nn.Sequential:
+    """Image [B, 3, h, w] -> latent [B, C, h/f, w/f], as one sequence of layers with the released names."""
+    channels = config.ch
+    layers: dict[str, nn.Module] = {"conv_in": nn.Conv2d(3, channels, 3, padding=1)}
+    lowest = len(config.ch_mult) - 1
+    for level, multiplier in enumerate(config.ch_mult):
+        for i in range(BLOCKS_PER_LEVEL):
+            layers[f"down_{level}_block_{i}"] = ResnetBlock(channels, config.ch * multiplier)
+            channels = config.ch * multiplier
+            if level == lowest:
+                layers[f"down_{level}_attn_{i}"] = AttentionBlock(channels)
+        if level < lowest:
+            layers[f"down_{level}_downsample"] = Downsample(channels)
+    return nn.Sequential(OrderedDict(layers | _middle(channels) | _out(channels, config.z_channels)))
+
+
+def _decoder(config: AutoencoderConfig) -> nn.Sequential:
+    """Latent [B, C, h/f, w/f] -> image [B, 3, h, w], as one sequence of layers with the released names."""
+    lowest = len(config.ch_mult) - 1
+    channels = config.ch * config.ch_mult[lowest]
+    layers: dict[str, nn.Module] = {"conv_in": nn.Conv2d(config.z_channels, channels, 3, padding=1)}
+    layers |= _middle(channels)
+    for level in range(lowest, -1, -1):
+        for i in range(BLOCKS_PER_LEVEL + 1):
+            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, config.ch * config.ch_mult[level])
+            channels = config.ch * config.ch_mult[level]
+            if level == lowest:
+                layers[f"up_{level}_attn_{i}"] = AttentionBlock(channels)
+        if level > 0:
+            layers[f"up_{level}_upsample"] = Upsample(channels)
+    return nn.Sequential(OrderedDict(layers | _out(channels, 3)))
+
+
+class Autoencoder(nn.Module):
+    """Images to hybrid tokens and back. Pictures are in -1..1 here; the quantizer stays in fp32 in every dtype."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        """Everything in a checkpoint's `tokenizer/` but the discriminator."""
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.quantizer = Quantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.decoder = _decoder(config)
+
+    def encode_latent(self, image: Tensor) -> Tensor:
+        """Image [B, 3, h, w] in -1..1 -> continuous latent [B, C, h/f, w/f] fp32."""
+        latent: Tensor = self.quant_conv(self.encoder(image.to(self.quant_conv.weight.dtype)))
+        return latent.float()
+
+    def encode(self, image: Tensor) -> Tokens:
+        """Hybrid tokenization of an image [B, 3, size, size] in -1..1: codes per scale and the continuous residual."""
+        return self.quantizer.encode(self.encode_latent(image))
+
+    def decode(self, latent: Tensor, *, tile: int | None = None) -> Tensor:
+        """Latent [B, C, h/f, w/f] -> image [B, 3, h, w] fp32, clamped to -1..1.
+
+        `tile`: run the levels above the lowest in tiles of so many latent cells (approximate: their group norms see a tile).
+        """
+        hidden = self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype))
+        if tile is None or tile >= max(latent.shape[-2:]):
+            image = self.decoder(hidden)
+        else:
+            lowest = len(self.config.ch_mult) - 1
+            split = 1 + max(i for i, (name, _) in enumerate(self.decoder.named_children()) if name.startswith(f"up_{lowest}_"))
+            hidden = self.decoder[:split](hidden)
+            image = tiled(self.decoder[split:], hidden, tile * (hidden.shape[-1] // latent.shape[-1]))
+        return image.float().clamp_(-1, 1)
+
+    def to_device(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move and cast in place; the quantizer is moved only."""
+        for child in self.children():
+            child.to(device=device, dtype=None if isinstance(child, Quantizer) else dtype)
+
+    def reconstruct(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
+        """Image -> tokens -> image, [B, 3, size, size] in -1..1.
+
+        "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
+        """
+        latent = self.encode_latent(image)
+        if mode == "discrete":
+            latent = self.quantizer.discrete(self.quantizer.encode(latent).embeddings)
+        return self.decode(latent)

@@ -1,0 +1,39 @@
+"""Cosine and sine tables of HART's rotary embedding (released `LlamaRotaryEmbedding1D`, `LlamaRotaryEmbedding2D`).
+
+Context tokens have one position each; image tokens a row and a column, given as fractions of the last scale's grid and
+shifted by the context's last position. The tables depend on the scale and the prompt, not on the layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+def context_table(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [R, 1, T, d] for context `position_ids` [R, T]: 1-D over all of d."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids.float()[..., None] * (1.0 / THETA**exponents)  # [R, T, d/2]
+    return _table(torch.cat([angles, angles], dim=-1), dtype)
+
+
+def image_table(side: int, last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [R, 1, side * side, d] for one scale.
+
+    `last_position` [R] is each row's last context position id. Along d: row, row, column, column frequencies, so that
+    rotate-half pairs a row angle with a column angle.
+    """
+    device = last_position.device
+    grid = torch.arange(side, dtype=torch.float32, device=device) / side * last_side
+    row, column = torch.meshgrid(grid, grid, indexing="ij")
+    positions = torch.stack([row.flatten(), column.flatten()]) + last_position.float()[:, None, None]  # [R, 2, L]
+    exponents = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
+    angles = positions[..., None] * (1.0 / THETA**exponents)  # [R, 2, L, d/4]
+    row_angles, column_angles = angles.unbind(1)
+    return _table(torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1), dtype)
+
+
+def _table(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]

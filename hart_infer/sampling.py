@@ -1,0 +1,126 @@
+"""From guided logits to code indices and embeddings, and the random draws that decide them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .inputs import check_float, check_int
+from .schedule import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a caller chooses about the sampling."""
+
+    guidance_scale: float = 4.5  # at the last scale; 0 is none
+    diffusion_steps: int = 8  # of the residual; 0 leaves it out (discrete tokens only; the released `final_stage=1`)
+    top_k: int | None = None  # None is the released schedule; 0 keeps all codes
+    top_p: float = 0.0  # 0 is off
+    more_smooth: bool = True
+
+    @classmethod
+    def checked(
+        cls, *, guidance_scale: Any, num_inference_steps: Any, top_k: Any, top_p: Any, more_smooth: Any, vocabulary: int
+    ) -> Settings:
+        """Check a caller's values; raises InputError."""
+        if num_inference_steps == 1:
+            raise InputError("num_inference_steps must be 0 (no residual) or from 2 to 1000, not 1: one step has no schedule.")
+        return cls(
+            guidance_scale=check_float(guidance_scale, "guidance_scale", 0),
+            diffusion_steps=check_int(num_inference_steps, "num_inference_steps", 0, 1000),
+            top_k=None if top_k is None else check_int(top_k, "top_k", 0, vocabulary),
+            top_p=check_float(top_p, "top_p", 0, 1),
+            more_smooth=bool(more_smooth),
+        )
+
+
+class Draws:
+    """All randomness of one generation, image by image.
+
+    Each seed feeds two generators, as a run of the released code seeded once does: one for the code indices and the Gumbel
+    noise, one for the residual diffusion. A seed covers `images_per_seed` consecutive images, 1 unless a recorded batch
+    is replayed, so an image's draws do not depend on the batch it is in. Draws happen on `device` (a CPU generator gives
+    the same numbers whatever device computes) and are moved to where they are used.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str, *, images_per_seed: int = 1) -> None:
+        """Seed both generators of every image (or group of images)."""
+        self.device = torch.device(device)
+        self.images_per_seed = images_per_seed
+        self._codes = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        self._diffusion = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
+    def multinomial(self, probabilities: Tensor) -> Tensor:
+        """One index per row of `probabilities` [B, L, V] -> [B, L] (torch.multinomial, with replacement)."""
+        batch, length, vocabulary = probabilities.shape
+        rows = probabilities.to(self.device).reshape(len(self._codes), -1, vocabulary)
+        drawn = [
+            torch.multinomial(group, num_samples=1, replacement=True, generator=generator)
+            for group, generator in zip(rows, self._codes, strict=True)
+        ]
+        return torch.cat(drawn).view(batch, length).to(probabilities.device)
+
+    def gumbel(self, like: Tensor) -> Tensor:
+        """Standard Gumbel noise of the shape of `like` [B, L, V]: -log of exponential draws, fp32."""
+        noise = torch.empty(like.shape, device=self.device, dtype=torch.float32)
+        for group, generator in zip(noise.chunk(len(self._codes)), self._codes, strict=True):
+            group.exponential_(generator=generator)
+        return noise.log_().neg_().to(like.device)
+
+    def start_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """The residual diffusion's x_T: [images, tokens, channels] standard normal, fp32."""
+        return self._normal(images, (tokens, channels), device, extra_rows=False)
+
+    def step_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """One diffusion step's noise [images, tokens, channels].
+
+        The released code draws for both guidance halves and uses the conditional half, which comes first.
+        """
+        return self._normal(images, (tokens, channels), device, extra_rows=True)
+
+    def _normal(self, images: int, shape: tuple[int, int], device: torch.device, *, extra_rows: bool) -> Tensor:
+        count = images // len(self._diffusion)
+        drawn = [
+            torch.randn(count * (1 + extra_rows), *shape, generator=generator, device=self.device)[:count]
+            for generator in self._diffusion
+        ]
+        return torch.cat(drawn).to(device)
+
+
+def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf what top-k, then top-p, removes from `logits` [B, L, V] fp32; in place, and returned.
+
+    Top-k keeps ties at the threshold; 0 keeps all. Top-p removes the lowest codes whose cumulated probability is at most
+    1 - p, never the best one; 0 turns it off.
+    """
+    vocabulary = logits.shape[-1]
+    if 0 < top_k < vocabulary:
+        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        logits.masked_fill_(logits < threshold, -torch.inf)
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1, descending=False)
+        remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= 1 - top_p
+        remove[..., -1] = False
+        logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
+    return logits
+
+
+def sample_scale(logits: Tensor, codebook: Tensor, stage: Stage, draws: Draws, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Draw one scale's codes from guided `logits` [B, L, V] fp32, which are overwritten.
+
+    Returns the indices [B, L] and the embeddings to go on with [B, L, C]: the Gumbel-softmax mixture of the codebook
+    with `more_smooth`, else the drawn codes' own (released `autoregressive_infer_cfg`). The index is drawn first.
+    """
+    filtered = filter_logits(logits, top_k=stage.top_k, top_p=settings.top_p)
+    indices = draws.multinomial(filtered.softmax(dim=-1))
+    if not settings.more_smooth:
+        return indices, codebook[indices]
+    noisy = draws.gumbel(filtered).add_(filtered.mul_(stage.logit_gain)).div_(stage.temperature)
+    # One product per image, as released: a flattened one rounds differently, and 1 / tau amplifies that scale by scale.
+    return indices, noisy.softmax(dim=-1) @ codebook[None]

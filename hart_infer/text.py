@@ -1,0 +1,198 @@
+"""Prompts to context: transformers' Qwen2 with HART's padding, mask and system prompt (released `encode_prompts`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointNotFoundError, InputError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Encoded prompts: `context` [U, T, width] fp32 and `mask` [U, T] bool (True where a token is not padding)."""
+
+    context: Tensor
+    mask: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[U, T] int64: cumsum(mask) - 1, so -1 at left-padding positions."""
+        return self.mask.long().cumsum(dim=1) - 1
+
+
+@lru_cache(maxsize=1)
+def system_prompt() -> str:
+    """The instruction that the released scripts put before every prompt (model data, MIT)."""
+    return resources.files(__package__).joinpath("system_prompt.txt").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """The system prompt's keys and values, one pair [1, kv heads, length, d] per layer."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    length: int
+
+
+class TextEncoder:
+    """A Qwen2 model and its tokenizer.
+
+    The encoder is causal, so the system prompt's keys and values don't depend on the prompt behind it: they are computed
+    once for each token limit and reused.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` must have a padding token; its padding side is honoured."""
+        if tokenizer.pad_token_id is None:
+            raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._prefixes: dict[int, _Prefix] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **hub: Any
+    ) -> TextEncoder:
+        """Load from a folder or a Hub id; `hub` goes to transformers (revision, cache_dir, token, local_files_only)."""
+        import transformers
+        from transformers import AutoModel, AutoTokenizer
+
+        options = {_dtype_argument(transformers.__version__): torch_dtype or "auto", "trust_remote_code": False}
+        try:
+            with _no_transformers_bars():
+                model = AutoModel.from_pretrained(str(path), **options, **hub)
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **hub)
+        except OSError as error:
+            raise CheckpointNotFoundError(f"No text encoder could be loaded from {path}: {_first_line(error)}") from error
+        except Exception as error:
+            raise WeightsError(f"The text encoder in {path} can't be loaded: {_first_line(error)}") from error
+        return cls(model.to(device), tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Features of the context."""
+        return int(self.model.config.hidden_size)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move or cast the model, in place."""
+        self.model.to(device=device, dtype=dtype)
+        self._prefixes.clear()
+        return self
+
+    def save_pretrained(self, path: Path, *, max_shard_size: str) -> None:
+        """Write model and tokenizer into one folder."""
+        with _no_transformers_bars():
+            self.model.save_pretrained(path, max_shard_size=max_shard_size)
+        self.tokenizer.save_pretrained(path)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        context_tokens: int,
+        max_sequence_length: int | None = None,
+        use_system_prompt: bool = True,
+    ) -> PromptEmbeds:
+        """Encode `prompts`, padded to `context_tokens` T and truncated to `max_sequence_length` (T by default).
+
+        Warns about a prompt that is cut, saying from which character on.
+        """
+        limit = context_tokens if max_sequence_length is None else max_sequence_length
+        if not 0 < limit <= context_tokens:
+            raise InputError(f"max_sequence_length must be from 1 to {context_tokens}, not {limit}.")
+        tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
+        tokens = tokens.to(self.model.device)
+        mask = tokens != self.tokenizer.pad_token_id
+        prefix = self._system_prefix(context_tokens) if use_system_prompt else _Prefix([], 0)
+        hidden = self._run(tokens, mask, prefix)
+        return PromptEmbeds(hidden.float(), mask)
+
+    def _tokenize(self, index: int, prompt: str, limit: int, padded: int) -> Tensor:
+        if self.tokenizer.is_fast:
+            spans = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+            if len(spans) > limit:
+                warnings.warn(
+                    f"Prompt {index} has {len(spans)} tokens; the limit is {limit}. "
+                    f"Its text from character {spans[limit][0]} of {len(prompt)} on was cut.",
+                    stacklevel=6,
+                )
+        ids = self.tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+        padding = [self.tokenizer.pad_token_id] * (padded - len(ids))
+        return torch.tensor(padding + ids if self.tokenizer.padding_side == "left" else ids + padding)
+
+    def _run(self, tokens: Tensor, mask: Tensor, prefix: _Prefix, record: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Last hidden state [U, T, width] after the final norm, for tokens [U, T] behind a prefix."""
+        rows, length = tokens.shape
+        cache = _recording_cache(record)
+        for layer, (keys, values) in enumerate(prefix.layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        attention_mask = torch.cat([mask.new_ones(rows, prefix.length), mask], dim=1).long()
+        position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def _system_prefix(self, limit: int) -> _Prefix:
+        if limit not in self._prefixes:
+            ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
+            ids = ids.to(self.model.device)
+            layers: list[tuple[Tensor, Tensor]] = []
+            self._run(ids, torch.ones_like(ids, dtype=torch.bool), _Prefix([], 0), record=layers)
+            self._prefixes[limit] = _Prefix(layers, ids.shape[1])
+        return self._prefixes[limit]
+
+
+def _recording_cache(record: list[tuple[Tensor, Tensor]] | None) -> Any:
+    """A transformers cache that also appends what each layer stores to `record`; its public interface is stable."""
+    from transformers import DynamicCache
+
+    class RecordingCache(DynamicCache):  # type: ignore[misc]
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if record is not None:
+                record.append((key_states, value_states))
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    return RecordingCache()
+
+
+def _dtype_argument(version: str) -> str:
+    """What transformers calls the dtype argument: renamed in 4.56."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+@contextmanager
+def _no_transformers_bars() -> Iterator[None]:
+    """Silence transformers' bars over shards for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

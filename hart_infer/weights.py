@@ -1,0 +1,202 @@
+"""From files to modules: one rename table, one drop list, strict, by mmap, each tensor once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import CheckpointNotFoundError, WeightsError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Released name -> ours, in order; the first match wins. A trailing [i] fills part i of 3 of a bias (the released code keeps
+# those of q and v apart and has none for k).
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(blocks\.\d+)\.ln_wo_grad\.(.*)", r"\1.norm.\2"),
+    (r"(blocks\.\d+)\.attn\.qkv_proj\.weight", r"\1.attn.qkv.weight"),
+    (r"(blocks\.\d+)\.attn\.q_bias", r"\1.attn.qkv.bias[0]"),
+    (r"(blocks\.\d+)\.attn\.v_bias", r"\1.attn.qkv.bias[2]"),
+    (r"(blocks\.\d+)\.attn\.scale_mul_1H11", r"\1.attn.log_scale"),
+    (r"(blocks\.\d+)\.ffn\.(gate|up|down)_proj\.(.*)", r"\1.mlp.\2.\3"),
+    (r"(blocks\.\d+)\.ffn\.(fc[12])\.(.*)", r"\1.mlp.\2.\3"),
+    (r"(blocks\.\d+)\.ada_lin\.1\.(.*)", r"\1.modulation.\2"),
+    (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation_table"),
+    (r"head_nm\.ln_wo_grad\.(.*)", r"head.norm.\1"),
+    (r"head_nm\.ada_lin\.1\.(.*)", r"head.modulation.\1"),
+    (r"head\.(weight|bias)", r"head.linear.\1"),
+    (r"lvl_embed\.mlp\.0\.(.*)", r"level_embed.fc1.\1"),
+    (r"lvl_embed\.mlp\.2\.(.*)", r"level_embed.fc2.\1"),
+    (r"lvl_embed\.weight", r"level_embed.weight"),
+    (r"diffloss\.net\.time_embed\.mlp\.0\.(.*)", r"diffusion.time_embed.fc1.\1"),
+    (r"diffloss\.net\.time_embed\.mlp\.2\.(.*)", r"diffusion.time_embed.fc2.\1"),
+    (r"diffloss\.net\.cond_embed\.(.*)", r"diffusion.condition_embed.\1"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln\.(.*)", r"diffusion.blocks.\1.norm.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.0\.(.*)", r"diffusion.blocks.\1.fc1.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.2\.(.*)", r"diffusion.blocks.\1.fc2.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.(.*)", r"diffusion.blocks.\1.modulation.\2"),
+    (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(.*)", r"diffusion.out_modulation.\1"),
+    (r"diffloss\.net\.final_layer\.linear\.(.*)", r"diffusion.out_proj.\1"),
+    (r"diffloss\.net\.(input_proj\..*)", r"diffusion.\1"),
+    (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(.*)", r"\1.\2_\3_\4_\5.\6"),
+    (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.((?:down|up)sample)\.(.*)", r"\1.\2_\3_\4.\5"),
+    (r"vae\.(encoder|decoder)\.mid\.(\w+)\.(.*)", r"\1.mid_\2.\3"),
+    (r"vae\.quantize\.embedding\.weight", r"quantizer.codebook.weight"),
+    (r"vae\.quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(.*)", r"quantizer.phi.\1.\2"),
+    (r"vae\.quantize\.quant_resi\.qresi\.(.*)", r"quantizer.phi.0.\1"),
+    (r"vae\.(.*)", r"\1"),
+)
+SECOND_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(.*)\.nin_shortcut\.(.*)", r"\1.shortcut.\2"),
+    (r"((?:encoder|decoder)\..*attn_\d+)\.proj_out\.(.*)", r"\1.proj.\2"),
+)
+# Stored, but without information: never read.
+DROPPED = re.compile(r"attn_bias_for_masking|lvl_1L|blocks\.\d+\.attn\.zero_k_bias|vae\.quantize\.ema_vocab_hit_SV|disc\..*")
+KEPT_IN_FP32 = re.compile(r"quantizer\..*")
+CHUNK_BYTES = 256 * 2**20  # converted tensors: the mapping is dropped and made anew after so much, to bound its resident pages
+
+
+def rename(name: str) -> str | None:
+    """Our name for a released tensor's; None if it is not read; names of ours pass through."""
+    if DROPPED.fullmatch(name):
+        return None
+    for pattern, replacement in (*_first_match(name), *SECOND_RENAMES):
+        name = re.sub(f"^{pattern}$", replacement, name)
+    return name
+
+
+def _first_match(name: str) -> tuple[tuple[str, str], ...]:
+    return next(((rule,) for rule in RENAMES if re.fullmatch(rule[0], name)), ())
+
+
+def load_module(build: Callable[[], ModuleT], files: Iterable[Path], *, torch_dtype: torch.dtype | None) -> ModuleT:
+    """Build a module on the meta device and give it the tensors of `files`.
+
+    Tensors already in the wanted dtype stay views of the mapped file; others are converted one by one. `torch_dtype` None
+    keeps the stored dtype (that of the largest tensor, for all but the quantizer, which is fp32 always). Raises
+    WeightsError naming every missing, unexpected or wrong-shaped tensor.
+    """
+    with torch.device("meta"):
+        module = build()
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    files = list(files)
+    torch_dtype = torch_dtype or _stored_dtype(files)
+    loaded: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for file in files:
+        for stored_name, tensor in _tensors(file, torch_dtype):
+            name = rename(stored_name)
+            if name is not None:
+                problems += _place(loaded, expected, name, tensor)
+    missing = sorted(set(expected) - set(loaded))
+    if missing:
+        problems.append(f"missing: {_shorten(missing)}")
+    if problems:
+        raise WeightsError(
+            f"{', '.join(str(file) for file in files)} does not fit the checkpoint's configuration; {'; '.join(problems)}."
+        )
+    module.load_state_dict(loaded, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _place(loaded: dict[str, Tensor], expected: dict[str, torch.Size], name: str, tensor: Tensor) -> list[str]:
+    """Put a tensor, or its part of a merged one, into `loaded`; returns what is wrong with it."""
+    name, _, part = name.partition("[")
+    if name not in expected:
+        return [f"unexpected: {name}"]
+    shape = expected[name]
+    if part:
+        shape = torch.Size([shape[0] // 3])
+    if tensor.shape != shape:
+        return [f"{name} has shape {list(tensor.shape)} instead of {list(shape)}"]
+    if part:
+        merged = loaded.setdefault(name, torch.zeros(expected[name], dtype=tensor.dtype))
+        merged.view(3, -1)[int(part[0])] = tensor
+    else:
+        loaded[name] = tensor
+    return []
+
+
+def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file that are read, in the dtype that they are kept in."""
+    wanted = [name for name in _open(file)[0] if rename(name) is not None]
+    converted = CHUNK_BYTES
+    get: Callable[[str], Tensor] | None = None
+    for name in wanted:
+        if get is None or converted >= CHUNK_BYTES:
+            get, converted = _open(file)[1], 0
+        stored = get(name)
+        tensor = stored.to(torch.float32 if KEPT_IN_FP32.fullmatch(rename(name) or "") else dtype)
+        if tensor is not stored:
+            converted += stored.nbytes
+        del stored
+        yield name, tensor
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """The dtype of the largest tensor that is read."""
+    largest, dtype = -1, torch.float32
+    for file in files:
+        for name, (shape, stored) in tensor_shapes(file).items():
+            size = torch.Size(shape).numel()
+            if rename(name) is not None and size > largest:
+                largest, dtype = size, stored
+    return dtype
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor in a file, by its stored name, without reading the tensors."""
+    if file.suffix != ".safetensors":
+        names, get = _open(file)
+        return {name: (tuple(get(name).shape), get(name).dtype) for name in names}
+    _open(file)  # refuses truncated files
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: (tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()}
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
+    """Map a file: its tensors' names, and a function that gives one as a view of the mapping."""
+    if not file.is_file():
+        raise CheckpointNotFoundError(f"{file} does not exist; the checkpoint needs it.")
+    try:
+        if file.suffix == ".safetensors":
+            handle = safe_open(file, framework="pt")
+            return list(handle.keys()), handle.get_tensor
+        state = _load_pickle(file)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{file} is damaged or not a weights file ({error}); download or copy it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{file} must hold a plain dictionary of tensors.")
+    return list(state), state.__getitem__
+
+
+def _load_pickle(file: Path) -> object:
+    """`torch.load` that runs no code; the archive is mapped unless it is in PyTorch's old format."""
+    try:
+        with file.open("rb") as stream:
+            is_archive = stream.read(4) == b"PK\x03\x04"
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file} holds more than tensors and was refused: loading it could run code. Use a safetensors file instead."
+        ) from error
+
+
+def _shorten(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
