@@ -11,7 +11,7 @@ little there and is printed for the record.
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import sys
 import tempfile
 import time
@@ -40,7 +40,8 @@ def load_ours(request: dict[str, Any]) -> Generate:
         request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]
     )
     pipe.set_progress_bar_config(disable=True)
-    embeds = PromptEmbeds(*measure.random_context(Path(request["checkpoint"])))
+    config = pipe.transformer.config
+    embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"]}
 
     def generate(seed: int) -> torch.Tensor:
@@ -54,7 +55,8 @@ def load_theirs(request: dict[str, Any]) -> Generate:
     """The released code as seed -> pictures [B, 3, H, W]."""
     checkpoint = Path(request["checkpoint"])
     hart = official.OfficialHart(request["official"], checkpoint, setting=request["setting"], device=request["device"])
-    context, mask = measure.random_context(checkpoint)
+    config = measure.read_config(checkpoint)
+    context, mask = measure.random_context(config["context_token"], config["context_dim"])
     position_ids = mask.long().cumsum(dim=1) - 1
 
     def generate(seed: int) -> torch.Tensor:
@@ -86,12 +88,12 @@ class Side:
             return answer
         assert self._generate is not None
         measure.synchronize(self._device)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         pictures = self._generate(request["seed"])
         measure.synchronize(self._device)
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         torch.save(pictures.float().cpu(), request["save"])
-        return {"seconds": seconds, "peak_bytes": measure.peak_bytes(self._device)}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": measure.peak_bytes(self._device)}
 
 
 # ---- the comparison
@@ -99,39 +101,49 @@ class Side:
 
 def compare(size: int, dtype: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both sides at one size and dtype."""
-    checkpoint = measure.random_checkpoint(size, args.stored or dtype, "none", args.cache_dir)
+    stored = args.stored or dtype
+    checkpoint = measure.random_checkpoint(size, stored, "none", args.cache_dir)
     request = {
         "checkpoint": str(checkpoint),
         "official": str(args.official),
         "dtype": dtype,
+        "stored": stored,
         "setting": "fp32" if dtype == "fp32" else args.official_setting,
         "device": args.device,
         "guidance": args.guidance,
         "more_smooth": not args.hard,
         "threads": args.threads,
     }
-    together = fits_together(checkpoint, args) if args.processes == "auto" else args.processes == "together"
-    if together:
-        with (
-            measure.Worker(__file__, OURS, args.threads) as ours,
-            measure.Worker(__file__, THEIRS, args.threads) as theirs,
-        ):
-            loads = {worker.role: worker.ask("load", **request) for worker in (ours, theirs)}
-            rounds = [
-                {worker.role: _picture(worker, i, args, folder) for worker in _turn(i, ours, theirs)}
-                for i in range(-args.warmup, args.repeats)
-            ]
-    else:
-        loads, rounds = {}, []
-        for i in range(-args.warmup, args.repeats):
-            rounds.append({})
-            for role in _turn(i, OURS, THEIRS):
-                with measure.Worker(__file__, role, args.threads) as worker:
-                    loads[role] = worker.ask("load", **request)
-                    rounds[-1][role] = _picture(worker, i, args, folder)
-    result = summarise(loads, rounds[args.warmup :], folder, args)
+    together = fits_together(checkpoint, request) if args.processes == "auto" else args.processes == "together"
+    loads, rounds = (run_together if together else run_separately)(request, args, folder)
+    result = summarise(loads, rounds, folder, args)
     settings = {"size": size, "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
     return {**settings, "processes": "together" if together else "one at a time", **result}
+
+
+def run_together(request: dict[str, Any], args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Both loaded throughout; what loading took, and the measured rounds."""
+    with measure.Worker(__file__, OURS, args.threads) as ours, measure.Worker(__file__, THEIRS, args.threads) as theirs:
+        loads = {worker.role: worker.ask("load", **request) for worker in (ours, theirs)}
+        rounds = [
+            {worker.role: _picture(worker, i, args, folder) for worker in _turn(i, ours, theirs)}
+            for i in range(-args.warmup, args.repeats)
+        ]
+    return loads, rounds[args.warmup :]
+
+
+def run_separately(request: dict[str, Any], args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """A fresh process for every measured picture, with its own warm-up: half the memory, more time."""
+    loads: dict[str, Any] = {}
+    rounds: list[dict[str, Any]] = []
+    for i in range(args.repeats):
+        rounds.append({})
+        for role in _turn(i, OURS, THEIRS):
+            with measure.Worker(__file__, role, args.threads) as worker:
+                loads[role] = worker.ask("load", **request)
+                for _ in range(args.warmup + 1):
+                    rounds[-1][role] = _picture(worker, i, args, folder)
+    return loads, rounds
 
 
 def _turn(index: int, first: Any, second: Any) -> tuple[Any, Any]:
@@ -145,30 +157,26 @@ def _picture(worker: measure.Worker, index: int, args: argparse.Namespace, folde
     return answer
 
 
-def fits_together(checkpoint: Path, args: argparse.Namespace) -> bool:
+def fits_together(checkpoint: Path, request: dict[str, Any]) -> bool:
     """Whether both processes find room at once, by a generous estimate; without knowing the memory, no."""
     available = measure.available_memory()
-    if available is None or args.device != "cpu":
+    if available is None or request["device"] != "cpu":
         return False
     config = measure.read_config(checkpoint)
+    itemsize = 4 if request["dtype"] == "fp32" else 2
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors"))
+    weights = size / DTYPES[request["stored"]].itemsize * (6 if request["setting"] == "autocast" else itemsize)
     positions = config["context_token"] + sum(side**2 for side in config["patch_nums"][1:])
-    cache = 2 * 2 * config["depth"] * positions * config["embed_dim"] * 4  # keys and values, two halves, fp32
-    weights = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) * (4 / _itemsize(checkpoint))
-    return 2 * (1.6 * weights + 1.5 * cache + 2e9) < available
-
-
-def _itemsize(checkpoint: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(checkpoint / "llm" / "model.safetensors", "pt") as file:
-        return 4 if file.get_slice("head.bias").get_dtype() == "F32" else 2
+    cache = 2 * 2 * config["depth"] * positions * config["embed_dim"] * itemsize  # keys and values of two halves
+    decoder = 4e9 * (config["patch_nums"][-1] / 64) ** 2
+    return 2 * (weights + 1.3 * cache + decoder + 5e8) < available
 
 
 def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Times, peaks and differences of the measured rounds."""
     seconds = {role: measure.spread([r[role]["seconds"] for r in rounds]) for role in (OURS, THEIRS)}
     peaks = {role: max(r[role]["peak_bytes"] for r in rounds) for role in (OURS, THEIRS)}
-    ratios = [r[OURS]["seconds"] / r[THEIRS]["seconds"] for r in rounds]
+    ratios, cpu_ratios = ([r[OURS][kind] / r[THEIRS][kind] for r in rounds] for kind in ("seconds", "cpu_seconds"))
     differences = []
     for i in range(args.repeats):
         ours, theirs = (torch.load(folder / f"{role}-{args.seed + i}.pt", weights_only=True) for role in (OURS, THEIRS))
@@ -177,8 +185,9 @@ def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path,
         difference = (ours - theirs).abs()
         differences.append({"largest": difference.max().item(), "mean": difference.mean().item()})
     return {
-        "time_ratio": math.prod(ratios) ** (1 / len(ratios)),
+        "time_ratio": statistics.geometric_mean(ratios),
         "time_ratios": ratios,
+        "cpu_time_ratio": statistics.geometric_mean(cpu_ratios),
         "seconds": seconds,
         "peak_bytes": peaks,
         "load": loads,
@@ -193,10 +202,9 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"{result['size']}px {result['dtype']}: ours / theirs {result['time_ratio']:.3f} "
-            f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s)",
-            f"  peak memory: ours {measure.gigabytes(peaks[OURS])}, theirs {measure.gigabytes(peaks[THEIRS])} "
-            f"(loading: {measure.gigabytes(result['load'][OURS]['peak_bytes'])}, "
-            f"{measure.gigabytes(result['load'][THEIRS]['peak_bytes'])})",
+            f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s; "
+            f"processor time {result['cpu_time_ratio']:.3f})",
+            f"  peak memory: ours {measure.gigabytes(peaks[OURS])}, theirs {measure.gigabytes(peaks[THEIRS])}",
             f"  pictures differ by at most {difference['largest']:.2e}, on average {difference['mean']:.2e} (of 1)",
             f"  theirs: {result['official_setting']}; processes {result['processes']}",
         )
@@ -235,6 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     try:
         args.official = official.check_checkout(args.official)
+        measure.require_package()
+        measure.check_out(args.out)
         for size in args.size:
             for dtype in args.dtype:
                 with tempfile.TemporaryDirectory() as folder:
@@ -248,6 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (measure.BenchmarkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import PRESETS, write_checkpoint
+from architecture import PRESETS
+from random_checkpoint import write_checkpoint
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 SIZES = {preset.size: name for name, preset in PRESETS.items()}
@@ -31,6 +33,8 @@ class BenchmarkError(RuntimeError):
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Hardware and versions, for the record."""
+    import hart_infer
+
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
@@ -39,7 +43,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "memory_bytes": _memory_field("/proc/meminfo", "MemTotal"),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "python": platform.python_version(),
-        "hart_infer": _version("hart-infer"),
+        "hart_infer": hart_infer.__version__,
         **{name: _version(name) for name in PACKAGES},
     }
 
@@ -136,23 +140,34 @@ def random_checkpoint(size: int, dtype: str, text_encoder: str, cache: Path) -> 
     return path
 
 
+def require_package() -> None:
+    """BenchmarkError where hart_infer can't be imported."""
+    if importlib.util.find_spec("hart_infer") is None:
+        raise BenchmarkError("hart_infer is not installed in this environment; `pip install -e .` at the root does it")
+
+
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """The transformer's configuration of a checkpoint in the released layout."""
     config: dict[str, Any] = json.loads((checkpoint / "llm" / "config.json").read_text(encoding="utf-8"))
     return config
 
 
-def random_context(checkpoint: Path, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A context [1, T, width] and its mask [1, T], the first quarter true, for a checkpoint in the released layout."""
-    config = read_config(checkpoint)
-    tokens, width = config["context_token"], config["context_dim"]
+def random_context(tokens: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A context [1, T, width] and its mask [1, T], the first quarter true."""
     context = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
     return context, torch.arange(tokens)[None] < max(1, tokens // 4)
 
 
+def check_out(path: Path | None) -> None:
+    """Find out before the run, not after it, that a result can't be written; raises OSError."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a result, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         json.dump(values, file, indent=2)
         file.write("\n")
@@ -218,21 +233,27 @@ class Worker:
         self.close()
 
 
-def _requests() -> Iterator[dict[str, Any]]:
-    for line in sys.stdin:
-        yield json.loads(line)
-
-
 def serve(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Be a worker: answer requests from standard input until it closes. Anything printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for request in _requests():
-        try:
-            answer = handle(request)
-        except Exception as error:  # the parent reports it
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    try:
+        for line in sys.stdin:
+            answers.write(json.dumps(_answer(handle, json.loads(line))) + "\n")
+            answers.flush()
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _answer(handle: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
+    """What `handle` says, or its error for the parent to report; a traceback only for what nobody expected."""
+    from hart_infer import HartError
+
+    try:
+        return handle(request)
+    except (BenchmarkError, HartError) as error:
+        return {"error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}

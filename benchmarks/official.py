@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import BenchmarkError
 
 SETTINGS = {
     "fp32": "fp32 weights, no autocast",
@@ -36,7 +37,7 @@ SETTINGS = {
 _DEAD_KEYS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 
 
-class OfficialError(RuntimeError):
+class OfficialError(BenchmarkError):
     """The path is not a checkout of the released code, or it does not run here."""
 
 
@@ -207,3 +208,48 @@ class OfficialHart:
                 context_mask=mask.to(self.device),
             )
         return image
+
+
+def check(checkout: str, golden: Path) -> bool:
+    """Compare with what the released code recorded on one golden checkpoint; prints, and says whether all agree."""
+    from safetensors import safe_open
+
+    hart, agrees = OfficialHart(checkout, golden, setting="fp32"), True
+    for name, tolerance in (("trace-smooth", 5e-3), ("trace-hard", 2e-4)):
+        path = golden / f"{name}.safetensors"
+        if not path.exists():
+            continue
+        with safe_open(path, "pt") as trace:
+            said = trace.metadata()
+            inputs = [trace.get_tensor(f"context{part}") for part in ("", "_mask", "_position_ids")]
+            expected = trace.get_tensor("image")
+        rounded = expected.dtype == torch.uint8
+        image = hart.generate(
+            *inputs,
+            seed=int(said["seed"]),
+            cfg=float(said["cfg_scale"]),
+            more_smooth=said["more_smooth"] == "True",
+            top_p=float(said.get("top_p", 0)),
+        )
+        difference = (image - (expected / 255 if rounded else expected)).abs().max().item()
+        fine = difference < (1 / 255 if rounded else tolerance)
+        print(f"{golden.name} {name}: largest difference {difference:.2e}{'' if fine else ', too much'}")
+        agrees &= fine
+    return agrees
+
+
+def main() -> int:
+    """`python benchmarks/official.py CHECKOUT GOLDEN...`: do the stand-ins leave the released code's numbers alone?"""
+    if len(sys.argv) < 3:
+        print("usage: official.py CHECKOUT GOLDEN_FOLDER...", file=sys.stderr)
+        return 2
+    try:
+        disagreeing = [folder for folder in sys.argv[2:] if not check(sys.argv[1], Path(folder))]
+    except (OfficialError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if disagreeing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,21 +6,24 @@ Released: `llm/` (transformer; `ema_model.bin` beside `model.safetensors`) and `
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .config import AutoencoderConfig, TransformerConfig
 from .errors import CheckpointNotFoundError, ConfigError
-from .hub import download, file_names
+from .hub import Repository, file_names
 
 RELEASED_MODEL = "mit-han-lab/hart-0.7b-1024px"
 RELEASED_TEXT_ENCODER = "mit-han-lab/Qwen2-VL-1.5B-Instruct"
 INDEX = "model_index.json"
 TEXT_FOLDERS = ("text_encoder", "text-encoder")
 _LAYOUTS = {INDEX: ("transformer", "autoencoder"), "llm/config.json": ("llm", "tokenizer")}
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/llm/?)?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
+_TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,49 @@ def find_checkpoint(
 
     Raises CheckpointNotFoundError where nothing is found and ConfigError where its configuration is not supported.
     """
-    path = Path(repo_or_path).expanduser()
-    if path.exists():
+    path = local_path(repo_or_path)
+    if path is not None:
         root = _root(path)
-        plan = _plan(file_names(root), str(repo_or_path), use_ema, variant, with_text_encoder)
-    else:
-        match = _HUB_ID.fullmatch(str(repo_or_path))
-        if match is None:
-            raise CheckpointNotFoundError(
-                f"{repo_or_path} is neither an existing folder nor a Hub id (owner/name); check the path."
-            )
-        root, plan = download(
-            match["repo"],
-            lambda names: _plan(names, str(repo_or_path), use_ema, variant, with_text_encoder),
-            _Plan.files,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
+        return _read(root, _plan(file_names(root), str(repo_or_path), use_ema, variant, with_text_encoder), str(repo_or_path))
+    repository = Repository.open(
+        hub_id(repo_or_path), revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    plan = _plan(repository.names, repository.title, use_ema, variant, with_text_encoder)
+    found = _read(repository.fetch(plan.configs()), plan, str(repo_or_path))  # refused before gigabytes have come
+    repository.fetch(plan.files())
+    return found
+
+
+def find_text_encoder(source: str | Path, **hub: Any) -> Path:
+    """The folder of a text encoder, itself or downloaded; `hub` goes to `Repository.open`."""
+    path = local_path(source)
+    if path is None:
+        repository = Repository.open(hub_id(source), **hub)
+        if "config.json" not in repository.names:
+            raise CheckpointNotFoundError(f"{repository.title} holds no text encoder: config.json is not in it.")
+        return repository.fetch(_text_files(repository.names))
+    if not (path / "config.json").is_file():
+        raise CheckpointNotFoundError(f"{source} is not a text encoder's folder: config.json is not in it.")
+    return path
+
+
+def local_path(repo_or_path: str | Path) -> Path | None:
+    """The path if something is there, `~` expanded."""
+    path = Path(os.path.expanduser(repo_or_path))
+    try:
+        return path if path.exists() else None
+    except (OSError, ValueError):  # no name of a file
+        return None
+
+
+def hub_id(repo_or_path: str | Path) -> str:
+    """`owner/name` of a Hub id, given so or with `/llm` behind; raises CheckpointNotFoundError if it can't be one."""
+    match = _HUB_ID.fullmatch(str(repo_or_path))
+    if match is None:
+        raise CheckpointNotFoundError(
+            f"{repo_or_path} is neither an existing folder nor a Hub id (owner/name); check the path."
         )
-    return _read(root, plan, str(repo_or_path))
+    return match["repo"]
 
 
 @dataclass(frozen=True)
@@ -85,10 +111,13 @@ class _Plan:
     index: tuple[str, ...] = ()
     text_files: tuple[str, ...] = ()
 
+    def configs(self) -> list[str]:
+        """What says whether the rest is of use."""
+        return [*self.index, f"{self.transformer}/config.json", f"{self.autoencoder}/config.json"]
+
     def files(self) -> list[str]:
-        """What to download."""
-        configs = [f"{self.transformer}/config.json", f"{self.autoencoder}/config.json"]
-        return [*self.index, *configs, *self.transformer_files, *self.autoencoder_files, *self.text_files]
+        """All that is needed."""
+        return [*self.configs(), *self.transformer_files, *self.autoencoder_files, *self.text_files]
 
 
 def _root(path: Path) -> Path:
@@ -96,8 +125,13 @@ def _root(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointNotFoundError(f"{path} is a file; give the checkpoint's folder.")
     is_part = not any((path / marker).exists() for marker in _LAYOUTS) and (path / "config.json").exists()
-    parent = path.resolve().parent
+    parent = _parent(path)
     return parent if is_part and any((parent / marker).exists() for marker in _LAYOUTS) else path
+
+
+def _parent(path: Path) -> Path:
+    """The folder that a path lies in, `.` and `..` included, links left alone."""
+    return Path(os.path.abspath(path)).parent
 
 
 def _plan(names: Iterable[str], origin: str, use_ema: bool, variant: str | None, with_text_encoder: bool) -> _Plan:
@@ -119,8 +153,16 @@ def _plan(names: Iterable[str], origin: str, use_ema: bool, variant: str | None,
         _weights_among(available, autoencoder, ["model", "pytorch_model"], variant, origin),
         text if with_text_encoder else None,
         tuple(available & {INDEX}),
-        tuple(name for name in sorted(available) if with_text_encoder and text and name.startswith(f"{text}/")),
+        _text_files(available, f"{text}/") if with_text_encoder and text else (),
     )
+
+
+def _text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:
+    """What transformers needs of a text encoder: JSON, tokenizer and weights, safetensors if there are any."""
+    own = [name for name in sorted(names) if name.startswith(folder) and "/" not in name.removeprefix(folder)]
+    weights = [name for name in own if name.endswith(".safetensors")]
+    weights = weights or [name for name in own if re.fullmatch(r"pytorch_model.*\.bin", name.removeprefix(folder))]
+    return (*(name for name in own if Path(name).suffix in _TEXT_SUFFIXES), *weights)
 
 
 def _weights_among(names: set[str], folder: str, stems: list[str], variant: str | None, origin: str) -> tuple[str, ...]:
@@ -150,12 +192,12 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
             f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
             f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
         )
-    text = root / plan.text_encoder if plan.text_encoder else root.parent / RELEASED_TEXT_ENCODER.split("/")[1]
+    beside = _parent(root) / RELEASED_TEXT_ENCODER.split("/")[1]
     return Checkpoint(
         name,
         transformer,
         autoencoder,
         tuple(root / file for file in plan.transformer_files),
         tuple(root / file for file in plan.autoencoder_files),
-        text if text.is_dir() else None,
+        root / plan.text_encoder if plan.text_encoder else beside if beside.is_dir() else None,
     )

@@ -8,6 +8,7 @@ or unknown (refused: it might change the maths).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -56,11 +57,13 @@ class _Config:
                 raise ConfigError(f"{origin}: {key} = {value!r} is not supported; {supported} is.")
         hints = get_type_hints(cls)
         read = {name: _typed(values[name], hints[name], f"{origin}: {name}") for name in known if name in values}
+        missing = [name for name in known if name not in values and _required(known[name])]
+        if missing:
+            raise ConfigError(f"{origin} lacks {', '.join(missing)}.")
         try:
             return cls(**read)
-        except TypeError as error:
-            missing = [name for name in known if name not in values and _required(known[name])]
-            raise ConfigError(f"{origin} lacks {', '.join(missing)}.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from error
 
     @classmethod
     def from_json(cls: type[ConfigT], path: str | Path) -> ConfigT:
@@ -76,6 +79,18 @@ class _Config:
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
             raise ConfigError(message)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(0 < value < math.inf, f"{name} must be positive, not {value}.")
+
+    def _require_rising(self, name: str) -> None:
+        sides = getattr(self, name)
+        self._require(
+            len(sides) > 1 and sides[0] == 1 and all(a < b for a, b in zip(sides, sides[1:], strict=False)),
+            f"{name} must rise from 1 and have at least two entries, not {list(sides)}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +132,9 @@ class TransformerConfig(_Config):
 
     def __post_init__(self) -> None:
         """Refuse sizes and combinations that no recorded data covers."""
-        sides = self.patch_nums
-        self._require(
-            len(sides) > 1 and sides[0] == 1 and all(a < b for a, b in zip(sides, sides[1:], strict=False)),
-            f"patch_nums must rise from 1 and have at least two entries, not {sides}.",
-        )
-        for name in ("context_token", "context_dim", "embed_dim", "num_heads", "depth", "diff_width", "diff_depth"):
-            self._require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        self._require_rising("patch_nums")
+        self._require_positive("context_token", "context_dim", "embed_dim", "num_heads", "depth", "mlp_ratio", "norm_eps")
+        self._require_positive("diff_width", "diff_depth")
         self._require(
             self.embed_dim % self.num_heads == 0 and self.head_dim % 4 == 0,
             f"embed_dim {self.embed_dim} must split into {self.num_heads} heads of a multiple of 4.",
@@ -175,6 +186,12 @@ class AutoencoderConfig(_Config):
 
     def __post_init__(self) -> None:
         """Refuse values that no recorded data covers."""
+        self._require_rising("v_patch_nums")
+        self._require_positive("vocab_size", "z_channels", "ch")
+        self._require(
+            len(self.ch_mult) > 0 and min(self.ch_mult) > 0,
+            f"ch_mult must have positive entries, not {list(self.ch_mult)}.",
+        )
         self._require(self.share_quant_resi in (0, 1, 4), f"share_quant_resi must be 0, 1 or 4, not {self.share_quant_resi}.")
         self._require(
             self.quantizer_type in ("var", "var_hybrid"),
@@ -194,7 +211,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path} does not exist; a checkpoint needs it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(values).__name__}.")

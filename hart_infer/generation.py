@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,7 @@ def generate(
     halves: Sequence[Prefill],
     draws: Draws,
     settings: Settings,
-) -> Iterator[ScaleOutput]:
+) -> Generator[ScaleOutput, None, None]:
     """Yield every scale of B images; the last one's `f_hat` is the finished latent.
 
     `halves`: the conditional rows, B of them, and, for guidance, the unconditional ones, B or one that serves all. Without

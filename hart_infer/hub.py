@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import json
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .errors import CheckpointNotFoundError
+from .errors import CheckpointNotFoundError, HartError, OutputError
 
-PlanT = TypeVar("PlanT")
 DOWNLOAD_ATTEMPTS = 5
+LISTINGS = "hart_infer"  # folder in a repository's cache: the names of all its files, commit by commit
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+_TRANSIENT_STATUS = {408, 429}
 logger = logging.getLogger(__name__)
 
 
@@ -20,89 +27,181 @@ def file_names(root: Path) -> list[str]:
     return [file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file()]
 
 
-def download(
-    repo: str,
-    choose: Callable[[Iterable[str]], PlanT],
-    files: Callable[[PlanT], list[str]],
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> tuple[Path, PlanT]:
-    """List `repo`, let `choose` plan on the names, and download `files` of the plan; returns the folder and the plan.
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub or, where the Hub can't be asked, what the cache has of it."""
 
-    An interrupted transfer is taken up where it stopped. When the Hub can't be reached the cached files serve.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    id: str
+    names: list[str]  # of all its files, as far as known
+    where: dict[str, Any]  # revision, cache_dir, token
+    commit: str | None = None  # that `names` are of
+    cached: Path | None = None  # the snapshot's folder, where the Hub can't be asked
+    reason: str = ""  # why it can't
 
-    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-    if local_files_only:
-        return _from_cache(repo, choose, files, where, "local_files_only was set")
-    try:
-        info = HfApi().model_info(repo, revision=revision, token=token, timeout=30)
-        plan = choose([sibling.rfilename for sibling in info.siblings or []])
-        return _fetch(repo, files(plan), where), plan
-    except HFValidationError as error:
-        raise CheckpointNotFoundError(f"{repo!r} is not a valid Hub id: {error}") from error
-    except GatedRepoError as error:
-        raise CheckpointNotFoundError(
-            f"{repo} is gated: ask for access on its page, then pass token=... or log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointNotFoundError(f"{repo} has no revision {revision!r}; check the name.") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{repo} is neither a folder here nor a repository on the Hub that you can read; check the spelling, or pass "
-            "token=... if it is private."
-        ) from error
-    except _transport_errors() as error:
-        return _from_cache(repo, choose, files, where, f"the Hub can't be reached ({type(error).__name__})")
+    @classmethod
+    def open(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Repository:
+        """List a repository's files. Raises CheckpointNotFoundError where neither the Hub nor the cache has it."""
+        from huggingface_hub import HfApi
+
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        if local_files_only:
+            return cls._from_cache(repo, where, "local_files_only is set")
+        try:
+            info = HfApi().model_info(repo, revision=revision, token=token, timeout=30)
+        except _transfer_errors() as error:
+            if refusal := _refusal(error, repo, where):
+                raise refusal from error
+            return cls._from_cache(repo, where, _reason(error), error)
+        return cls(repo, [sibling.rfilename for sibling in info.siblings or []], where, info.sha)
+
+    @classmethod
+    def _from_cache(cls, repo: str, where: dict[str, Any], reason: str, error: BaseException | None = None) -> Repository:
+        root = _snapshot(repo, where)
+        if root is None:
+            raise CheckpointNotFoundError(
+                f"{repo} is not in the local cache and {reason}; connect, download it elsewhere and pass the folder, or set "
+                "cache_dir."
+            ) from error
+        names = file_names(root)
+        with suppress(OSError, ValueError):  # no listing: something else filled the cache
+            names = json.loads(_listing(root).read_text(encoding="utf-8"))
+        return cls(repo, names, where, cached=root, reason=reason)
+
+    @property
+    def title(self) -> str:
+        """Its id, with a word of caution where only the cache could be asked."""
+        return f"{self.id} in the local cache ({self.reason})" if self.cached else self.id
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        """Have `names` in the cache; returns the snapshot's folder.
+
+        An interrupted transfer is taken up where it stopped. Raises CheckpointNotFoundError, or OutputError where the cache
+        can't be written.
+        """
+        names = list(names)
+        if self.cached is not None:
+            return self._complete(self.cached, names, self.reason)
+        try:
+            root = self._download(names, self.where)
+            if root.name != self.commit:  # the revision has moved on since it was listed
+                root = self._download(names, {**self.where, "revision": self.commit})
+        except _transfer_errors() as error:
+            if refusal := _refusal(error, self.id, self.where):
+                raise refusal from error
+            return self._complete(_snapshot(self.id, self.where), names, _reason(error), error)
+        _remember(root, self.names)
+        return self._complete(root, names, "not all of it arrived")
+
+    def _download(self, names: list[str], where: dict[str, Any]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        patterns = [glob.escape(name) for name in names]
+        for _ in range(DOWNLOAD_ATTEMPTS - 1):
+            try:
+                return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+            except _transfer_errors() as error:
+                if not _may_pass(error):
+                    raise
+                logger.warning("Download of %s was interrupted (%s); resuming.", self.id, type(error).__name__)
+        return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+
+    def _complete(self, root: Path | None, names: list[str], reason: str, error: BaseException | None = None) -> Path:
+        missing = [name for name in names if root is None or not (root / name).exists()]
+        if root is None or missing:
+            raise CheckpointNotFoundError(
+                f"{self.id} is not complete in the local cache ({', '.join(missing)} missing) and {reason}; connect, download "
+                "it elsewhere and pass the folder, or set cache_dir."
+            ) from error
+        return root
 
 
-def _transport_errors() -> tuple[type[BaseException], ...]:
-    """What a failed transfer raises: huggingface_hub's HTTP client has changed twice, its base error with it."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (HfHubHTTPError.__mro__[1], OSError)
-
-
-def _fetch(repo: str, names: list[str], where: dict[str, Any]) -> Path:
+def _snapshot(repo: str, where: dict[str, Any]) -> Path | None:
+    """The folder of the cached files of a revision, without asking the Hub."""
     from huggingface_hub import snapshot_download
 
-    patterns = [glob.escape(name) for name in names]
-    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
-        try:
-            root = Path(snapshot_download(repo, allow_patterns=patterns, **where))
-            break
-        except _transport_errors() as error:
-            if attempt == DOWNLOAD_ATTEMPTS:
-                raise
-            logger.warning("Download of %s was interrupted (%s); resuming.", repo, type(error).__name__)
-    missing = [name for name in names if not (root / name).exists()]
-    if missing:
-        raise OSError(f"{', '.join(missing)} did not arrive")
-    return root
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **where))
+    except (OSError, ValueError):
+        return None
 
 
-def _from_cache(
-    repo: str,
-    choose: Callable[[Iterable[str]], PlanT],
-    files: Callable[[PlanT], list[str]],
-    where: dict[str, Any],
-    reason: str,
-) -> tuple[Path, PlanT]:
-    from huggingface_hub import try_to_load_from_cache
+def _listing(root: Path) -> Path:
+    """Where the names of a commit's files are noted; huggingface_hub's cache has only those of the downloaded ones."""
+    return root.parents[1] / LISTINGS / f"{root.name}.json"
 
-    lookup = {"revision": where["revision"], "cache_dir": where["cache_dir"]}
-    found = [try_to_load_from_cache(repo, name, **lookup) for name in ("model_index.json", "llm/config.json")]
-    roots = [Path(path).parents[depth] for depth, path in enumerate(found) if isinstance(path, str)]
-    if roots:
-        plan = choose(file_names(roots[0]))
-        if all((roots[0] / name).exists() for name in files(plan)):
-            return roots[0], plan
-    raise CheckpointNotFoundError(
-        f"{repo} is not complete in the local cache and {reason}; connect, download it elsewhere and pass the folder, or set "
-        "cache_dir."
+
+def _remember(root: Path, names: list[str]) -> None:
+    """Note which files the commit has, so that without the Hub none is overlooked, such as EMA weights not yet downloaded."""
+    listing = _listing(root)
+    with suppress(OSError):  # a cache that can't be written serves all the same
+        if not listing.exists():
+            listing.parent.mkdir(exist_ok=True)
+            draft = listing.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(sorted(names), indent=1), encoding="utf-8")
+            draft.replace(listing)
+
+
+def _transfer_errors() -> tuple[type[BaseException], ...]:
+    """What a failed request raises: huggingface_hub's HTTP client has changed twice, its base error with it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (HfHubHTTPError.__mro__[1], OSError, HFValidationError)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a transfer that failed so is worth another attempt."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in _TRANSIENT_STATUS
+    return getattr(error, "errno", None) not in _DISK_ERRORS
+
+
+def _reason(error: BaseException) -> str:
+    status = _status(error)
+    if status == 401:
+        return "the Hub does not accept the token (401)"
+    if status is not None:
+        return f"the Hub answers with an error ({status})"
+    return f"the Hub can't be reached ({type(error.__cause__ or error).__name__})"
+
+
+def _refusal(error: BaseException, repo: str, where: dict[str, Any]) -> HartError | None:
+    """The error for what the cache can't mend either; None where the Hub just can't be reached."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
+
+    if isinstance(error, HFValidationError):
+        return CheckpointNotFoundError(f"{repo!r} is not a valid Hub id: {error}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return CheckpointNotFoundError(f"token=True, but no token is stored for {repo}: log in with `hf auth login`.")
+    if isinstance(error, GatedRepoError):
+        return CheckpointNotFoundError(
+            f"{repo} is gated: ask for access on its page, then pass token=... or log in with `hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointNotFoundError(f"{repo} has no revision {where['revision']!r}; check the name.")
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointNotFoundError(
+            f"{repo} is neither a folder here nor a repository on the Hub that you can read; check the spelling, or pass "
+            "token=... if it is private."
+        )
+    if getattr(error, "errno", None) in _DISK_ERRORS:
+        return OutputError(f"{repo} can't be stored in the local cache ({error}); free space, or set cache_dir.")
+    return None

@@ -30,12 +30,14 @@ def to_pil(pixels: Tensor) -> list[Image]:
 def to_tensor(image: Image | Sequence[Image] | Tensor, size: int) -> Tensor:
     """Pictures -> [N, 3, size, size] fp32 in 0..1; PIL ones are scaled and centre-cropped, tensors must fit."""
     if isinstance(image, Tensor):
-        if image.ndim != 4 or image.shape[1:] != (3, size, size):
+        if image.ndim != 4 or not len(image) or image.shape[1:] != (3, size, size):
             raise InputError(f"An image tensor must have shape [N, 3, {size}, {size}], not {list(image.shape)}.")
-        if not image.is_floating_point() or image.amin() < 0 or image.amax() > 1:
+        if not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
             raise InputError("An image tensor must be floating-point with values in 0..1.")
         return image.float()
     pictures = list(image) if isinstance(image, Sequence) else [image]
+    if not pictures:
+        raise InputError("The list of images is empty; give at least one.")
     return torch.stack([_pil_to_tensor(picture, size) for picture in pictures])
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from .errors import InputError
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1  # what a torch.Generator takes
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
 
@@ -33,15 +34,16 @@ def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
 
 def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
     """A whole number in range; booleans are not numbers."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
         bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
         raise InputError(f"{name} must be a whole number {bounds}, not {value!r}.")
-    return value
+    return int(value)
 
 
 def check_float(value: Any, name: str, low: float, high: float = math.inf) -> float:
     """A finite number in range."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
         raise InputError(f"{name} must be a number {bounds}, not {value!r}.")
@@ -64,6 +66,12 @@ def check_output_type(value: Any) -> str:
     return str(value)
 
 
+def check_callable(value: Any, name: str) -> None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} must be a function, not {type(value).__name__}.")
+
+
 def seeds_for(
     count: int, seed: int | Sequence[int] | None, generator: GeneratorArgument, device: torch.device
 ) -> tuple[list[int], torch.device]:
@@ -79,18 +87,18 @@ def seeds_for(
         return _seeds_from_generators(count, generator, device)
     if seed is None:
         return [secrets.randbelow(2**32) for _ in range(count)], device
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence):
         if len(seed) != count:
             raise InputError(f"seed has {len(seed)} entries for {count} images; give one per image, or one number.")
         return [check_int(item, "seed", 0, MAX_SEED) for item in seed], device
-    first = check_int(seed, "seed", 0, MAX_SEED - count)
+    first = check_int(seed, "seed", 0, MAX_SEED - count + 1)
     return [first + i for i in range(count)], device
 
 
 def _seeds_from_generators(
     count: int, generator: torch.Generator | Sequence[torch.Generator], device: torch.device
 ) -> tuple[list[int], torch.device]:
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
     for item in generators:
         if not isinstance(item, torch.Generator):
             raise InputError(f"generator must be a torch.Generator or a list of them, not {type(item).__name__}.")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import RELEASED_TEXT_ENCODER, Checkpoint
-from .errors import ConfigError
+from .checkpoint import RELEASED_TEXT_ENCODER, Checkpoint, find_text_encoder
+from .errors import CheckpointNotFoundError, ConfigError
 from .model.autoencoder import Autoencoder
 from .model.transformer import Transformer
 from .text import TextEncoder
@@ -40,11 +40,19 @@ def load_text_encoder(
     checkpoint: Checkpoint, source: str | Path | None, torch_dtype: torch.dtype, device: torch.device, **hub: Any
 ) -> TextEncoder:
     """The text encoder at `source` (id or folder), else the one beside the checkpoint, else the released one."""
-    source = source or checkpoint.text_encoder or RELEASED_TEXT_ENCODER
-    encoder = TextEncoder.from_pretrained(source, torch_dtype=torch_dtype, device=device, **hub)
+    source = source or checkpoint.text_encoder
+    try:
+        folder = find_text_encoder(source or RELEASED_TEXT_ENCODER, **hub)
+    except CheckpointNotFoundError as error:
+        if source:
+            raise
+        raise CheckpointNotFoundError(
+            f"No text encoder is beside {checkpoint.name}, and the released one can't be had: {error} Or pass text_encoder=..."
+        ) from error
+    encoder = TextEncoder.from_pretrained(folder, torch_dtype=torch_dtype, device=device)
     if encoder.width != checkpoint.transformer.context_dim:
         raise ConfigError(
-            f"The text encoder {source} gives {encoder.width} features, {checkpoint.name} expects "
+            f"The text encoder {source or RELEASED_TEXT_ENCODER} gives {encoder.width} features, {checkpoint.name} expects "
             f"{checkpoint.transformer.context_dim}; pass the checkpoint's own as text_encoder=..."
         )
     return encoder

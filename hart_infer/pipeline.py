@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,10 +14,19 @@ from tqdm.auto import tqdm
 
 from . import images
 from .checkpoint import RELEASED_MODEL, find_checkpoint
-from .errors import InputError, OutOfMemoryError
+from .errors import InputError
 from .generation import Prefill, ScaleOutput, generate, prefill, unconditional_prefill
-from .inputs import GeneratorArgument, check_int, check_output_type, check_prompts, check_size, seeds_for
+from .inputs import (
+    GeneratorArgument,
+    check_callable,
+    check_int,
+    check_output_type,
+    check_prompts,
+    check_size,
+    seeds_for,
+)
 from .loading import default_device, load_models, load_text_encoder
+from .memory import memory_care
 from .model.autoencoder import Autoencoder
 from .model.transformer import Transformer
 from .sampling import Draws, Settings
@@ -148,14 +157,20 @@ class HartPipeline:
         """Sides in pixels of the square pictures that the checkpoint was trained for."""
         return (self.transformer.config.patch_nums[-1] * self.autoencoder.config.downsample,)
 
-    def to(self, *args: torch.device | str | torch.dtype, **kwargs: Any) -> HartPipeline:
+    def to(
+        self,
+        *args: torch.device | str | torch.dtype,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> HartPipeline:
         """Move and cast in place: `to("cuda")`, `to(torch.bfloat16)`, `to(device=..., dtype=...)`; returns self."""
-        device, dtype = kwargs.get("device"), kwargs.get("dtype")
         for argument in args:
             if isinstance(argument, torch.dtype):
                 dtype = argument
             else:
                 device = argument
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype must be a floating-point dtype, not {dtype}.")
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
         if self.text_encoder is not None:
@@ -254,15 +269,14 @@ class HartPipeline:
         )
         check_size(size, self.sizes)
         check_output_type(output_type)
+        check_callable(callback_on_step_end, "callback_on_step_end")
         repeats = check_int(num_images_per_prompt, "num_images_per_prompt", 1)
         text = {"use_system_prompt": use_system_prompt, "max_sequence_length": max_sequence_length}
-        with _out_of_memory_advice():
+        with memory_care():
             embeds = self._embeds(prompt, prompt_embeds, text)
             count = len(embeds.context)
             seeds, draw_device = seeds_for(count * repeats, seed, generator, self.device)
-            halves = [embeds]
-            if settings.guidance_scale and negative_prompt:
-                halves.append(self._negative(negative_prompt, count, text))
+            halves = [embeds, *self._negative(negative_prompt, count, text, settings)]
             f_hat = self._generate(halves, repeats, Draws(seeds, draw_device), settings, callback_on_step_end)
             result = f_hat if output_type == "latent" else images.FORMS[output_type](self._decode(f_hat))
         return HartOutput(result, seeds) if return_dict else (result,)
@@ -277,7 +291,7 @@ class HartPipeline:
         if mode not in ("hybrid", "discrete"):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
         pixels = images.to_tensor(image, self.sizes[0]).to(self.device)
-        with _out_of_memory_advice():
+        with memory_care():
             rebuilt = (self.autoencoder.reconstruct(pixels * 2 - 1, mode) + 1) / 2
         if isinstance(image, Tensor):
             return rebuilt
@@ -291,22 +305,31 @@ class HartPipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("Give either prompt or prompt_embeds, one of them.")
         if prompt_embeds is None:
-            return self.encode_prompt(prompt or "", **text)
+            return self.encode_prompt(prompt, **text)  # type: ignore[arg-type]
         if isinstance(prompt_embeds, Tensor):
             prompt_embeds = PromptEmbeds(prompt_embeds, torch.ones(prompt_embeds.shape[:2], dtype=torch.bool))
+        if not isinstance(prompt_embeds, PromptEmbeds):
+            raise InputError(f"prompt_embeds must come from encode_prompt or be a tensor, not {type(prompt_embeds).__name__}.")
         config = self.transformer.config
         expected = (config.context_token, config.context_dim)
         shape = tuple(prompt_embeds.context.shape)
-        if len(shape) != 3 or shape[1:] != expected or tuple(prompt_embeds.mask.shape) != shape[:2]:
-            raise InputError(f"prompt_embeds must have shape [U, {expected[0]}, {expected[1]}] with a mask, not {list(shape)}.")
+        if len(shape) != 3 or not shape[0] or shape[1:] != expected or tuple(prompt_embeds.mask.shape) != shape[:2]:
+            raise InputError(
+                f"prompt_embeds must have shape [U, {expected[0]}, {expected[1]}] and a mask [U, {expected[0]}], not "
+                f"{list(shape)} and {list(prompt_embeds.mask.shape)}."
+            )
         return prompt_embeds
 
-    def _negative(self, prompt: str | Sequence[str], count: int, text: dict[str, Any]) -> PromptEmbeds:
-        """The encoded negative prompts, one per prompt."""
+    def _negative(
+        self, prompt: str | Sequence[str] | None, count: int, text: dict[str, Any], settings: Settings
+    ) -> list[PromptEmbeds]:
+        """The encoded negative prompts, one per prompt; nothing where there are none, or no guidance that reads them."""
+        if prompt is None or prompt == "":
+            return []
         listed = check_prompts(prompt, "negative_prompt")
         if len(listed) not in (1, count):
             raise InputError(f"negative_prompt has {len(listed)} entries for {count} prompts; give one for all, or one each.")
-        return self.encode_prompt(listed * (count // len(listed)), **text)
+        return [self.encode_prompt(listed * (count // len(listed)), **text)] if settings.guidance_scale else []
 
     def _generate(
         self,
@@ -332,7 +355,7 @@ class HartPipeline:
             rows.append(self._empty(stages[0]))
         scales = generate(self.transformer, self.autoencoder.quantizer, stages, rows, draws, settings)
         f_hat = torch.empty(0)
-        with tqdm(scales, total=len(stages), **self._progress) as bar:
+        with closing(scales), tqdm(scales, total=len(stages), **self._progress) as bar:
             for scale in bar:
                 f_hat = scale.f_hat
                 if callback is not None and self._call_back(callback, scale, len(stages)):
@@ -361,17 +384,3 @@ class HartPipeline:
         at_once = max(1, DECODED_PIXELS // self.sizes[0] ** 2)
         parts = [self.autoencoder.decode(part, tile=self._tile) for part in f_hat.split(at_once)]
         return torch.cat(parts).add_(1).mul_(0.5)
-
-
-@contextmanager
-def _out_of_memory_advice() -> Iterator[None]:
-    """Turn a device's out-of-memory error into one that says what to turn down."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemoryError(
-            "The device ran out of memory. Generate fewer pictures at once (num_images_per_prompt, prompts), load with "
-            "torch_dtype=torch.bfloat16, call enable_decoder_tiling(), or free what else is on the device."
-        ) from error

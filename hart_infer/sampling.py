@@ -13,6 +13,8 @@ from .errors import InputError
 from .inputs import check_float, check_int
 from .schedule import Stage
 
+MAX_GUIDANCE = 1000.0  # far more than makes a picture, far less than overflows the logits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -32,7 +34,7 @@ class Settings:
         if num_inference_steps == 1:
             raise InputError("num_inference_steps must be 0 (no residual) or from 2 to 1000, not 1: one step has no schedule.")
         return cls(
-            guidance_scale=check_float(guidance_scale, "guidance_scale", 0),
+            guidance_scale=check_float(guidance_scale, "guidance_scale", 0, MAX_GUIDANCE),
             diffusion_steps=check_int(num_inference_steps, "num_inference_steps", 0, 1000),
             top_k=None if top_k is None else check_int(top_k, "top_k", 0, vocabulary),
             top_p=check_float(top_p, "top_p", 0, 1),

@@ -3,64 +3,106 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import INDEX
-from .errors import OutputError
+from .errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from .config import AutoencoderConfig, TransformerConfig
     from .pipeline import HartPipeline
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
+PARTS = ("transformer", "autoencoder", "text_encoder")
+
 
 def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) -> Path:
     """Write `transformer/`, `autoencoder/`, `text_encoder/` and `model_index.json` into `path`.
 
-    They are written into a temporary folder beside `path`, which then takes its place. A folder of another kind is never
-    replaced. Raises OutputError.
+    They are written into a temporary folder beside `path`, which then takes its place. A folder that holds anything else is
+    never replaced. Raises OutputError, or InputError for a bad `max_shard_size`.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / INDEX).exists()):
-        raise OutputError(f"{path} exists and is not a saved hart_infer checkpoint; give a new or empty folder.")
+    shard_bytes = _bytes(max_shard_size)
+    path = Path(os.path.realpath(path.expanduser()))
+    _check_replaceable(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o755)
-        _write(pipeline, temporary, max_shard_size)
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        _write(pipeline, new, shard_bytes)
         if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} can't be written ({error.strerror or error}); free space or choose another folder."
-        ) from error
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} can't be written ({reason}); free space or choose another folder.") from error
     finally:
-        if temporary is not None and temporary.exists():
+        if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def _write(pipeline: HartPipeline, folder: Path, max_shard_size: str) -> None:
+def _bytes(size: str) -> int:
+    """ "5GB" as a number: units of 1000, or of 1024 with an i."""
+    match = _SIZE.fullmatch(str(size))
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))) if match else 0
+    if count < 1:
+        raise InputError(f'max_shard_size must be a size such as "5GB" or "500MB", not {size!r}.')
+    return count
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace what isn't ours, all of it."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OutputError(f"{path} is a file; give a new or empty folder.")
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        return
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        is_ours = "_hart_infer_version" in index
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise OutputError(f"{path} exists and is not a saved hart_infer checkpoint; give a new or empty folder.")
+    others = sorted(names - {INDEX, *PARTS})
+    if others:
+        raise OutputError(f"{path} also holds {', '.join(others)}, which would be lost; give a new or empty folder.")
+
+
+def _write(pipeline: HartPipeline, folder: Path, shard_bytes: int) -> None:
     from . import __version__
 
     parts = ["transformer", "autoencoder"]
-    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", max_shard_size)
-    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", max_shard_size)
+    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", shard_bytes)
+    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", shard_bytes)
     if pipeline.text_encoder is not None:
         parts.append("text_encoder")
-        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
+        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=shard_bytes)
     index = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, max_shard_size: str) -> None:
+def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, shard_bytes: int) -> None:
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    save_torch_state_dict(module.state_dict(), folder, max_shard_size=shard_bytes, metadata={"format": "pt"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointNotFoundError, InputError, WeightsError
+from .errors import CheckpointNotFoundError, ConfigError, WeightsError
+from .inputs import check_int
+from .weights import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -64,21 +71,30 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **hub: Any
+        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load from a folder or a Hub id; `hub` goes to transformers (revision, cache_dir, token, local_files_only)."""
-        import transformers
-        from transformers import AutoModel, AutoTokenizer
-
-        options = {_dtype_argument(transformers.__version__): torch_dtype or "auto", "trust_remote_code": False}
+        """Load from a folder; strictly: a weight that is missing or of the wrong shape is an error."""
+        path = Path(path)
+        if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one up
+            raise CheckpointNotFoundError(f"The text encoder in {path} has no tokenizer: tokenizer.json is not in it.")
         try:
-            with _no_transformers_bars():
-                model = AutoModel.from_pretrained(str(path), **options, **hub)
-                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **hub)
-        except OSError as error:
-            raise CheckpointNotFoundError(f"No text encoder could be loaded from {path}: {_first_line(error)}") from error
+            with _quiet_transformers():
+                model, report = _load_model(path, torch_dtype)
+                tokenizer = _load_tokenizer(path)
         except Exception as error:
-            raise WeightsError(f"The text encoder in {path} can't be loaded: {_first_line(error)}") from error
+            if _was_refused(error):
+                raise WeightsError(
+                    f"The text encoder in {path} holds more than tensors and was refused: loading it could run code. Use "
+                    "safetensors instead."
+                ) from error
+            kind = CheckpointNotFoundError if isinstance(error, OSError) else WeightsError
+            raise kind(f"The text encoder in {path} can't be loaded: {_first_line(error)}") from error
+        if model.config.model_type != "qwen2":
+            raise ConfigError(f"The text encoder in {path} is a {model.config.model_type} model; only qwen2 is supported.")
+        problems = {kind: report.get(f"{kind}_keys") for kind in ("missing", "mismatched")}
+        if any(problems.values()):
+            listed = "; ".join(f"{kind}: {shorten(map(_key, keys))}" for kind, keys in problems.items() if keys)
+            raise WeightsError(f"The text encoder in {path} does not fit its configuration; {listed}.")
         return cls(model.to(device), tokenizer)
 
     @property
@@ -92,9 +108,9 @@ class TextEncoder:
         self._prefixes.clear()
         return self
 
-    def save_pretrained(self, path: Path, *, max_shard_size: str) -> None:
+    def save_pretrained(self, path: Path, *, max_shard_size: int | str) -> None:
         """Write model and tokenizer into one folder."""
-        with _no_transformers_bars():
+        with _quiet_transformers():
             self.model.save_pretrained(path, max_shard_size=max_shard_size)
         self.tokenizer.save_pretrained(path)
 
@@ -111,9 +127,9 @@ class TextEncoder:
 
         Warns about a prompt that is cut, saying from which character on.
         """
-        limit = context_tokens if max_sequence_length is None else max_sequence_length
-        if not 0 < limit <= context_tokens:
-            raise InputError(f"max_sequence_length must be from 1 to {context_tokens}, not {limit}.")
+        limit = context_tokens
+        if max_sequence_length is not None:
+            limit = check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
         tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
         tokens = tokens.to(self.model.device)
         mask = tokens != self.tokenizer.pad_token_id
@@ -125,10 +141,9 @@ class TextEncoder:
         if self.tokenizer.is_fast:
             spans = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
             if len(spans) > limit:
-                warnings.warn(
+                _warn_caller(
                     f"Prompt {index} has {len(spans)} tokens; the limit is {limit}. "
-                    f"Its text from character {spans[limit][0]} of {len(prompt)} on was cut.",
-                    stacklevel=6,
+                    f"Its text from character {spans[limit][0]} of {len(prompt)} on was cut."
                 )
         ids = self.tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
         padding = [self.tokenizer.pad_token_id] * (padded - len(ids))
@@ -161,6 +176,14 @@ class TextEncoder:
         return self._prefixes[limit]
 
 
+def _warn_caller(message: str) -> None:
+    """Warn at the line outside this package that led here, however many functions and torch's decorators lie between."""
+    frame, level = sys._getframe().f_back, 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def _recording_cache(record: list[tuple[Tensor, Tensor]] | None) -> Any:
     """A transformers cache that also appends what each layer stores to `record`; its public interface is stable."""
     from transformers import DynamicCache
@@ -180,16 +203,57 @@ def _dtype_argument(version: str) -> str:
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
+def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' report on what didn't fit."""
+    import transformers
+
+    options: dict[str, Any] = {_dtype_argument(transformers.__version__): dtype or "auto"}
+    return transformers.AutoModel.from_pretrained(
+        str(path),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, and refused by us with their names
+        trust_remote_code=False,
+        local_files_only=True,
+        **options,
+    )
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        return AutoTokenizer.from_pretrained(str(path), **options)
+    except ValueError:  # version 4 doesn't know version 5's name for the class
+        if not (path / "tokenizer.json").exists():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(str(path), **options)
+
+
+def _was_refused(error: BaseException | None) -> bool:
+    """Whether a pickle that holds more than tensors is at the bottom of an error."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _key(entry: Any) -> str:
+    """The name in an entry of transformers' report, which may have shapes beside it."""
+    return entry if isinstance(entry, str) else str(entry[0])
+
+
 @contextmanager
-def _no_transformers_bars() -> Iterator[None]:
-    """Silence transformers' bars over shards for a while."""
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars over shards, and its reports, which become our errors."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

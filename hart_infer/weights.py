@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -85,43 +85,61 @@ def load_module(build: Callable[[], ModuleT], files: Iterable[Path], *, torch_dt
     """
     with torch.device("meta"):
         module = build()
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     files = list(files)
     torch_dtype = torch_dtype or _stored_dtype(files)
-    loaded: dict[str, Tensor] = {}
-    problems: list[str] = []
+    tensors = _Checked({name: tensor.shape for name, tensor in module.state_dict().items()})
     for file in files:
         for stored_name, tensor in _tensors(file, torch_dtype):
-            name = rename(stored_name)
-            if name is not None:
-                problems += _place(loaded, expected, name, tensor)
-    missing = sorted(set(expected) - set(loaded))
-    if missing:
-        problems.append(f"missing: {_shorten(missing)}")
+            tensors.add(stored_name, tensor)
+    problems = tensors.problems()
     if problems:
         raise WeightsError(
             f"{', '.join(str(file) for file in files)} does not fit the checkpoint's configuration; {'; '.join(problems)}."
         )
-    module.load_state_dict(loaded, strict=True, assign=True)
+    module.load_state_dict(tensors.loaded, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def _place(loaded: dict[str, Tensor], expected: dict[str, torch.Size], name: str, tensor: Tensor) -> list[str]:
-    """Put a tensor, or its part of a merged one, into `loaded`; returns what is wrong with it."""
-    name, _, part = name.partition("[")
-    if name not in expected:
-        return [f"unexpected: {name}"]
-    shape = expected[name]
-    if part:
-        shape = torch.Size([shape[0] // 3])
-    if tensor.shape != shape:
-        return [f"{name} has shape {list(tensor.shape)} instead of {list(shape)}"]
-    if part:
-        merged = loaded.setdefault(name, torch.zeros(expected[name], dtype=tensor.dtype))
-        merged.view(3, -1)[int(part[0])] = tensor
-    else:
-        loaded[name] = tensor
-    return []
+class _Checked:
+    """Tensors under our names, as they come, and all that is wrong with them."""
+
+    def __init__(self, expected: dict[str, torch.Size]) -> None:
+        self.expected = expected
+        self.loaded: dict[str, Tensor] = {}
+        self._given: set[str] = set()  # as `rename` has it
+        self._wrong: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, stored_name: str, tensor: Tensor) -> None:
+        """Take a tensor, or its part of a merged one."""
+        renamed = rename(stored_name) or ""
+        name, _, part = renamed.partition("[")
+        shape = self.expected.get(name)
+        if shape is not None and part:
+            shape = torch.Size([shape[0] // 3])
+        if shape is None:
+            self._wrong["unexpected"].append(stored_name)
+        elif tensor.shape != shape:
+            self._wrong["wrong shape"].append(f"{stored_name} has {list(tensor.shape)} instead of {list(shape)}")
+        elif not tensor.is_floating_point():
+            self._wrong["not floating-point"].append(f"{stored_name} ({str(tensor.dtype).removeprefix('torch.')})")
+        elif self._given & {renamed, name} or (name in self.loaded and not part):
+            self._wrong["given twice"].append(stored_name)
+        elif part:
+            merged = self.loaded.setdefault(name, torch.zeros(self.expected[name], dtype=tensor.dtype))
+            merged.view(3, -1)[int(part[0])] = tensor.detach()
+        else:
+            self.loaded[name] = tensor.detach()
+        self._given.add(renamed)
+
+    def problems(self) -> list[str]:
+        """What is wrong, kind by kind, once all tensors have come."""
+        whole = {name.partition("[")[0] for name in self._given}
+        missing = set(self.expected) - whole
+        for given, other, name in (("[0]", "[2]", "v_bias"), ("[2]", "[0]", "q_bias")):
+            partial = (item.removesuffix(given) for item in self._given if item.endswith(given))
+            missing |= {item.replace("qkv.bias", name) for item in partial if item + other not in self._given}
+        wrong = {"missing": missing, **self._wrong}
+        return [f"{kind}: {shorten(names)}" for kind, names in wrong.items() if names]
 
 
 def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +151,8 @@ def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         if get is None or converted >= CHUNK_BYTES:
             get, converted = _open(file)[1], 0
         stored = get(name)
-        tensor = stored.to(torch.float32 if KEPT_IN_FP32.fullmatch(rename(name) or "") else dtype)
+        kept = torch.float32 if KEPT_IN_FP32.fullmatch(rename(name) or "") else dtype
+        tensor = stored.to(kept if stored.is_floating_point() else stored.dtype)
         if tensor is not stored:
             converted += stored.nbytes
         del stored
@@ -141,12 +160,12 @@ def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype:
-    """The dtype of the largest tensor that is read."""
+    """The dtype of the largest tensor that is read and could be computed with."""
     largest, dtype = -1, torch.float32
     for file in files:
         for name, (shape, stored) in tensor_shapes(file).items():
             size = torch.Size(shape).numel()
-            if rename(name) is not None and size > largest:
+            if rename(name) is not None and stored in _COMPUTED and size > largest:
                 largest, dtype = size, stored
     return dtype
 
@@ -160,13 +179,18 @@ def tensor_shapes(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise WeightsError(f"{file}: {name} is stored as {entry['dtype']}, which is not supported.")
     return {name: (tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()}
 
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_COMPUTED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
@@ -178,25 +202,30 @@ def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
             handle = safe_open(file, framework="pt")
             return list(handle.keys()), handle.get_tensor
         state = _load_pickle(file)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is damaged or not a weights file ({error}); download or copy it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{file} must hold a plain dictionary of tensors.")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise WeightsError(f"{file} must hold a plain dictionary of tensors by their names.")
     return list(state), state.__getitem__
 
 
 def _load_pickle(file: Path) -> object:
     """`torch.load` that runs no code; the archive is mapped unless it is in PyTorch's old format."""
+    with file.open("rb") as stream:
+        is_archive = stream.read(4) == b"PK\x03\x04"
     try:
-        with file.open("rb") as stream:
-            is_archive = stream.read(4) == b"PK\x03\x04"
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
-    except pickle.UnpicklingError as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, where the bytes are arbitrary
         raise WeightsError(
-            f"{file} holds more than tensors and was refused: loading it could run code. Use a safetensors file instead."
+            f"{file} is not a plain file of tensors and was refused, as reading it could run code: it is damaged or holds "
+            "Python objects. Download it again, or use a safetensors file."
         ) from error
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
+def shorten(names: Iterable[object], limit: int = 8) -> str:
+    """Names in order, the first few of them."""
+    names = sorted(str(name) for name in names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

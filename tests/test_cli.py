@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from hart_infer.cli import main, naming
 from hart_infer.cli.console import UsageError
 from hart_infer.errors import OutOfMemoryError
 from hart_infer.pictures import read_metadata
+from tests.hub import HubServer
 
 COMMANDS = ("generate", "reconstruct", "info", "convert", "doctor")
 SIDE = 32
@@ -100,15 +102,9 @@ def here() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*") if path.is_file())
 
 
-def shell(*args: str, cwd: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hart_infer", *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(),
-        **options,
-    )
+def shell(*args: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hart_infer", *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**environment(), **(more or {})})
 
 
 def environment() -> dict[str, str]:
@@ -204,6 +200,7 @@ def test_a_fault_of_ours_is_not_hidden(calls: Calls) -> None:
         main(["generate", "a"])
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")
 def test_warnings_and_log_lines_reach_stderr(
     calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -720,6 +717,27 @@ def test_what_the_library_refuses_is_one_sentence(
     assert complaint in err
     assert "Traceback" not in err
     assert here() == []
+
+
+def test_info_of_a_hub_id_downloads_configurations_only(hart_tiny: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "someone" / "hart"
+    for name in ("llm", "tokenizer"):
+        shutil.copytree(hart_tiny / name, repo / name)
+    hub_environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with HubServer(tmp_path / "hub") as hub:
+        hub_environment["HF_ENDPOINT"] = hub.url
+        result = shell("info", "someone/hart", "--json", more=hub_environment)
+        assert result.returncode == 0
+        assert hub.downloaded("someone/hart") == ["llm/config.json", "tokenizer/config.json"]
+        missing = shell("info", "someone/else", more=hub_environment)
+    report = json.loads(result.stdout)
+    assert report["files"] == {}
+    assert report["parameters"]["total"] > 2_000_000
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("hart-infer info: someone/else ")
+    offline = shell("info", "someone/hart", "--local-files-only", more=hub_environment)
+    assert (offline.returncode, offline.stderr) == (0, "")
+    assert "not on this machine" in offline.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

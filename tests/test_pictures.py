@@ -124,9 +124,7 @@ def test_without_overwrite_a_taken_name_is_left_alone(
 def test_new_files_have_the_usual_permissions(tmp_path: Path, image: Image.Image) -> None:
     (tmp_path / "usual").touch()
     save_picture(image, tmp_path / "a.png")
-    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "usual").stat().st_mode
-    )
+    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
 
 
 @posix
@@ -237,9 +235,7 @@ def test_a_real_write_error_leaves_nothing(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_ctrl_c_while_writing_leaves_nothing(
-    tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", _raise(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         save_picture(image, tmp_path / "new" / "a.png")

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import INDEX, find_checkpoint
+from ..checkpoint import INDEX, find_checkpoint, hub_id
 from ..config import AutoencoderConfig, TransformerConfig
 from ..errors import CheckpointNotFoundError
-from ..hub import download
+from ..hub import Repository
 
 RELEASED_FOLDERS, OWN_FOLDERS = ("llm", "tokenizer"), ("transformer", "autoencoder")
 
@@ -35,15 +35,9 @@ def summarise(path_or_id: str, *, revision: str | None, local_files_only: bool, 
     else:
         files = found.transformer_files + found.autoencoder_files
         return Summary(found.transformer, found.autoencoder, files, found.text_encoder)
-    root, folders = download(
-        path_or_id.rstrip("/").removesuffix("/llm"),
-        _folders,
-        lambda folders: [f"{folder}/config.json" for folder in folders],
-        revision=revision,
-        cache_dir=None,
-        token=None,
-        local_files_only=local_files_only,
-    )
+    repository = Repository.open(hub_id(path_or_id), revision=revision, local_files_only=local_files_only)
+    folders = _folders(repository.names)
+    root = repository.fetch([f"{folder}/config.json" for folder in folders])
     transformer, autoencoder = (root / folder / "config.json" for folder in folders)
     return Summary(TransformerConfig.from_json(transformer), AutoencoderConfig.from_json(autoencoder), (), None)
 

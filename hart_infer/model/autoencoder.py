@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import AutoencoderConfig
+from .layers import Conv2d
 from .quantizer import Quantizer, Tokens
 from .tiling import tiled
 
@@ -28,10 +30,10 @@ class ResnetBlock(nn.Module):
         """The shortcut is a 1x1 convolution where the channels change."""
         super().__init__()
         self.norm1 = _norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, h, w] -> [B, out_channels, h, w]."""
@@ -47,15 +49,15 @@ class AttentionBlock(nn.Module):
         """1x1 convolutions in and out."""
         super().__init__()
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, 3, channels, height * width).transpose(2, 3).contiguous()
-        q, k, v = qkv.unbind(1)  # [B, hw, C]
-        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, 1, channels, height * width)
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # [B, 1, hw, C]
+        attended = ops.attention(q, k, v, scale=channels**-0.5)  # [B, hw, C]
         return x + self.proj(attended.transpose(1, 2).reshape(batch, channels, height, width))
 
 
@@ -65,7 +67,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         """Channels are kept."""
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h/2, w/2]."""
@@ -78,7 +80,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         """Channels are kept."""
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, 2h, 2w]."""
@@ -94,14 +96,14 @@ def _middle(channels: int) -> dict[str, nn.Module]:
 
 
 def _out(channels: int, out_channels: int) -> dict[str, nn.Module]:
-    conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+    conv_out = Conv2d(channels, out_channels, 3, padding=1)
     return {"norm_out": _norm(channels), "silu_out": nn.SiLU(inplace=True), "conv_out": conv_out}
 
 
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:
     """Image [B, 3, h, w] -> latent [B, C, h/f, w/f], as one sequence of layers with the released names."""
     channels = config.ch
-    layers: dict[str, nn.Module] = {"conv_in": nn.Conv2d(3, channels, 3, padding=1)}
+    layers: dict[str, nn.Module] = {"conv_in": Conv2d(3, channels, 3, padding=1)}
     lowest = len(config.ch_mult) - 1
     for level, multiplier in enumerate(config.ch_mult):
         for i in range(BLOCKS_PER_LEVEL):
@@ -118,7 +120,7 @@ def _decoder(config: AutoencoderConfig) -> nn.Sequential:
     """Latent [B, C, h/f, w/f] -> image [B, 3, h, w], as one sequence of layers with the released names."""
     lowest = len(config.ch_mult) - 1
     channels = config.ch * config.ch_mult[lowest]
-    layers: dict[str, nn.Module] = {"conv_in": nn.Conv2d(config.z_channels, channels, 3, padding=1)}
+    layers: dict[str, nn.Module] = {"conv_in": Conv2d(config.z_channels, channels, 3, padding=1)}
     layers |= _middle(channels)
     for level in range(lowest, -1, -1):
         for i in range(BLOCKS_PER_LEVEL + 1):
@@ -139,15 +141,14 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = _encoder(config)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
         self.quantizer = Quantizer(config)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
         self.decoder = _decoder(config)
 
     def encode_latent(self, image: Tensor) -> Tensor:
         """Image [B, 3, h, w] in -1..1 -> continuous latent [B, C, h/f, w/f] fp32."""
-        latent: Tensor = self.quant_conv(self.encoder(image.to(self.quant_conv.weight.dtype)))
-        return latent.float()
+        return self.quant_conv(self.encoder(self._laid_out(image))).float()
 
     def encode(self, image: Tensor) -> Tokens:
         """Hybrid tokenization of an image [B, 3, size, size] in -1..1: codes per scale and the continuous residual."""
@@ -158,7 +159,7 @@ class Autoencoder(nn.Module):
 
         `tile`: run the levels above the lowest in tiles of so many latent cells (approximate: their group norms see a tile).
         """
-        hidden = self.post_quant_conv(latent.to(self.post_quant_conv.weight.dtype))
+        hidden = self.post_quant_conv(self._laid_out(latent))
         if tile is None or tile >= max(latent.shape[-2:]):
             image = self.decoder(hidden)
         else:
@@ -167,6 +168,12 @@ class Autoencoder(nn.Module):
             hidden = self.decoder[:split](hidden)
             image = tiled(self.decoder[split:], hidden, tile * (hidden.shape[-1] // latent.shape[-1]))
         return image.float().clamp_(-1, 1)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """`x` in the weights' dtype; channels last in half precision, which is faster but rounds otherwise."""
+        dtype = self.quant_conv.weight.dtype
+        layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+        return x.to(dtype, memory_format=layout)
 
     def to_device(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Move and cast in place; the quantizer is moved only."""

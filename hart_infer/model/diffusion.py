@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sampling import Draws
-from .layers import SinusoidEmbedding, guide
+from .layers import Linear, SinusoidEmbedding, guide
 
 TRAIN_STEPS = 1000
 LATENT_SCALE = 0.6  # the sample is in units of 1 / 0.6 of the latent
@@ -80,9 +80,9 @@ class ResidualBlock(nn.Module):
         """`width` in, out and inside."""
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 3 * width)
+        self.fc1 = Linear(width, width)
+        self.fc2 = Linear(width, width)
+        self.modulation = Linear(width, 3 * width)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         """x, activated [N, width] -> [N, width]; `activated` is SiLU of the condition."""
@@ -99,12 +99,12 @@ class ResidualDiffusion(nn.Module):
         super().__init__()
         self.channels = channels
         self.time_embed = SinusoidEmbedding(width)
-        self.condition_embed = nn.Linear(condition_dim, width)
-        self.input_proj = nn.Linear(channels, width)
+        self.condition_embed = Linear(condition_dim, width)
+        self.input_proj = Linear(channels, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.out_norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.out_modulation = nn.Linear(width, 2 * width)
-        self.out_proj = nn.Linear(width, 2 * channels)
+        self.out_modulation = Linear(width, 2 * width)
+        self.out_proj = Linear(width, 2 * channels)
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Predict noise and variance value, each [N, C].

@@ -24,10 +24,31 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` through `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """A square convolution with bias, through `ops.conv2d`."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0) -> None:
+        """No dilation, no groups."""
+        super().__init__(channels, out_channels, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, out_channels, h', w']."""
+        assert self.bias is not None
+        return ops.conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+
+
 MANY_ROWS = 16  # CPU BLAS multiplies this many rows, or more, in one way
 
 
-class SteadyLinear(nn.Linear):
+class SteadyLinear(Linear):
     """A linear map for inputs of few rows whose rounding does not depend on how many they are.
 
     CPU BLAS takes another path for a handful of rows and rounds differently, by which an image would depend on the size of

@@ -81,14 +81,14 @@ class Quantizer(nn.Module):
 
     def discrete(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Sum of all scales' codes [B, C, P, P]; here, unlike in generation, the last scale is refined as well."""
-        f_hat = torch.zeros_like(embeddings[-1])
+        f_hat = _zeros(embeddings[-1])
         for index, embedding in enumerate(embeddings):
             f_hat = f_hat + self.enlarge(embedding, self._phi(index))
         return f_hat
 
     def inputs(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """Teacher forcing: the inputs [B, C, p, p] of scales 1, 2, ... given the codes of the scales before."""
-        f_hat = torch.zeros_like(embeddings[-1])
+        f_hat = _zeros(embeddings[-1])
         inputs = []
         for index, side in enumerate(self.patch_nums[1:]):
             f_hat = f_hat + self.enlarge(embeddings[index], self._phi(index))
@@ -97,3 +97,8 @@ class Quantizer(nn.Module):
 
     def _phi(self, index: int) -> int:
         return phi_index(index, len(self.patch_nums), self.share)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros in plain layout: a channels-last latent, as embedded codes are, takes a less exact way through the decoder."""
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from ..cache import KVCache
 from ..config import TransformerConfig
 from ..schedule import Stage
 from .diffusion import ResidualDiffusion
-from .layers import RMSNorm, SinusoidEmbedding, SteadyLinear
+from .layers import Linear, RMSNorm, SinusoidEmbedding, SteadyLinear
 
 MAX_LOG_SCALE = math.log(100)
 Table = tuple[Tensor, Tensor]  # cos, sin: [R, 1, L, d]
@@ -52,8 +52,8 @@ class Attention(nn.Module):
         """qkv in one matrix; the released checkpoint has no bias on k, here it is zero."""
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = Linear(config.embed_dim, config.embed_dim)
         self.log_scale = nn.Parameter(torch.zeros(1, config.num_heads, 1, 1)) if config.attn_l2_norm else None
         self.scale = 1.0 if config.attn_l2_norm else 0.25 / math.sqrt(config.head_dim)
 
@@ -78,9 +78,9 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         """Three matrices between `width` and `hidden`."""
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden, bias=False)
+        self.up = Linear(width, hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
@@ -93,8 +93,8 @@ class GeluMLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         """Two matrices between `width` and `hidden`."""
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
@@ -164,8 +164,8 @@ class Transformer(nn.Module):
         self.config = config
         width, scales = config.embed_dim, len(config.patch_nums)
         self.context_norm = RMSNorm(config.context_dim, config.norm_eps) if config.use_context_norm else nn.Identity()
-        self.context_embed = nn.Linear(config.context_dim, width)
-        self.word_embed = nn.Linear(channels, width)
+        self.context_embed = Linear(config.context_dim, width)
+        self.word_embed = Linear(channels, width)
         self.level_embed = SinusoidEmbedding(width) if config.use_timestep_embed else nn.Embedding(scales, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(config, vocab_size)

@@ -1,7 +1,8 @@
 """The operations that kernels may replace, each a plain PyTorch function whose body is its specification."""
 
 from .attention import attention
+from .products import conv2d, linear
 from .rms_norm import rms_norm
 from .rope import rope
 
-__all__ = ["attention", "rms_norm", "rope"]
+__all__ = ["attention", "conv2d", "linear", "rms_norm", "rope"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import widens
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """Softmax attention without a mask: q [R, H, L, d], k and v [R, H, N, d] -> [R, L, H * d]."""
     rows, heads, length, head_dim = q.shape
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if widens(q):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).reshape(rows, length, heads * head_dim)

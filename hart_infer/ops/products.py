@@ -1,0 +1,22 @@
+"""Matrix products and convolutions, in the precision that suits the device."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import MIN_ROWS, widens
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] -> [..., out] in x's dtype, accumulated in fp32."""
+    if x.numel() >= MIN_ROWS * x.shape[-1] and widens(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> Tensor:
+    """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w'] in x's dtype, accumulated in fp32."""
+    if widens(x):
+        return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
+    return F.conv2d(x, weight, bias, stride, padding)

@@ -1,0 +1,171 @@
+"""Recorded traces, the models they were recorded from, and how to feed the one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hart_infer.cache import KVCache
+from hart_infer.checkpoint import find_checkpoint
+from hart_infer.generation import prefill
+from hart_infer.loading import load_models
+from hart_infer.model.autoencoder import Autoencoder
+from hart_infer.model.quantizer import Quantizer
+from hart_infer.model.rope import image_table
+from hart_infer.model.transformer import Modulation, Transformer
+from hart_infer.sampling import Draws, Settings
+from hart_infer.schedule import Stage, build_schedule
+
+from .data import SUBSET, golden, golden_root
+
+FED = 1e-5  # relative error that the issue allows where every input is a recorded one
+SMOOTH, HARD = 5e-3, 2e-4  # errors that it allows a whole run: 1 / tau amplifies rounding in a smooth one
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    """Largest error over the reference's largest value."""
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+@dataclass(frozen=True)
+class Model:
+    transformer: Transformer
+    autoencoder: Autoencoder
+    stages: tuple[Stage, ...]
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return self.autoencoder.quantizer
+
+
+def load_model(checkpoint: str, dtype: torch.dtype = torch.float32, *, use_ema: bool = False) -> Model:
+    """A golden checkpoint's modules; skips where it is only in the full set."""
+    return _load_model(golden(checkpoint), dtype, use_ema)
+
+
+@lru_cache(maxsize=None)
+def _load_model(folder, dtype, use_ema) -> Model:
+    found = find_checkpoint(folder, use_ema=use_ema, with_text_encoder=False)
+    transformer, autoencoder = load_models(found, dtype)
+    stages = build_schedule(
+        found.transformer.patch_nums,
+        context_tokens=found.transformer.context_token,
+        share_quant_resi=found.autoencoder.share_quant_resi,
+    )
+    return Model(transformer, autoencoder, stages)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded run: its tensors by key, and what it was called with."""
+
+    tensors: dict[str, Tensor]
+    images: int
+    seed: int
+    settings: Settings
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.tensors and golden_root() == SUBSET:
+            pytest.skip(f"{key} is left out of the golden data's subset")
+        return self.tensors[key]
+
+    def at(self, scale: int, key: str) -> Tensor:
+        return self[f"scale{scale}.{key}"]
+
+    def has(self, key: str) -> bool:
+        return key in self.tensors
+
+    @property
+    def error(self) -> float:
+        """What a run from the seed alone may differ by."""
+        return SMOOTH if self.settings.more_smooth else HARD
+
+
+def load_trace(checkpoint: str, name: str) -> Trace:
+    """`trace-<name>` of a golden checkpoint; skips where it is only in the full set."""
+    return _load_trace(golden(checkpoint) / f"trace-{name}.safetensors")
+
+
+@lru_cache(maxsize=None)
+def _load_trace(path) -> Trace:
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    settings = Settings(
+        guidance_scale=float(said["cfg_scale"]),
+        top_p=float(said.get("top_p", 0)),
+        more_smooth=said["more_smooth"] == "True",
+    )
+    return Trace(load_file(path), int(said["B"]), int(said["seed"]), settings)
+
+
+class Recorded(Draws):
+    """Stands in for `Draws`: hands out a trace's indices and noises in the order in which they are asked for."""
+
+    def __init__(self, trace: Trace, *, scale: int = 0) -> None:
+        super().__init__([trace.seed], "cpu", images_per_seed=trace.images)
+        self._trace = trace
+        self._scale = scale
+        self._step = 0
+
+    def multinomial(self, probabilities: Tensor) -> Tensor:
+        indices = self._trace.at(self._scale, "indices")
+        self._scale += 1
+        drawn = probabilities.gather(-1, indices[..., None])
+        assert (drawn > 0).all(), "a recorded code is filtered out"
+        return indices
+
+    def gumbel(self, like: Tensor) -> Tensor:
+        return self._trace.at(self._scale - 1, "gumbel")
+
+    def start_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
+        return self._trace["diffusion.noise_init"].view(images, tokens, channels)
+
+    def step_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
+        self._step += 1
+        return self._trace[f"diffusion.noise{self._step - 1}"].view(images, tokens, channels)
+
+
+def both_halves(trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+    """Context, mask and position ids of 2B rows: the recorded ones, then the unconditional ones."""
+    context, mask, position_ids = (trace[key] for key in ("context", "context_mask", "context_position_ids"))
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    return (
+        torch.cat([context, torch.zeros_like(context)]),
+        torch.cat([mask, first]),
+        torch.cat([position_ids, torch.zeros_like(position_ids)]),
+    )
+
+
+def recorded_inputs(model: Model, trace: Trace) -> list[Tensor]:
+    """The inputs of scales 1, 2, ...: as recorded, or, in a thin hard trace, what the recorded indices make of them."""
+    later = model.stages[1:]
+    if trace.has("scale0.next_input"):
+        return [trace.at(stage.index - 1, "next_input") for stage in later]
+    assert not trace.settings.more_smooth
+    codes = [model.quantizer.embed(trace.at(stage.index, "indices")) for stage in model.stages]
+    return model.quantizer.inputs(codes)
+
+
+@torch.inference_mode()
+def feed_transformer(model: Model, trace: Trace, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Modulation]:
+    """Hidden states [2B, L, D] of scale 0 and of one scale per input, both guidance halves, and the modulation."""
+    transformer, config = model.transformer, model.transformer.config
+    start, hidden = prefill(transformer, *both_halves(trace), model.stages[0])
+    cache = KVCache(config, model.stages, rows=len(hidden), dtype=transformer.dtype, device=transformer.device)
+    cache.keys[:, :, :, : config.context_token] = start.keys
+    cache.values[:, :, :, : config.context_token] = start.values
+    result = [hidden]
+    for stage, latent in zip(model.stages[1:], inputs, strict=False):
+        table = image_table(stage.side, model.stages[-1].side, start.last_position, config.head_dim, transformer.dtype)
+        x = transformer.embed_tokens(latent, stage.index).repeat(2, 1, 1)
+        result.append(transformer(x, start.modulation, table, cache, stage))
+    return result, start.modulation

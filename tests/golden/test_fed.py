@@ -1,0 +1,251 @@
+"""Fed the recorded tensors scale by scale, every number agrees within 1e-5 relative."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from hart_infer.generation import unconditional_prefill
+from hart_infer.model.layers import guide
+from hart_infer.model.transformer import Modulation
+from hart_infer.sampling import Draws, filter_logits, sample_scale
+
+from .recorded import FED, Recorded, feed_transformer, load_model, load_trace, recorded_inputs, relative
+
+pytestmark = pytest.mark.golden
+
+CHECKPOINTS = ("hart-tiny", "hart-tiny-adaln", "hart-tiny-sharedaln", "hart-tiny-var")  # those with a full trace
+SCALES = range(6)
+LAST = SCALES[-1]
+THIN = [(name, trace) for name in CHECKPOINTS for trace in ("hard", "cfg0")] + [("hart-tiny", "left")]
+
+every_checkpoint = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+every_scale = pytest.mark.parametrize("scale", SCALES)
+scales_before_last = pytest.mark.parametrize("scale", SCALES[:-1])
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@lru_cache(maxsize=None)
+def fed(checkpoint: str) -> tuple[list[Tensor], Modulation]:
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    return feed_transformer(model, trace, recorded_inputs(model, trace))
+
+
+@lru_cache(maxsize=None)
+def fed_hard(checkpoint: str) -> list[Tensor]:
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "hard")
+    return feed_transformer(model, trace, recorded_inputs(model, trace))[0]
+
+
+@every_checkpoint
+@every_scale
+def test_hidden(checkpoint, scale):
+    assert relative(fed(checkpoint)[0][scale], load_trace(checkpoint, "smooth").at(scale, "hidden")) <= FED
+
+
+@every_checkpoint
+def test_unconditional_half(checkpoint):
+    """Encoded alone, one row, it is what the released code computes beside every prompt."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    hidden = unconditional_prefill(model.transformer, model.stages[0]).hidden
+    for row in trace.at(0, "hidden")[trace.images :]:
+        assert relative(hidden[0], row[-1:]) <= FED
+
+
+@every_checkpoint
+@every_scale
+def test_logits(checkpoint, scale):
+    trace = load_trace(checkpoint, "smooth")
+    logits = load_model(checkpoint).transformer.head(trace.at(scale, "hidden"), fed(checkpoint)[1].head)
+    assert relative(logits, trace.at(scale, "logits")) <= FED
+
+
+@every_checkpoint
+@every_scale
+def test_guided_logits(checkpoint, scale):
+    """The last scale's guidance is the one before's; at scale 0 the last position counts, and it is not guided."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    stage, recorded = model.stages[scale], trace.at(scale, "guided_logits")
+    guided = guide(trace.at(scale, "logits")[:, -stage.tokens :], stage.guidance(trace.settings.guidance_scale))
+    assert relative(guided, recorded) <= FED
+
+
+@every_checkpoint
+def test_draws(checkpoint):
+    """Recorded logits and the seed give the recorded indices and Gumbel noise: the order and shape of every draw."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    draws = Draws([trace.seed], "cpu", images_per_seed=trace.images)
+    for stage in model.stages:
+        logits = trace.at(stage.index, "guided_logits").clone()
+        filtered = filter_logits(logits, top_k=stage.top_k, top_p=trace.settings.top_p)
+        assert torch.equal(draws.multinomial(filtered.softmax(dim=-1)), trace.at(stage.index, "indices"))
+        assert relative(draws.gumbel(filtered), trace.at(stage.index, "gumbel")) <= FED
+
+
+@every_checkpoint
+@every_scale
+def test_temperature(checkpoint, scale):
+    assert load_model(checkpoint).stages[scale].temperature == pytest.approx(
+        load_trace(checkpoint, "smooth").at(scale, "tau").item(), rel=FED
+    )
+
+
+@every_checkpoint
+@scales_before_last
+def test_embedding(checkpoint, scale):
+    """The mixture that is fed on; 1 / tau multiplies the logits' own rounding, so they are the recorded ones."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    stage = model.stages[scale]
+    mixed = _mixture(checkpoint, scale).transpose(1, 2).unflatten(2, (stage.side, stage.side))
+    assert relative(mixed, trace.at(scale, "embedding")) <= FED
+
+
+@every_checkpoint
+@scales_before_last
+def test_f_hat(checkpoint, scale):
+    """Bicubic upsampling and the right one of the shared residual convolutions."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    reference = trace.at(scale, "f_hat")
+    before = trace.at(scale - 1, "f_hat") if scale else torch.zeros_like(reference)
+    added = model.quantizer.enlarge(trace.at(scale, "embedding"), model.stages[scale].phi)
+    assert relative(before + added, reference) <= FED
+
+
+@every_checkpoint
+@scales_before_last
+def test_next_input(checkpoint, scale):
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    resized = model.quantizer.next_input(trace.at(scale, "f_hat"), model.stages[scale + 1].side)
+    assert relative(resized, trace.at(scale, "next_input")) <= FED
+
+
+@every_checkpoint
+def test_diffusion_condition(checkpoint):
+    """Always of the drawn, hard index, although a mixture is fed on."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    codes = model.quantizer.codebook(trace.at(LAST, "indices"))
+    condition = model.transformer.residual_condition(trace.at(LAST, "hidden"), codes)
+    assert relative(condition.flatten(0, 1), trace["diffusion.condition"]) <= FED
+
+
+@every_checkpoint
+def test_diffusion_sample(checkpoint):
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1))
+    sample = model.transformer.diffusion.sample(
+        condition, images=trace.images, guidance=trace["diffusion.cfg"].item(), steps=8, draws=Recorded(trace)
+    )
+    assert relative(sample.flatten(0, 1), _conditional_sample(trace)) <= FED
+
+
+@pytest.mark.parametrize(("checkpoint", "name"), [(checkpoint, "smooth") for checkpoint in CHECKPOINTS] + THIN)
+def test_diffusion_guidance_and_noise(checkpoint, name):
+    """The last scale's guidance, and a second generator with the same seed that draws both halves' noise."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, name)
+    assert model.stages[-1].guidance(trace.settings.guidance_scale) == pytest.approx(trace["diffusion.cfg"].item(), rel=FED)
+    draws = Draws([trace.seed], "cpu", images_per_seed=trace.images)
+    tokens, channels = model.stages[-1].tokens, model.transformer.diffusion.channels
+    shape = (trace.images, tokens, channels, torch.device("cpu"))
+    assert relative(draws.start_noise(*shape).flatten(0, 1), trace["diffusion.noise_init"]) <= FED
+    for step in range(8):
+        assert relative(draws.step_noise(*shape).flatten(0, 1), trace[f"diffusion.noise{step}"]) <= FED
+
+
+@every_checkpoint
+def test_final_f_hat(checkpoint):
+    """The last scale adds its mixture and the residual, without a residual convolution."""
+    trace = load_trace(checkpoint, "smooth")
+    tokens = _mixture(checkpoint, LAST) + _conditional_sample(trace).unflatten(0, (trace.images, -1))
+    f_hat = trace.at(LAST - 1, "f_hat") + tokens.transpose(1, 2).reshape(trace["f_hat"].shape)
+    assert relative(f_hat, trace["f_hat"]) <= FED
+
+
+@pytest.mark.parametrize(("checkpoint", "name"), [(checkpoint, "smooth") for checkpoint in CHECKPOINTS] + THIN)
+def test_image(checkpoint, name):
+    trace = load_trace(checkpoint, name)
+    image = (load_model(checkpoint).autoencoder.decode(trace["f_hat"]) + 1) / 2
+    assert relative(image, trace["image"]) <= FED
+
+
+@every_checkpoint
+@every_scale
+def test_hidden_of_hard_trace(checkpoint, scale):
+    """Three images, fed what the recorded indices stand for."""
+    _check_thin_hidden(fed_hard(checkpoint)[scale], load_trace(checkpoint, "hard"), scale)
+
+
+@pytest.mark.parametrize(("checkpoint", "name"), THIN)
+def test_context_of_thin_trace(checkpoint, name):
+    """Scale 0 is all that a thin trace with mixtures can be fed; the left-padded one has position ids of -1."""
+    trace = load_trace(checkpoint, name)
+    hidden, _ = feed_transformer(load_model(checkpoint), trace, [])
+    _check_thin_hidden(hidden[0], trace, 0)
+
+
+@pytest.mark.parametrize(("checkpoint", "name"), THIN)
+def test_diffusion_sample_of_thin_trace(checkpoint, name):
+    """The network is per token, so the recorded positions are enough. At guidance 0 only the conditional half counts."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, name)
+    positions = trace.at(LAST, "positions")
+    codes = model.quantizer.codebook(trace.at(LAST, "indices")[:, positions])
+    condition = model.transformer.residual_condition(trace.at(LAST, "hidden"), codes)
+    sample = model.transformer.diffusion.sample(
+        condition if trace.settings.guidance_scale else condition[: trace.images],
+        images=trace.images,
+        guidance=trace["diffusion.cfg"].item(),
+        steps=8,
+        draws=_RecordedAt(trace, positions),
+    )
+    recorded = _conditional_sample(trace).unflatten(0, (trace.images, -1))
+    assert relative(sample, recorded[:, positions]) <= FED
+
+
+@every_checkpoint
+def test_final_f_hat_of_hard_trace(checkpoint):
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "hard")
+    quantizer = model.quantizer
+    codes = [quantizer.embed(trace.at(scale, "indices")) for scale in SCALES]
+    f_hat = codes[-1] + sum(quantizer.enlarge(codes[scale], model.stages[scale].phi) for scale in SCALES[:-1])
+    sample = _conditional_sample(trace).unflatten(0, (trace.images, -1)).transpose(1, 2)
+    assert relative(f_hat + sample.reshape(f_hat.shape), trace["f_hat"]) <= FED
+
+
+class _RecordedAt(Recorded):
+    """A trace's diffusion noises at a few token positions."""
+
+    def __init__(self, trace, positions):
+        super().__init__(trace)
+        self._positions = positions
+
+    def start_noise(self, images, tokens, channels, device):
+        return super().start_noise(images, -1, channels, device)[:, self._positions]
+
+    def step_noise(self, images, tokens, channels, device):
+        return super().step_noise(images, -1, channels, device)[:, self._positions]
+
+
+def _mixture(checkpoint: str, scale: int) -> Tensor:
+    """What `sample_scale` feeds on, given the recorded logits and draws."""
+    model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
+    logits = trace.at(scale, "guided_logits").clone()
+    codebook = model.quantizer.codebook.weight
+    indices, mixed = sample_scale(logits, codebook, model.stages[scale], Recorded(trace, scale=scale), trace.settings)
+    assert torch.equal(indices, trace.at(scale, "indices"))
+    return mixed
+
+
+def _conditional_sample(trace) -> Tensor:
+    """The conditional half of the recorded residual [B L, C]."""
+    return trace["diffusion.sample"].chunk(2)[0]
+
+
+def _check_thin_hidden(hidden: Tensor, trace, scale: int) -> None:
+    assert relative(hidden[:, trace.at(scale, "positions")], trace.at(scale, "hidden")) <= FED

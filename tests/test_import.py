@@ -1,0 +1,75 @@
+"""The package's front door: quick to import, and every public name behind it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hart_infer
+from hart_infer import errors
+from tests.golden.data import REPOSITORY
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    """Top-level packages, other than Python's own, that a statement loads in a fresh process."""
+    code = f"import sys, json; before = set(sys.modules); {statement}; print(json.dumps(sorted(set(sys.modules) - before)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    return {name.partition(".")[0] for name in json.loads(run.stdout)} - set(sys.stdlib_module_names)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert modules_loaded_by("import hart_infer") == {"hart_infer"}
+
+
+def test_the_pipeline_arrives_on_first_use_and_without_transformers() -> None:
+    loaded = modules_loaded_by("import hart_infer; hart_infer.HartPipeline")
+    assert "torch" in loaded
+    assert "transformers" not in loaded
+
+
+@pytest.mark.parametrize("name", hart_infer.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(hart_infer, name) is not None
+    assert name in dir(hart_infer)
+
+
+def test_lazy_names_are_the_modules_own() -> None:
+    from hart_infer import pipeline, text
+
+    assert hart_infer.HartPipeline is pipeline.HartPipeline
+    assert hart_infer.HartOutput is pipeline.HartOutput
+    assert hart_infer.Step is pipeline.Step
+    assert hart_infer.PromptEmbeds is text.PromptEmbeds
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'hart_infer' has no attribute 'HartPipelin'"):
+        _ = hart_infer.HartPipelin
+    with pytest.raises(ImportError, match="HartPipelin"):
+        from hart_infer import HartPipelin  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.ConfigError, ValueError),
+        (errors.WeightsError, ValueError),
+        (errors.InputError, ValueError),
+        (errors.CheckpointNotFoundError, FileNotFoundError),
+        (errors.OutputError, OSError),
+        (errors.OutOfMemoryError, RuntimeError),
+    ],
+)
+def test_every_error_is_ours_and_python_s(error: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(error, hart_infer.HartError)
+    assert issubclass(error, builtin)
+    assert getattr(hart_infer, error.__name__) is error
+
+
+def test_no_error_is_left_out_of_the_front_door() -> None:
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.HartError)}
+    assert defined <= set(hart_infer.__all__)
