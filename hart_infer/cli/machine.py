@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     import torch
 
 FIRST_BF16_CAPABILITY = (8, 0)
+STORED = "the stored dtype"
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "arm_bf16")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A device, a dtype and the reasons for them."""
+    """A device, a dtype (one of DTYPES, or STORED) and the reasons for them."""
 
     device: str
     dtype: str
@@ -28,12 +29,11 @@ class Choice:
     dtype_reason: str
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's."""
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype as torch's; None for the stored one."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
-        return dtype
+        return getattr(torch, DTYPES[self.dtype]) if self.dtype in DTYPES else None
 
 
 def choose(device: str | None = None, dtype: str | None = None) -> Choice:
@@ -64,12 +64,7 @@ def _choose_dtype(device: str) -> tuple[str, str]:
         if capability >= FIRST_BF16_CAPABILITY:
             return "bf16", f"compute capability {version} has bf16"
         return "fp16", f"compute capability {version} has no bf16"
-    if kind == "cpu":
-        fast = cpu_features()
-        if fast:
-            return "bf16", f"the CPU multiplies bf16 in hardware ({', '.join(sorted(fast))})"
-        return "fp32", "the CPU would only emulate bf16"
-    return "fp32", "bf16 and fp16 are not measured on this kind of device; --dtype fp16 halves the memory"
+    return STORED, "it is exact; --dtype bf16 halves the memory"
 
 
 def _checked(device: str) -> str:

@@ -97,7 +97,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        help="number format (default: what the device is fast in; see doctor)",
+        help="number format (default: bf16 on CUDA, else as stored; see doctor)",
     )
 
 
