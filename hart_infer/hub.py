@@ -83,8 +83,8 @@ class Repository:
     def fetch(self, names: Iterable[str]) -> Path:
         """Have `names` in the cache; returns the snapshot's folder.
 
-        An interrupted transfer is taken up where it stopped. Raises CheckpointNotFoundError, or OutputError where the cache
-        can't be written.
+        huggingface_hub takes an interrupted transfer up where it stopped; where it gives up it is asked again, a few times.
+        Raises CheckpointNotFoundError, or OutputError where the cache can't be written.
         """
         names = list(names)
         if self.cached is not None:
@@ -110,7 +110,7 @@ class Repository:
             except _transfer_errors() as error:
                 if not _may_pass(error):
                     raise
-                logger.warning("Download of %s was interrupted (%s); resuming.", self.id, type(error).__name__)
+                logger.warning("Download of %s was interrupted (%s); trying again.", self.id, type(error).__name__)
         return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
 
     def _complete(self, root: Path | None, names: list[str], reason: str, error: BaseException | None = None) -> Path:

@@ -52,13 +52,13 @@ def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) ->
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} can't be written ({reason}); free space or choose another folder.") from error
     finally:
-        if temporary is not None:
+        if temporary is not None and (path.exists() or not (temporary / "old").exists()):
             shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
 def _bytes(size: str) -> int:
-    """ "5GB" as a number: units of 1000, or of 1024 with an i."""
+    """A size such as 5GB as a number: units of 1000, or of 1024 with an i."""
     match = _SIZE.fullmatch(str(size))
     count = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))) if match else 0
     if count < 1:

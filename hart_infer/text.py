@@ -103,8 +103,10 @@ class TextEncoder:
         return int(self.model.config.hidden_size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
-        """Move or cast the model, in place."""
-        self.model.to(device=device, dtype=dtype)
+        """Move or cast the model, in place; only its weights are cast: the rotary frequencies are fp32 in every dtype."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype=dtype)
+        self.model.to(device=device)
         self._prefixes.clear()
         return self
 
@@ -155,11 +157,10 @@ class TextEncoder:
         cache = _recording_cache(record)
         for layer, (keys, values) in enumerate(prefix.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-        attention_mask = torch.cat([mask.new_ones(rows, prefix.length), mask], dim=1).long()
         position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
         output = self.model(
             input_ids=tokens,
-            attention_mask=attention_mask,
+            attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -174,6 +175,18 @@ class TextEncoder:
             self._run(ids, torch.ones_like(ids, dtype=torch.bool), _Prefix([], 0), record=layers)
             self._prefixes[limit] = _Prefix(layers, ids.shape[1])
         return self._prefixes[limit]
+
+
+def _attention_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """[U, T] bool, behind `prefix` visible tokens -> additive [U, 1, T, prefix + T]: causal, padding hidden.
+
+    Written out, because transformers' versions differ in what a left-padding position, which sees nothing, attends to; with
+    -inf it is nothing, as when the golden data was recorded, and HART attends to those positions' contexts.
+    """
+    rows, length = mask.shape
+    shown = torch.cat([mask.new_ones(rows, prefix), mask], dim=1)[:, None, None]
+    causal = mask.new_ones(length, prefix + length).tril(prefix)
+    return torch.zeros(rows, 1, *causal.shape, dtype=dtype, device=mask.device).masked_fill_(~(shown & causal), -torch.inf)
 
 
 def _warn_caller(message: str) -> None:
@@ -214,6 +227,7 @@ def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel,
         ignore_mismatched_sizes=True,  # reported, and refused by us with their names
         trust_remote_code=False,
         local_files_only=True,
+        attn_implementation="sdpa",  # the one that takes the mask of `_attention_mask` in every version
         **options,
     )
 

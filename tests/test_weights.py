@@ -277,7 +277,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(build: Build, tmp_path: Path, w
 
 def test_a_bare_pickle_is_refused_and_not_run(build: Build, tmp_path: Path) -> None:
     trap, file = tmp_path / "sprung", tmp_path / "ema_model.bin"
-    file.write_bytes(pickle.dumps(Payload(trap)))
+    file.write_bytes(pickle.dumps(Payload(trap), protocol=2))
     assert "was refused" in refusal(build, file)
     assert not trap.exists()
 
@@ -395,9 +395,9 @@ MEASURE = """
     import ctypes, gc, json, sys
     from pathlib import Path
     import torch
+    from hart_infer import weights
     from hart_infer.config import TransformerConfig
     from hart_infer.model.transformer import Transformer
-    from hart_infer.weights import load_module
 
     def status(key):
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -405,13 +405,15 @@ MEASURE = """
 
     def peak(config, file, dtype):
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = status("VmRSS")
-        module = load_module(lambda: Transformer(config, vocab_size=64, channels=8), [file], torch_dtype=dtype)
+        module = weights.load_module(lambda: Transformer(config, vocab_size=64, channels=8), [file], torch_dtype=dtype)
         for parameter in module.parameters():
             parameter.view(-1)[:: 4096 // parameter.element_size()].sum()  # every page, as a first call would
         return status("VmHWM") - before
 
+    weights.CHUNK_BYTES = 8 * 2**20  # as much smaller than the real value as this checkpoint is than the real one
     root = Path(sys.argv[1])
     config = TransformerConfig.from_json(root / "config.json")
     tiny = TransformerConfig.from_dict({**config.to_dict(), "embed_dim": 64, "depth": 1})
@@ -422,44 +424,45 @@ MEASURE = """
         pass
     print(json.dumps([peak(config, root / file, dtypes[dtype]) for file, dtype in json.loads(sys.argv[2])]))
 """
-LOADS = [
-    ("fp32.safetensors", "bfloat16"),
-    ("fp32.safetensors", "None"),
-    ("bf16.safetensors", "None"),
-    ("bf16.safetensors", "bfloat16"),
-    ("bf16.safetensors", "float32"),
-    ("fp32.bin", "bfloat16"),
-    ("fp32.bin", "float32"),
-]
+CONVERTED, MAPPED = (0.5, 0.7), (0.99, 1.02)  # in the stored size: half of it and a chunk; all of it, once
+LOADS = {
+    ("fp32.safetensors", "bfloat16"): CONVERTED,
+    ("fp32.safetensors", "float32"): MAPPED,
+    ("fp32.safetensors", "None"): MAPPED,
+    ("bf16.safetensors", "bfloat16"): MAPPED,
+    ("bf16.safetensors", "None"): MAPPED,
+    ("fp32.bin", "bfloat16"): CONVERTED,
+    ("fp32.bin", "None"): MAPPED,
+}
 
 
 @pytest.fixture(scope="module")
 def peaks() -> Iterator[dict[tuple[str, str], float]]:
-    """Growth of the resident memory in a fresh process, in units of the live bytes that are stored or wanted, if more."""
+    """Peak growth of a fresh process's resident memory by loading and first use, per live byte stored."""
     root = Path(tempfile.mkdtemp(prefix="hart-weights-"))
     try:
         live = write_large(root)
-        command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(root), json.dumps(LOADS)]
+        command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(root), json.dumps(list(LOADS))]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        bytes_of = {"fp32": live, "float32": live, "bf16": live // 2, "bfloat16": live // 2, "None": 0}
-        sizes = [max(bytes_of[file.partition(".")[0]], bytes_of[dtype]) for file, dtype in LOADS]
+        sizes = [live // 2 if file.startswith("bf16") else live for file, _ in LOADS]
         yield {load: peak / size for load, peak, size in zip(LOADS, json.loads(done.stdout), sizes, strict=True)}
     finally:
         shutil.rmtree(root)
 
 
 def write_large(root: Path) -> int:
-    """About 300 MB of live tensors, and as much again that is dead; returns the live bytes in fp32."""
-    values = {"patch_nums": [1, 2, 4], "context_token": 4, "context_dim": 64, "embed_dim": 1024, "num_heads": 8, "depth": 6}
-    config = TransformerConfig.from_dict({**values, "attn_type": "llama", "mlp_type": "llama", "disable_aln": True})
+    """About 110 MB of live tensors in fp32, whose bytes are returned, and a dead buffer of half the size."""
+    values = {"patch_nums": [1, 2, 4], "context_token": 4, "context_dim": 64, "embed_dim": 1024, "num_heads": 8, "depth": 2}
+    flags = {"attn_type": "llama", "mlp_type": "llama", "disable_aln": True, "diff_width": 64}
+    config = TransformerConfig.from_dict(values | flags)
     (root / "config.json").write_text(json.dumps(config.to_dict()))
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Transformer(config, vocab_size=64, channels=8).state_dict().items()}
     state = {name: torch.ones(shape) for name, shape in shapes.items()}
     live = sum(tensor.nbytes for tensor in state.values())
-    state["attn_bias_for_masking"] = torch.ones(live // 4)
+    state["attn_bias_for_masking"] = torch.ones(live // 8)
     write(root / "fp32.safetensors", state)
     write(root / "fp32.bin", state)
     write(root / "bf16.safetensors", {name: tensor.bfloat16() for name, tensor in state.items()})
@@ -467,11 +470,8 @@ def write_large(root: Path) -> int:
 
 
 @linux
-@pytest.mark.parametrize("load", LOADS, ids=lambda load: f"{load[0]} as {load[1]}")
+@pytest.mark.parametrize("load", LOADS, ids=" as ".join)
 def test_loading_peaks_below_1_3_times_the_size(peaks: dict[tuple[str, str], float], load: tuple[str, str]) -> None:
-    assert 0.4 < peaks[load] < 1.3  # the lower bound: that something was measured
-
-
-@linux
-def test_loading_in_bf16_keeps_no_fp32_copy(peaks: dict[tuple[str, str], float]) -> None:
-    assert peaks["bf16.safetensors", "bfloat16"] < 1.1  # what is stored in the wanted dtype is there once
+    low, high = LOADS[load]
+    assert high < 1.3  # what the issue asks
+    assert low < peaks[load] < high

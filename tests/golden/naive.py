@@ -1,7 +1,7 @@
-"""The same maths once more, the straightforward way: plain PyTorch on the released tensors, in any dtype.
+"""The same maths once more, the straightforward way: plain PyTorch on the released tensors, in any dtype, fp64 included.
 
 Written from the paper and the released behaviour, sharing nothing with hart_infer. It is the yardstick for bf16 and fp16:
-what eager PyTorch loses in a dtype, hart_infer may lose at most twice.
+what eager PyTorch loses in a dtype, hart_infer may lose at most twice. In fp64 it says how exact the recording is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
+    wide = at_least_fp32(x)
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
 
 
 def embed_number(number: float, weights: Weights, name: str) -> Tensor:
-    angles = number * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    features = torch.cat([angles.cos(), angles.sin()]).to(weights[f"{name}.0.weight"].dtype)
+    dtype = weights[f"{name}.0.weight"].dtype
+    angles = number * torch.exp(-math.log(10000) * at_least_fp32(torch.arange(128).to(dtype)) / 128)
+    features = torch.cat([angles.cos(), angles.sin()]).to(dtype)
     return linear(F.silu(linear(features, weights, f"{name}.0")), weights, f"{name}.2")
 
 
@@ -78,6 +83,13 @@ def mlp(x: Tensor, weights: Weights, name: str) -> Tensor:
     return linear(gated, weights, f"{name}.down_proj")
 
 
+def embed_context(weights: Weights, config, context: Tensor) -> Tensor:
+    context = context.to(weights["context_embed.weight"].dtype)
+    if config.use_context_norm:
+        context = rms_norm(context, weights["context_norm.weight"], config.norm_eps)
+    return linear(context, weights, "context_embed")
+
+
 def pool(embedded: Tensor, mask: Tensor, config) -> Tensor:
     if config.sep_aln_pooling_mode == "max" and not config.shared_aln:
         return embedded.max(dim=1).values
@@ -85,7 +97,9 @@ def pool(embedded: Tensor, mask: Tensor, config) -> Tensor:
     return (embedded * kept / kept.sum(1, keepdim=True).clamp(min=1)).sum(1)
 
 
-def hidden_states(weights: Weights, config, context: Tensor, mask: Tensor, positions: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def hidden_states(
+    weights: Weights, config, context: Tensor, mask: Tensor, positions: Tensor, inputs: list[Tensor]
+) -> list[Tensor]:
     """Every scale's hidden states [2B, L, D]; `inputs` are those of scales 1, 2, ... [B, C, p, p]."""
     dtype, heads, dim = weights["word_embed.weight"].dtype, config.num_heads, config.head_dim
 
@@ -93,10 +107,7 @@ def hidden_states(weights: Weights, config, context: Tensor, mask: Tensor, posit
         table = weights.get("lvl_embed.weight")
         return embed_number(index, weights, "lvl_embed.mlp") if table is None else table[index]
 
-    context = context.to(dtype)
-    if config.use_context_norm:
-        context = rms_norm(context, weights["context_norm.weight"], config.norm_eps)
-    embedded = linear(context, weights, "context_embed")
+    embedded = embed_context(weights, config, context)
     pooled = pool(embedded, mask, config)
     empty = torch.zeros(len(context), heads, 0, dim, dtype=dtype)
     past = [[empty, empty] for _ in range(config.depth)]
@@ -128,11 +139,19 @@ def hidden_states(weights: Weights, config, context: Tensor, mask: Tensor, posit
     return result
 
 
+def logits(weights: Weights, config, hidden: Tensor, context: Tensor) -> Tensor:
+    """Hidden states and contexts of the same rows [R, L, D], [R, T, width] -> [R, L, V]; the norm is not below fp32."""
+    pooled = embed_context(weights, config, context).max(dim=1).values
+    scale, shift = linear(F.silu(pooled), weights, "head_nm.ada_lin.1").unflatten(1, (2, 1, -1)).unbind(1)
+    normed = rms_norm(at_least_fp32(hidden), weights["head_nm.ln_wo_grad.weight"], config.norm_eps) * (1 + scale) + shift
+    return linear(normed.to(hidden.dtype), weights, "head")
+
+
 # --- residual diffusion ----------------------------------------------------------------------------------------------
 
 
 def predict(x: Tensor, condition: Tensor, timestep: int, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Noise and variance value, fp32."""
+    """Noise and variance value, not rounded to a lower dtype than fp32."""
     name = "diffloss.net"
     y = F.silu(embed_number(timestep, weights, f"{name}.time_embed.mlp") + linear(condition, weights, f"{name}.cond_embed"))
     h = linear(x.to(condition.dtype), weights, f"{name}.input_proj")
@@ -145,7 +164,7 @@ def predict(x: Tensor, condition: Tensor, timestep: int, weights: Weights) -> tu
         h, layer = h + gate * linear(inner, weights, f"{block}.mlp.2"), layer + 1
     shift, scale = linear(y, weights, f"{name}.final_layer.adaLN_modulation.1").chunk(2, dim=-1)
     out = linear(F.layer_norm(h, width, eps=1e-6) * (1 + scale) + shift, weights, f"{name}.final_layer.linear")
-    return out.float().chunk(2, dim=-1)
+    return at_least_fp32(out).chunk(2, dim=-1)
 
 
 def residual(weights: Weights, condition: Tensor, guidance: float, start: Tensor, noises: list[Tensor]) -> Tensor:
@@ -201,7 +220,9 @@ def pixel_attention(x: Tensor, weights: Weights, name: str) -> Tensor:
 def decode(weights: Weights, latent: Tensor) -> Tensor:
     """Latent [B, C, p, p] -> image in -1..1, fp32."""
     name = "vae.decoder"
-    x = conv(conv(latent.to(weights["vae.post_quant_conv.weight"].dtype), weights, "vae.post_quant_conv"), weights, f"{name}.conv_in")
+    x = conv(
+        conv(latent.to(weights["vae.post_quant_conv.weight"].dtype), weights, "vae.post_quant_conv"), weights, f"{name}.conv_in"
+    )
     x = resnet_block(x, weights, f"{name}.mid.block_1")
     x = resnet_block(pixel_attention(x, weights, f"{name}.mid.attn_1"), weights, f"{name}.mid.block_2")
     levels = {int(key.split(".")[3]) for key in weights if key.startswith(f"{name}.up.")}
@@ -212,4 +233,4 @@ def decode(weights: Weights, latent: Tensor) -> Tensor:
                 x = pixel_attention(x, weights, f"{name}.up.{level}.attn.{i}")
         if level > 0:
             x = conv(F.interpolate(x, scale_factor=2, mode="nearest"), weights, f"{name}.up.{level}.upsample.conv")
-    return conv(F.silu(normed(x, weights, f"{name}.norm_out")), weights, f"{name}.conv_out").float().clamp(-1, 1)
+    return at_least_fp32(conv(F.silu(normed(x, weights, f"{name}.norm_out")), weights, f"{name}.conv_out")).clamp(-1, 1)

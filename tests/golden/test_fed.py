@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +13,18 @@ from hart_infer.model.layers import guide
 from hart_infer.model.transformer import Modulation
 from hart_infer.sampling import Draws, filter_logits, sample_scale
 
-from .recorded import FED, Recorded, feed_transformer, load_model, load_trace, recorded_inputs, relative
+from . import naive
+from .recorded import (
+    FED,
+    Recorded,
+    feed_transformer,
+    load_model,
+    load_trace,
+    recorded_inputs,
+    relative,
+    released_weights,
+    rms,
+)
 
 pytestmark = pytest.mark.golden
 
@@ -33,13 +44,13 @@ def inference():
         yield
 
 
-@lru_cache(maxsize=None)
+@cache
 def fed(checkpoint: str) -> tuple[list[Tensor], Modulation]:
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     return feed_transformer(model, trace, recorded_inputs(model, trace))
 
 
-@lru_cache(maxsize=None)
+@cache
 def fed_hard(checkpoint: str) -> list[Tensor]:
     model, trace = load_model(checkpoint), load_trace(checkpoint, "hard")
     return feed_transformer(model, trace, recorded_inputs(model, trace))[0]
@@ -143,7 +154,7 @@ def test_diffusion_sample(checkpoint):
     sample = model.transformer.diffusion.sample(
         condition, images=trace.images, guidance=trace["diffusion.cfg"].item(), steps=8, draws=Recorded(trace)
     )
-    assert relative(sample.flatten(0, 1), _conditional_sample(trace)) <= FED
+    _check_sample(sample, checkpoint, trace, condition)
 
 
 @pytest.mark.parametrize(("checkpoint", "name"), [(checkpoint, "smooth") for checkpoint in CHECKPOINTS] + THIN)
@@ -204,8 +215,7 @@ def test_diffusion_sample_of_thin_trace(checkpoint, name):
         steps=8,
         draws=_RecordedAt(trace, positions),
     )
-    recorded = _conditional_sample(trace).unflatten(0, (trace.images, -1))
-    assert relative(sample, recorded[:, positions]) <= FED
+    _check_sample(sample, checkpoint, trace, condition, positions)
 
 
 @every_checkpoint
@@ -240,6 +250,29 @@ def _mixture(checkpoint: str, scale: int) -> Tensor:
     indices, mixed = sample_scale(logits, codebook, model.stages[scale], Recorded(trace, scale=scale), trace.settings)
     assert torch.equal(indices, trace.at(scale, "indices"))
     return mixed
+
+
+def _check_sample(sample: Tensor, checkpoint: str, trace, condition: Tensor, positions=slice(None)) -> None:
+    """Within 1e-5 of the recorded residual [B, L, C], or no further from the exact one than twice the recorded one is.
+
+    The first step divides by a very small alpha-bar, which amplifies rounding: the recording is 5e-5 from the same maths in
+    fp64, and only a CPU whose BLAS rounds alike meets it within 1e-5.
+    """
+
+    def noise(name):
+        return trace[f"diffusion.noise{name}"].unflatten(0, (trace.images, -1))[:, positions].flatten(0, 1).double()
+
+    recorded = _conditional_sample(trace).unflatten(0, (trace.images, -1))[:, positions]
+    if relative(sample, recorded) > FED:
+        weights = released_weights(checkpoint, "llm", torch.float64)
+        exact = naive.residual(
+            weights,
+            condition.flatten(0, 1).double(),
+            trace["diffusion.cfg"].item(),
+            noise("_init"),
+            [noise(step) for step in range(8)],
+        ).view(recorded.shape)
+        assert rms(sample, exact) <= 2 * rms(recorded, exact)
 
 
 def _conditional_sample(trace) -> Tensor:

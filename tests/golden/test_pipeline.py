@@ -65,4 +65,4 @@ def test_ema_weights_matter():
     pipe.set_progress_bar_config(disable=True)
     embeds = PromptEmbeds(trace["context"], trace["context_mask"])
     image = pipe(prompt_embeds=embeds, seed=trace.seed, output_type="pt").images
-    assert relative(image, trace["image"]) > 100 * trace.error
+    assert relative(image, trace["image"]) > 0.5

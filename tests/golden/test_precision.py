@@ -6,17 +6,14 @@ data like hart_infer does.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import naive
-from .data import golden
 from .recorded import (
     FED,
+    HARD,
     Recorded,
     both_halves,
     feed_transformer,
@@ -24,12 +21,16 @@ from .recorded import (
     load_trace,
     recorded_inputs,
     relative,
+    released_weights,
+    rms,
 )
 
 pytestmark = pytest.mark.golden
 
 CHECKPOINTS = ("hart-tiny", "hart-tiny-adaln", "hart-tiny-sharedaln", "hart-tiny-var")
-PARTS = ("hidden", "residual", "decoder")
+PARTS = ("hidden", "logits", "residual", "decoder")
+
+SCALES = {"hidden": range(6), "logits": range(4)}  # the subset has the logits of these
 
 every_checkpoint = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 every_part = pytest.mark.parametrize("part", PARTS)
@@ -41,25 +42,24 @@ def inference():
         yield
 
 
-@lru_cache(maxsize=None)
-def weights(checkpoint: str, folder: str, dtype: torch.dtype) -> naive.Weights:
-    return {name: tensor.to(dtype) for name, tensor in load_file(golden(checkpoint) / folder / "model.safetensors").items()}
-
-
 def reference(checkpoint: str, part: str) -> list[Tensor]:
     trace = load_trace(checkpoint, "smooth")
-    if part == "hidden":
-        return [trace.at(scale, "hidden") for scale in range(6)]
+    if part in ("hidden", "logits"):
+        return [trace.at(scale, part) for scale in SCALES[part]]
     return [trace["diffusion.sample"].chunk(2)[0]] if part == "residual" else [trace["image"] * 2 - 1]
 
 
 def eager(checkpoint: str, part: str, dtype: torch.dtype) -> list[Tensor]:
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     if part == "decoder":
-        return [naive.decode(weights(checkpoint, "tokenizer", dtype), trace["f_hat"])]
-    tensors = weights(checkpoint, "llm", dtype)
+        return [naive.decode(released_weights(checkpoint, "tokenizer", dtype), trace["f_hat"])]
+    tensors = released_weights(checkpoint, "llm", dtype)
     if part == "hidden":
         return naive.hidden_states(tensors, model.transformer.config, *both_halves(trace), recorded_inputs(model, trace))
+    if part == "logits":
+        context = both_halves(trace)[0]
+        hidden = [trace.at(scale, "hidden").to(dtype) for scale in SCALES[part]]
+        return [naive.logits(tensors, model.transformer.config, x, context) for x in hidden]
     noises = [trace[f"diffusion.noise{step}"] for step in range(8)]
     guidance = trace["diffusion.cfg"].item()
     return [naive.residual(tensors, trace["diffusion.condition"], guidance, trace["diffusion.noise_init"], noises)]
@@ -71,6 +71,9 @@ def ours(checkpoint: str, part: str, dtype: torch.dtype) -> list[Tensor]:
         return [model.autoencoder.decode(trace["f_hat"])]
     if part == "hidden":
         return feed_transformer(model, trace, recorded_inputs(model, trace))[0]
+    if part == "logits":
+        modulation = feed_transformer(model, trace, [])[1].head
+        return [model.transformer.head(trace.at(scale, "hidden").to(dtype), modulation) for scale in SCALES[part]]
     condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1)).to(dtype)
     guidance = trace["diffusion.cfg"].item()
     sample = model.transformer.diffusion.sample(
@@ -82,15 +85,15 @@ def ours(checkpoint: str, part: str, dtype: torch.dtype) -> list[Tensor]:
 @every_checkpoint
 @every_part
 def test_eager_is_the_same_maths(checkpoint, part):
+    """The residual's eight steps amplify rounding: the recorded one is itself up to 1e-4 from fp64."""
     for computed, recorded in zip(eager(checkpoint, part, torch.float32), reference(checkpoint, part), strict=True):
-        assert relative(computed, recorded) <= FED
+        assert relative(computed, recorded) <= (HARD if part == "residual" else FED)
 
 
 @every_checkpoint
 @every_part
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_error_is_at_most_twice_eagers(checkpoint, part, dtype):
-    """Scale by scale. The floor: eager's error, too, is only one draw of rounding, never below one unit in the last place."""
     try:
         theirs = eager(checkpoint, part, dtype)
     except RuntimeError as error:
@@ -98,11 +101,4 @@ def test_error_is_at_most_twice_eagers(checkpoint, part, dtype):
             raise
         pytest.skip(f"this PyTorch lacks fp16 on the CPU: {error}")
     for mine, their, recorded in zip(ours(checkpoint, part, dtype), theirs, reference(checkpoint, part), strict=True):
-        print(checkpoint, part, dtype, f"{rms_error(mine, recorded):.2e} {rms_error(their, recorded):.2e} {rms_error(mine, recorded)/rms_error(their, recorded):.2f}")
-        assert rms_error(mine, recorded) <= 2 * rms_error(their, recorded)
-
-
-def rms_error(computed: Tensor, recorded: Tensor) -> float:
-    """Root mean square: a largest error is one draw of rounding, and the residual's is bounded by its clipping."""
-    assert computed.shape == recorded.shape
-    return float((computed.float() - recorded).square().mean().sqrt())
+        assert rms(mine.float(), recorded) <= 2 * rms(their.float(), recorded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -19,11 +19,12 @@ from .recorded import FED, relative
 pytestmark = pytest.mark.golden
 
 every_case = pytest.mark.parametrize(
-    ("name", "limit", "system"), [(name, limit, system) for name in TEXT_ENCODERS for limit in (12, 300) for system in (True, False)]
+    ("name", "limit", "system"),
+    [(name, limit, system) for name in TEXT_ENCODERS for limit in (12, 300) for system in (True, False)],
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name):
     path = golden(name) / "trace.safetensors"
     with safe_open(path, "pt") as file:
@@ -35,7 +36,7 @@ def key(limit, system, what):
     return f"{limit}.{'system' if system else 'plain'}.{what}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def encode(name, limit, system):
     encoder, prompts, _ = load(name)
     with warnings.catch_warnings():
@@ -61,7 +62,9 @@ def test_tokens(name, limit, system):
     """What the model is run on behind the system prompt: padded on the tokenizer's side, truncated to the limit."""
     encoder, prompts, trace = load(name)
     seen = []
-    hook = encoder.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    hook = encoder.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -32,7 +32,8 @@ def test_latent(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "kind"), [*((name, kind) for name in HYBRID for kind in ("discrete", "hybrid")), ("hart-tiny-var", "discrete")]
+    ("checkpoint", "kind"),
+    [*((name, kind) for name in HYBRID for kind in ("discrete", "hybrid")), ("hart-tiny-var", "discrete")],
 )
 def test_indices(checkpoint, kind):
     autoencoder, trace = load(checkpoint)
