@@ -11,7 +11,7 @@ BUILD_FILES := pyproject.toml setup.py constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/random_checkpoint.py .demo/checkpoint --preset tiny --text-encoder --force
-	$(BIN)/hart-infer generate "a cat" --model .demo/checkpoint --seed 0 --num 4 --grid-only -o .demo/cat.png
+	$(BIN)/hart-infer generate "a cat" --model .demo/checkpoint --seed 0 --num 4 --grid -o .demo/cat.png
 	@echo
 	@echo "Wrote .demo/cat.png. The demo's checkpoint is small and its weights are random, so the picture is noise:"
 	@echo "it shows that the installation works, not what HART can paint. With the released weights (a download):"

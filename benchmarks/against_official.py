@@ -114,11 +114,11 @@ def compare(size: int, dtype: str, args: argparse.Namespace, folder: Path) -> di
         "more_smooth": not args.hard,
         "threads": args.threads,
     }
-    together = fits_together(checkpoint, request) if args.processes == "auto" else args.processes == "together"
-    loads, rounds = (run_together if together else run_separately)(request, args, folder)
+    run = run_together if args.processes == "together" else run_separately
+    loads, rounds = run(request, args, folder)
     result = summarise(loads, rounds, folder, args)
     settings = {"size": size, "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
-    return {**settings, "processes": "together" if together else "one at a time", **result}
+    return {**settings, "processes": args.processes, **result}
 
 
 def run_together(request: dict[str, Any], args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -155,21 +155,6 @@ def _picture(worker: measure.Worker, index: int, args: argparse.Namespace, folde
     answer = worker.ask("generate", seed=seed, save=str(folder / f"{worker.role}-{seed}.pt"))
     print(f"  {worker.role:>6} seed {seed}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
     return answer
-
-
-def fits_together(checkpoint: Path, request: dict[str, Any]) -> bool:
-    """Whether both processes find room at once, by a generous estimate; without knowing the memory, no."""
-    available = measure.available_memory()
-    if available is None or request["device"] != "cpu":
-        return False
-    config = measure.read_config(checkpoint)
-    itemsize = 4 if request["dtype"] == "fp32" else 2
-    size = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors"))
-    weights = size / DTYPES[request["stored"]].itemsize * (6 if request["setting"] == "autocast" else itemsize)
-    positions = config["context_token"] + sum(side**2 for side in config["patch_nums"][1:])
-    cache = 2 * 2 * config["depth"] * positions * config["embed_dim"] * itemsize  # keys and values of two halves
-    decoder = 4e9 * (config["patch_nums"][-1] / 64) ** 2
-    return 2 * (weights + 1.3 * cache + decoder + 5e8) < available
 
 
 def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -228,8 +213,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--repeats", type=int, default=3)
     result.add_argument("--warmup", type=int, default=1)
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument("--processes", choices=("auto", "together", "separate"), default="auto",
-                        help="both loaded at once, or one after the other; auto looks at the free memory")  # fmt: skip
+    result.add_argument("--processes", choices=("together", "separate"), default="together",
+                        help="both loaded throughout, or a fresh process for every picture: half the memory")  # fmt: skip
     result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where checkpoints are kept")
     result.add_argument("--out", type=Path, help="JSON file to write, by convention in benchmarks/results/")
     return result

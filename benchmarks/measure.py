@@ -70,11 +70,6 @@ def _memory_field(path: str, field: str) -> int | None:
     return None
 
 
-def available_memory() -> int | None:
-    """Bytes that new processes can have, where the system says."""
-    return _memory_field("/proc/meminfo", "MemAvailable")
-
-
 # ---- memory and time of this process
 
 

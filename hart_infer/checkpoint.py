@@ -6,10 +6,12 @@ Released: `llm/` (transformer; `ema_model.bin` beside `model.safetensors`) and `
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ RELEASED_TEXT_ENCODER = "mit-han-lab/Qwen2-VL-1.5B-Instruct"
 INDEX = "model_index.json"
 TEXT_FOLDERS = ("text_encoder", "text-encoder")
 _LAYOUTS = {INDEX: ("transformer", "autoencoder"), "llm/config.json": ("llm", "tokenizer")}
+_EMA = re.compile(r"llm/ema_model[.-].*(safetensors|bin)$")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,31 @@ def find_checkpoint(
     plan = _plan(repository.names, repository.title, use_ema, variant, with_text_encoder)
     found = _read(repository.fetch(plan.configs()), plan, str(repo_or_path))  # refused before gigabytes have come
     repository.fetch(plan.files())
+    if repository.cached and use_ema and plan.transformer == "llm" and not _EMA.match(plan.transformer_files[0]):
+        logger.warning(
+            "%s has no EMA weights, so the plain ones are used; connect once to get them if the Hub has them, or pass "
+            "use_ema=False.",
+            repository.title,
+        )
     return found
+
+
+def inspect_checkpoint(
+    repo_or_path: str | Path, *, use_ema: bool = True, revision: str | None = None, local_files_only: bool = False
+) -> Checkpoint:
+    """A checkpoint of which no weights are downloaded: its lists of files are empty where they aren't on this machine.
+
+    Raises as `find_checkpoint` does.
+    """
+    if local_path(repo_or_path) is not None:
+        return find_checkpoint(repo_or_path, use_ema=use_ema)
+    repository = Repository.open(hub_id(repo_or_path), revision=revision, local_files_only=local_files_only)
+    plan = _parts(repository.names, repository.title)
+    root = repository.fetch(plan.configs())
+    with suppress(CheckpointNotFoundError):  # not all of it is in the cache
+        whole = _plan(repository.names, repository.title, use_ema, variant=None, with_text_encoder=False)
+        plan = whole if all((root / name).exists() for name in whole.files()) else plan
+    return _read(root, plan, str(repo_or_path))
 
 
 def find_text_encoder(source: str | Path, **hub: Any) -> Path:
@@ -73,7 +101,10 @@ def find_text_encoder(source: str | Path, **hub: Any) -> Path:
         repository = Repository.open(hub_id(source), **hub)
         if "config.json" not in repository.names:
             raise CheckpointNotFoundError(f"{repository.title} holds no text encoder: config.json is not in it.")
-        return repository.fetch(_text_files(repository.names))
+        files = _text_files(repository.names)
+        if not any(name.endswith((".safetensors", ".bin")) for name in files):
+            raise CheckpointNotFoundError(f"{repository.title} holds no weights of a text encoder: expected model.safetensors.")
+        return repository.fetch(files)
     if not (path / "config.json").is_file():
         raise CheckpointNotFoundError(f"{source} is not a text encoder's folder: config.json is not in it.")
     return path
@@ -104,11 +135,10 @@ class _Plan:
 
     transformer: str
     autoencoder: str
-    transformer_files: tuple[str, ...]
-    autoencoder_files: tuple[str, ...]
-    text_encoder: str | None
-
-    index: tuple[str, ...] = ()
+    index: tuple[str, ...]
+    transformer_files: tuple[str, ...] = ()
+    autoencoder_files: tuple[str, ...] = ()
+    text_encoder: str | None = None
     text_files: tuple[str, ...] = ()
 
     def configs(self) -> list[str]:
@@ -134,8 +164,8 @@ def _parent(path: Path) -> Path:
     return Path(os.path.abspath(path)).parent
 
 
-def _plan(names: Iterable[str], origin: str, use_ema: bool, variant: str | None, with_text_encoder: bool) -> _Plan:
-    """Choose the files that are needed among `names`."""
+def _parts(names: Iterable[str], origin: str) -> _Plan:
+    """The layout that `names` are in, without weights."""
     available = set(names)
     folders = next((parts for marker, parts in _LAYOUTS.items() if marker in available), None)
     if folders is None:
@@ -143,18 +173,29 @@ def _plan(names: Iterable[str], origin: str, use_ema: bool, variant: str | None,
             f"{origin} holds no HART checkpoint: neither {' nor '.join(_LAYOUTS)} is in it. Give a Hub id, the checkpoint's "
             "folder, or its llm/ folder."
         )
-    transformer, autoencoder = folders
-    stems = ["ema_model"] if use_ema and transformer == "llm" else []
+    return _Plan(*folders, tuple(available & {INDEX}))
+
+
+def _plan(names: Iterable[str], origin: str, use_ema: bool, variant: str | None, with_text_encoder: bool) -> _Plan:
+    """Choose the files that are needed among `names`."""
+    available = set(names)
+    parts = _parts(available, origin)
+    stems = ["ema_model"] if use_ema and parts.transformer == "llm" else []
     text = next((folder for folder in TEXT_FOLDERS if f"{folder}/config.json" in available), None)
-    return _Plan(
-        transformer,
-        autoencoder,
-        _weights_among(available, transformer, [*stems, "model", "pytorch_model"], variant, origin),
-        _weights_among(available, autoencoder, ["model", "pytorch_model"], variant, origin),
-        text if with_text_encoder else None,
-        tuple(available & {INDEX}),
-        _text_files(available, f"{text}/") if with_text_encoder and text else (),
+    plan = replace(
+        parts,
+        transformer_files=_weights_among(available, parts.transformer, [*stems, "model", "pytorch_model"], variant, origin),
+        autoencoder_files=_weights_among(available, parts.autoencoder, ["model", "pytorch_model"], variant, origin),
+        text_encoder=text if with_text_encoder else None,
+        text_files=_text_files(available, f"{text}/") if with_text_encoder and text else (),
     )
+    is_plain = not _EMA.match(plan.transformer_files[0])
+    if stems and variant and is_plain and any(_EMA.match(name) for name in available):
+        raise CheckpointNotFoundError(
+            f"{origin} has EMA weights, but not as variant {variant!r}; pass use_ema=False to take the plain ones, or drop the "
+            "variant."
+        )
+    return plan
 
 
 def _text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from .model.rope import context_table, image_table
 from .model.transformer import Modulation, Transformer
 from .sampling import Draws, Settings, sample_scale
 from .schedule import Stage
+from .text import PromptEmbeds
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,6 @@ class Prefill:
     hidden: Tensor  # [R, 1, D]: the last position's
     modulation: Modulation
     last_position: Tensor  # [R]: the last context position id, which shifts the image tokens' positions
-
-    def repeat(self, times: int) -> Prefill:
-        """Each row `times` times in turn."""
-        return self.rows(torch.arange(len(self.hidden), device=self.hidden.device).repeat_interleave(times))
 
     def rows(self, index: Tensor | slice) -> Prefill:
         """A selection of the rows."""
@@ -81,6 +79,59 @@ def unconditional_prefill(transformer: Transformer, stage: Stage) -> Prefill:
     return prefill(transformer, context, mask, position_ids, stage)[0]
 
 
+def images_at_once(device: torch.device, limit: int) -> int:
+    """How many images to take through a network together: `limit` of them, or on the CPU each alone.
+
+    Products round differently with the number of their rows, and 1 / tau amplifies that from scale to scale into other codes:
+    only alone is an image exactly the same in every batch. On the CPU that costs nothing.
+    """
+    return 1 if device.type == "cpu" else max(1, limit)
+
+
+def generate_images(
+    transformer: Transformer,
+    quantizer: Quantizer,
+    stages: Sequence[Stage],
+    contexts: Sequence[PromptEmbeds],
+    unconditional: Prefill | None,
+    seeds: Sequence[int],
+    draw_device: torch.device,
+    settings: Settings,
+) -> Generator[ScaleOutput, None, None]:
+    """Yield every scale of one image per seed.
+
+    `contexts`: the prompts', each serving equally many seeds in turn, and, if `unconditional` doesn't take their place, the
+    negative prompts', one for all or one each. With neither of the latter nothing is guided.
+    """
+    images, device = len(seeds), transformer.device
+    together = images_at_once(device, images)
+    halves = []
+    for context in contexts:
+        tensors = [x.to(device) for x in (context.context, context.mask, context.position_ids)]
+        rows = zip(*(x.split(images_at_once(device, len(x))) for x in tensors), strict=True)
+        halves.append([prefill(transformer, embeds, mask, ids, stages[0])[0] for embeds, mask, ids in rows])
+    if unconditional is not None:
+        halves.append([unconditional])
+    runs = [
+        generate(
+            transformer,
+            quantizer,
+            stages,
+            [half[i * len(half) // images] for half in halves],
+            Draws(seeds[i : i + together], draw_device),
+            settings,
+        )
+        for i in range(0, images, together)
+    ]
+    del halves
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(closing(run))
+        for scales in zip(*runs, strict=True):
+            indices, f_hat = (torch.cat(parts) for parts in zip(*((s.indices, s.f_hat) for s in scales), strict=True))
+            yield ScaleOutput(scales[0].stage, indices, f_hat)
+
+
 def generate(
     transformer: Transformer,
     quantizer: Quantizer,
@@ -91,19 +142,22 @@ def generate(
 ) -> Generator[ScaleOutput, None, None]:
     """Yield every scale of B images; the last one's `f_hat` is the finished latent.
 
-    `halves`: the conditional rows, B of them, and, for guidance, the unconditional ones, B or one that serves all. Without
-    the latter nothing is guided, at half the work.
+    `halves`: the conditional contexts and, for guidance, the unconditional ones; each row serves equally many of the B images
+    that `draws` is for, in turn. Without the latter nothing is guided, at half the work.
     """
-    rows, cache = _gather(transformer, stages, halves)
-    batch, last_side = rows.images, stages[-1].side
+    batch, last_side = draws.images, stages[-1].side
+    rows, cache = _gather(transformer, stages, halves, batch)
+    del halves
     f_hat = torch.zeros(batch, transformer.diffusion.channels, last_side, last_side, device=transformer.device)
     codebook = quantizer.codebook.weight
     for stage in stages:
         if stage.index == 0:  # guidance is 0 here: the unconditional logits would not count
-            hidden, modulation = halves[0].hidden, halves[0].modulation.head
+            hidden, modulation = rows.context_hidden, rows.modulation.head[:batch]
         else:
             latent = quantizer.next_input(f_hat, stage.side)
             hidden, modulation = _run_scale(transformer, latent, stage, rows, cache, last_side), rows.modulation.head
+        if stage.is_last:
+            del cache  # most of the memory, before the largest logits and the diffusion want theirs
         logits = transformer.head(hidden, modulation)
         if len(logits) > batch:
             logits = guide(logits, stage.guidance(settings.guidance_scale))
@@ -128,22 +182,25 @@ class _Rows:
 
     modulation: Modulation
     last_position: Tensor
-    images: int
+    context_hidden: Tensor  # [B, 1, D]: conditional rows only
     halves: int
 
 
-def _gather(transformer: Transformer, stages: Sequence[Stage], halves: Sequence[Prefill]) -> tuple[_Rows, KVCache]:
-    """One cache and one modulation for both halves, the context's keys and values already in place."""
-    batch, length = len(halves[0].hidden), stages[0].length
-    halves = [half if len(half.hidden) == batch else half.repeat(batch) for half in halves]
-    rows = batch * len(halves)
+def _gather(transformer: Transformer, stages: Sequence[Stage], halves: Sequence[Prefill], images: int) -> tuple[_Rows, KVCache]:
+    """One cache and one modulation for all rows, the context's keys and values already in place."""
+    rows, length = images * len(halves), stages[0].length
     cache = KVCache(transformer.config, stages, rows=rows, dtype=transformer.dtype, device=transformer.device)
+    modulations, positions, hidden = [], [], []
     for i, half in enumerate(halves):
-        cache.keys[:, i * batch : (i + 1) * batch, :, :length] = half.keys
-        cache.values[:, i * batch : (i + 1) * batch, :, :length] = half.values
-    modulation = Modulation.cat([half.modulation for half in halves])
-    last_position = torch.cat([half.last_position for half in halves])
-    return _Rows(modulation, last_position, batch, len(halves)), cache
+        given = len(half.hidden)
+        place = slice(i * images, (i + 1) * images)
+        for kept, prefilled in ((cache.keys, half.keys), (cache.values, half.values)):
+            kept[:, place, :, :length].unflatten(1, (given, images // given)).copy_(prefilled[:, :, None])
+        index = torch.arange(given, device=half.hidden.device).repeat_interleave(images // given)
+        modulations.append(half.modulation.rows(index))
+        positions.append(half.last_position[index])
+        hidden.append(half.hidden[index])
+    return _Rows(Modulation.cat(modulations), torch.cat(positions), hidden[0], len(halves)), cache
 
 
 def _run_scale(transformer: Transformer, latent: Tensor, stage: Stage, rows: _Rows, cache: KVCache, last_side: int) -> Tensor:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import logging
-import os
+import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointNotFoundError, HartError, OutputError
 
-DOWNLOAD_ATTEMPTS = 5
-LISTINGS = "hart_infer"  # folder in a repository's cache: the names of all its files, commit by commit
+PAUSES = (0.5, 1, 2, 4)  # seconds before each further attempt at a download
+ELSEWHERE = "point cache_dir (HF_HOME for the command line) at"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 _TRANSIENT_STATUS = {408, 429}
 logger = logging.getLogger(__name__)
@@ -32,7 +30,7 @@ class Repository:
     """A repository on the Hub or, where the Hub can't be asked, what the cache has of it."""
 
     id: str
-    names: list[str]  # of all its files, as far as known
+    names: list[str]  # of all its files, or of those in the cache
     where: dict[str, Any]  # revision, cache_dir, token
     commit: str | None = None  # that `names` are of
     cached: Path | None = None  # the snapshot's folder, where the Hub can't be asked
@@ -67,13 +65,10 @@ class Repository:
         root = _snapshot(repo, where)
         if root is None:
             raise CheckpointNotFoundError(
-                f"{repo} is not in the local cache and {reason}; connect, download it elsewhere and pass the folder, or set "
-                "cache_dir."
+                f"{repo} is not in the local cache and {reason}; connect, download it elsewhere and pass the folder, or "
+                f"{ELSEWHERE} a copy."
             ) from error
-        names = file_names(root)
-        with suppress(OSError, ValueError):  # no listing: something else filled the cache
-            names = json.loads(_listing(root).read_text(encoding="utf-8"))
-        return cls(repo, names, where, cached=root, reason=reason)
+        return cls(repo, file_names(root), where, cached=root, reason=reason)
 
     @property
     def title(self) -> str:
@@ -83,7 +78,7 @@ class Repository:
     def fetch(self, names: Iterable[str]) -> Path:
         """Have `names` in the cache; returns the snapshot's folder.
 
-        huggingface_hub takes an interrupted transfer up where it stopped; where it gives up it is asked again, a few times.
+        huggingface_hub takes an interrupted transfer up where it stopped; where it gives up it is asked again, after pauses.
         Raises CheckpointNotFoundError, or OutputError where the cache can't be written.
         """
         names = list(names)
@@ -97,20 +92,20 @@ class Repository:
             if refusal := _refusal(error, self.id, self.where):
                 raise refusal from error
             return self._complete(_snapshot(self.id, self.where), names, _reason(error), error)
-        _remember(root, self.names)
         return self._complete(root, names, "not all of it arrived")
 
     def _download(self, names: list[str], where: dict[str, Any]) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = [glob.escape(name) for name in names]
-        for _ in range(DOWNLOAD_ATTEMPTS - 1):
+        for pause in PAUSES:
             try:
                 return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
             except _transfer_errors() as error:
                 if not _may_pass(error):
                     raise
                 logger.warning("Download of %s was interrupted (%s); trying again.", self.id, type(error).__name__)
+                time.sleep(pause)
         return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
 
     def _complete(self, root: Path | None, names: list[str], reason: str, error: BaseException | None = None) -> Path:
@@ -118,7 +113,7 @@ class Repository:
         if root is None or missing:
             raise CheckpointNotFoundError(
                 f"{self.id} is not complete in the local cache ({', '.join(missing)} missing) and {reason}; connect, download "
-                "it elsewhere and pass the folder, or set cache_dir."
+                f"it elsewhere and pass the folder, or {ELSEWHERE} a copy."
             ) from error
         return root
 
@@ -131,22 +126,6 @@ def _snapshot(repo: str, where: dict[str, Any]) -> Path | None:
         return Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **where))
     except (OSError, ValueError):
         return None
-
-
-def _listing(root: Path) -> Path:
-    """Where the names of a commit's files are noted; huggingface_hub's cache has only those of the downloaded ones."""
-    return root.parents[1] / LISTINGS / f"{root.name}.json"
-
-
-def _remember(root: Path, names: list[str]) -> None:
-    """Note which files the commit has, so that without the Hub none is overlooked, such as EMA weights not yet downloaded."""
-    listing = _listing(root)
-    with suppress(OSError):  # a cache that can't be written serves all the same
-        if not listing.exists():
-            listing.parent.mkdir(exist_ok=True)
-            draft = listing.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(sorted(names), indent=1), encoding="utf-8")
-            draft.replace(listing)
 
 
 def _transfer_errors() -> tuple[type[BaseException], ...]:
@@ -203,5 +182,5 @@ def _refusal(error: BaseException, repo: str, where: dict[str, Any]) -> HartErro
             "token=... if it is private."
         )
     if getattr(error, "errno", None) in _DISK_ERRORS:
-        return OutputError(f"{repo} can't be stored in the local cache ({error}); free space, or set cache_dir.")
+        return OutputError(f"{repo} can't be stored in the local cache ({error}); free space, or {ELSEWHERE} another disk.")
     return None

@@ -13,6 +13,7 @@ import torch
 from .errors import InputError
 
 MAX_SEED = 2**64 - 1  # what a torch.Generator takes
+DRAWN_SEEDS = 2**32  # fresh ones are short, to be typed again
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
 
@@ -27,6 +28,8 @@ def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
     for i, item in enumerate(listed):
         if not isinstance(item, str):
             raise InputError(f"{name}[{i}] must be a string, not {type(item).__name__}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise InputError(f"{name}[{i}] is not valid Unicode text (it has half of a surrogate pair); decode it as UTF-8.")
         if not item.strip():
             raise InputError(f"{name}[{i}] is empty; describe the picture you want.")
     return list(listed)
@@ -50,20 +53,18 @@ def check_float(value: Any, name: str, low: float, high: float = math.inf) -> fl
     return float(value)
 
 
-def check_size(size: Any, sizes: Sequence[int]) -> int:
-    """One of the sizes that the checkpoint was trained for; None is the largest."""
+def check_size(size: Any, sizes: Sequence[int]) -> None:
+    """One of the sizes that the checkpoint was trained for, or None."""
     if size is None:
-        return max(sizes)
-    if isinstance(size, bool) or size not in sizes:
+        return
+    if type(size) is not int or size not in sizes:
         raise InputError(f"size {size!r} is not one that this checkpoint was trained for; it has {_listed(sizes)}.")
-    return int(size)
 
 
-def check_output_type(value: Any) -> str:
+def check_output_type(value: Any) -> None:
     """One of the four forms of the result."""
-    if value not in OUTPUT_TYPES:
+    if not isinstance(value, str) or value not in OUTPUT_TYPES:
         raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {value!r}.")
-    return str(value)
 
 
 def check_callable(value: Any, name: str) -> None:
@@ -77,45 +78,47 @@ def seeds_for(
 ) -> tuple[list[int], torch.device]:
     """Every image's seed and the device that draws.
 
-    `seed` int: seed, seed + 1, ...; a list: one per image. `generator`: its device draws, and it gives the seeds, one per
-    image for a single generator, or each its own for a list; a generator that nothing was drawn from yet gives the seed it
-    was set to, so that `generator=torch.Generator().manual_seed(7)` is `seed=7`. Neither: fresh seeds from the system.
+    `seed` int: seed, seed + 1, ...; a list: one per image. `generator`: its device draws; a single one gives the first seed,
+    which is counted up, a list one seed each. A generator that nothing was drawn from yet gives the seed it was set to, so
+    that `generator=torch.Generator().manual_seed(7)` is `seed=7`. Neither: fresh seeds from the system. Without a generator
+    CUDA draws for itself and the CPU for everything else (MPS draws zeros where there must be none).
     """
     if seed is not None and generator is not None:
         raise InputError("seed and generator contradict each other; give one of them.")
+    draw_device = device if device.type == "cuda" else torch.device("cpu")
     if generator is not None:
-        return _seeds_from_generators(count, generator, device)
+        generators = list(generator) if isinstance(generator, Sequence) else [generator]
+        _check_generators(generators, draw_device)
+        seed = [_next_seed(item) for item in generators]
+        if isinstance(generator, torch.Generator):
+            seed = [seed[0] + i for i in range(count)]
+        draw_device = generators[0].device if generators else draw_device
     if seed is None:
-        return [secrets.randbelow(2**32) for _ in range(count)], device
+        return [secrets.randbelow(DRAWN_SEEDS) for _ in range(count)], draw_device
     if isinstance(seed, Sequence):
         if len(seed) != count:
-            raise InputError(f"seed has {len(seed)} entries for {count} images; give one per image, or one number.")
-        return [check_int(item, "seed", 0, MAX_SEED) for item in seed], device
+            name = "seed" if generator is None else "generator"
+            raise InputError(f"{name} has {len(seed)} entries for {count} images; give one per image, or a single one.")
+        return [check_int(item, "seed", 0, MAX_SEED) for item in seed], draw_device
     first = check_int(seed, "seed", 0, MAX_SEED - count + 1)
-    return [first + i for i in range(count)], device
+    return [first + i for i in range(count)], draw_device
 
 
-def _seeds_from_generators(
-    count: int, generator: torch.Generator | Sequence[torch.Generator], device: torch.device
-) -> tuple[list[int], torch.device]:
-    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+def _check_generators(generators: Sequence[Any], draw_device: torch.device) -> None:
     for item in generators:
         if not isinstance(item, torch.Generator):
             raise InputError(f"generator must be a torch.Generator or a list of them, not {type(item).__name__}.")
-        if item.device.type not in ("cpu", device.type):
-            raise InputError(f"generator is on {item.device}, the pipeline on {device}; make it on either the CPU or there.")
-    if not isinstance(generator, torch.Generator) and len(generators) != count:
-        raise InputError(f"generator is a list of {len(generators)} for {count} images; give one per image, or one for all.")
-    each = count if isinstance(generator, torch.Generator) else 1
-    seeds = [_next_seed(item) for item in generators for _ in range(each)]
-    return seeds, generators[0].device
+        if item.device.type not in ("cpu", draw_device.type):
+            raise InputError(f"generator is on {item.device}; make it on the CPU, or on {draw_device}, where noise is drawn.")
+        if item.device != generators[0].device:
+            raise InputError("The generators are on different devices; make them all on one.")
 
 
 def _next_seed(generator: torch.Generator) -> int:
     """The generator's own seed if it is fresh, else a drawn one; either way it has been drawn from afterwards."""
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     is_fresh = torch.equal(fresh.get_state(), generator.get_state())
-    drawn = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+    drawn = torch.randint(DRAWN_SEEDS, (), generator=generator, device=generator.device).item()
     return generator.initial_seed() if is_fresh else int(drawn)
 
 

@@ -11,7 +11,7 @@ import torch
 from .errors import OutOfMemoryError
 
 # What torch's allocators say where they raise a plain RuntimeError: CPU on Unix, CPU on Windows, MPS.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 _OURS = (__package__, "torch")
 
 
@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's allocator raised this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return type(error) is RuntimeError and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _release(error: BaseException) -> None:

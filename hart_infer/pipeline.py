@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from . import images
 from .checkpoint import RELEASED_MODEL, find_checkpoint
 from .errors import InputError
-from .generation import Prefill, ScaleOutput, generate, prefill, unconditional_prefill
+from .generation import Prefill, ScaleOutput, generate_images, images_at_once, unconditional_prefill
 from .inputs import (
     GeneratorArgument,
     check_callable,
@@ -25,11 +25,18 @@ from .inputs import (
     check_size,
     seeds_for,
 )
-from .loading import default_device, load_models, load_text_encoder
+from .loading import (
+    check_device,
+    check_dtype,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    locate_text_encoder,
+)
 from .memory import memory_care
 from .model.autoencoder import Autoencoder
 from .model.transformer import Transformer
-from .sampling import Draws, Settings
+from .sampling import Settings
 from .schedule import Stage, build_schedule
 from .text import PromptEmbeds, TextEncoder
 
@@ -115,8 +122,8 @@ class HartPipeline:
 
         Raises CheckpointNotFoundError, ConfigError, WeightsError.
         """
-        if torch_dtype is not None and not torch_dtype.is_floating_point:
-            raise InputError(f"torch_dtype must be a floating-point dtype, not {torch_dtype}.")
+        target = check_device(device)
+        check_dtype(torch_dtype)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         checkpoint = find_checkpoint(
             repo_or_path,
@@ -126,12 +133,12 @@ class HartPipeline:
             with_text_encoder=text_encoder is None,
             **hub,
         )
-        target = default_device() if device is None else torch.device(device)
-        transformer, autoencoder = load_models(checkpoint, torch_dtype)
-        encoder = None
-        if text_encoder is not False:
-            encoder = load_text_encoder(checkpoint, text_encoder, transformer.dtype, target, **hub)
-        return cls(transformer, autoencoder, encoder, name=checkpoint.name).to(target)
+        folder = None if text_encoder is False else locate_text_encoder(checkpoint, text_encoder, **hub)
+        with memory_care():
+            transformer = load_transformer(checkpoint, torch_dtype)
+            autoencoder = load_autoencoder(checkpoint, transformer.dtype)
+            encoder = load_text_encoder(checkpoint, folder, transformer.dtype, target) if folder else None
+            return cls(transformer, autoencoder, encoder, name=checkpoint.name).to(target)
 
     def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
@@ -169,13 +176,13 @@ class HartPipeline:
                 dtype = argument
             else:
                 device = argument
-        if dtype is not None and not dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating-point dtype, not {dtype}.")
+        check_dtype(dtype)
+        device = None if device is None else check_device(device)
+        self._unconditional = None
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
         if self.text_encoder is not None:
             self.text_encoder.to(device, dtype)
-        self._unconditional = None
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -214,7 +221,7 @@ class HartPipeline:
             use_system_prompt=use_system_prompt,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -271,17 +278,19 @@ class HartPipeline:
         check_output_type(output_type)
         check_callable(callback_on_step_end, "callback_on_step_end")
         repeats = check_int(num_images_per_prompt, "num_images_per_prompt", 1)
+        if max_sequence_length is not None:
+            check_int(max_sequence_length, "max_sequence_length", 1, self.transformer.config.context_token)
         text = {"use_system_prompt": use_system_prompt, "max_sequence_length": max_sequence_length}
         with memory_care():
             embeds = self._embeds(prompt, prompt_embeds, text)
             count = len(embeds.context)
             seeds, draw_device = seeds_for(count * repeats, seed, generator, self.device)
             halves = [embeds, *self._negative(negative_prompt, count, text, settings)]
-            f_hat = self._generate(halves, repeats, Draws(seeds, draw_device), settings, callback_on_step_end)
+            f_hat = self._generate(halves, seeds, draw_device, settings, callback_on_step_end)
             result = f_hat if output_type == "latent" else images.FORMS[output_type](self._decode(f_hat))
         return HartOutput(result, seeds) if return_dict else (result,)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Literal["hybrid", "discrete"] = "hybrid") -> Any:
         """Image to tokens and back: "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
 
@@ -290,9 +299,10 @@ class HartPipeline:
         """
         if mode not in ("hybrid", "discrete"):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
-        pixels = images.to_tensor(image, self.sizes[0]).to(self.device)
+        pixels = images.to_tensor(image, self.sizes[0])
         with memory_care():
-            rebuilt = (self.autoencoder.reconstruct(pixels * 2 - 1, mode) + 1) / 2
+            latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
+            rebuilt = self._decode(torch.cat(latents))
         if isinstance(image, Tensor):
             return rebuilt
         pictures = images.to_pil(rebuilt)
@@ -310,6 +320,8 @@ class HartPipeline:
             prompt_embeds = PromptEmbeds(prompt_embeds, torch.ones(prompt_embeds.shape[:2], dtype=torch.bool))
         if not isinstance(prompt_embeds, PromptEmbeds):
             raise InputError(f"prompt_embeds must come from encode_prompt or be a tensor, not {type(prompt_embeds).__name__}.")
+        if not isinstance(prompt_embeds.mask, Tensor) or not prompt_embeds.context.isfinite().all():
+            raise InputError("prompt_embeds must be finite numbers with a mask tensor; encode the prompts again.")
         config = self.transformer.config
         expected = (config.context_token, config.context_dim)
         shape = tuple(prompt_embeds.context.shape)
@@ -323,25 +335,25 @@ class HartPipeline:
     def _negative(
         self, prompt: str | Sequence[str] | None, count: int, text: dict[str, Any], settings: Settings
     ) -> list[PromptEmbeds]:
-        """The encoded negative prompts, one per prompt; nothing where there are none, or no guidance that reads them."""
+        """The encoded negative prompts, one for all or one each; nothing where there are none or nothing is guided."""
         if prompt is None or prompt == "":
             return []
         listed = check_prompts(prompt, "negative_prompt")
         if len(listed) not in (1, count):
             raise InputError(f"negative_prompt has {len(listed)} entries for {count} prompts; give one for all, or one each.")
-        return [self.encode_prompt(listed * (count // len(listed)), **text)] if settings.guidance_scale else []
+        return [self.encode_prompt(listed, **text)] if settings.guidance_scale else []
 
     def _generate(
         self,
-        halves: list[PromptEmbeds],
-        repeats: int,
-        draws: Draws,
+        contexts: list[PromptEmbeds],
+        seeds: list[int],
+        draw_device: torch.device,
         settings: Settings,
         callback: Callable[[Step], object] | None,
     ) -> Tensor:
         """Run the scales with bar and callback; returns the latent [N, C, P, P] fp32.
 
-        `halves`: the prompts' contexts and, where they are not the plain unconditional one, the negative prompts'.
+        `contexts`: the prompts' and, where they are not the plain unconditional one, the negative prompts'.
         """
         config = self.transformer.config
         stages = build_schedule(
@@ -350,10 +362,10 @@ class HartPipeline:
             share_quant_resi=self.autoencoder.config.share_quant_resi,
             top_k=settings.top_k,
         )
-        rows = [self._prefill(half, stages[0]).repeat(repeats) for half in halves]
-        if settings.guidance_scale and len(rows) == 1:
-            rows.append(self._empty(stages[0]))
-        scales = generate(self.transformer, self.autoencoder.quantizer, stages, rows, draws, settings)
+        unconditional = self._empty(stages[0]) if settings.guidance_scale and len(contexts) == 1 else None
+        scales = generate_images(
+            self.transformer, self.autoencoder.quantizer, stages, contexts, unconditional, seeds, draw_device, settings
+        )
         f_hat = torch.empty(0)
         with closing(scales), tqdm(scales, total=len(stages), **self._progress) as bar:
             for scale in bar:
@@ -368,19 +380,16 @@ class HartPipeline:
         callback(step)
         return step.stopped
 
-    def _prefill(self, embeds: PromptEmbeds, stage: Stage) -> Prefill:
-        """Scale 0 of encoded prompts."""
-        context, mask, position_ids = (x.to(self.device) for x in (embeds.context, embeds.mask, embeds.position_ids))
-        return prefill(self.transformer, context, mask, position_ids, stage)[0]
-
     def _empty(self, stage: Stage) -> Prefill:
         """Scale 0 of the unconditional context: the same for every prompt, so encoded once."""
-        if self._unconditional is None:
+        cached = self._unconditional
+        if cached is None or (cached.hidden.device, cached.hidden.dtype) != (self.device, self.dtype):
             self._unconditional = unconditional_prefill(self.transformer, stage)
+        assert self._unconditional is not None
         return self._unconditional
 
     def _decode(self, f_hat: Tensor) -> Tensor:
         """Latents [N, C, P, P] -> pictures [N, 3, H, W] fp32 in 0..1, few at a time: a picture doesn't depend on the batch."""
-        at_once = max(1, DECODED_PIXELS // self.sizes[0] ** 2)
+        at_once = images_at_once(self.device, DECODED_PIXELS // self.sizes[0] ** 2)
         parts = [self.autoencoder.decode(part, tile=self._tile) for part in f_hat.split(at_once)]
         return torch.cat(parts).add_(1).mul_(0.5)

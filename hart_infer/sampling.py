@@ -54,7 +54,7 @@ class Draws:
     def __init__(self, seeds: Sequence[int], device: torch.device | str, *, images_per_seed: int = 1) -> None:
         """Seed both generators of every image (or group of images)."""
         self.device = torch.device(device)
-        self.images_per_seed = images_per_seed
+        self.images = len(seeds) * images_per_seed
         self._codes = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         self._diffusion = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 

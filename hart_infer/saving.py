@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from .config import AutoencoderConfig, TransformerConfig
     from .pipeline import HartPipeline
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
 
@@ -30,16 +28,15 @@ def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) ->
     They are written into a temporary folder beside `path`, which then takes its place. A folder that holds anything else is
     never replaced. Raises OutputError, or InputError for a bad `max_shard_size`.
     """
-    shard_bytes = _bytes(max_shard_size)
-    path = Path(os.path.realpath(path.expanduser()))
-    _check_replaceable(path)
+    check_shard_size(max_shard_size)
+    path = check_destination(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
-        _write(pipeline, new, shard_bytes)
+        _write(pipeline, new, max_shard_size)
         if path.exists():
             path.rename(old)
         try:
@@ -57,13 +54,30 @@ def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) ->
     return path
 
 
-def _bytes(size: str) -> int:
-    """A size such as 5GB as a number: units of 1000, or of 1024 with an i."""
-    match = _SIZE.fullmatch(str(size))
-    count = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))) if match else 0
-    if count < 1:
-        raise InputError(f'max_shard_size must be a size such as "5GB" or "500MB", not {size!r}.')
-    return count
+def check_shard_size(size: str) -> None:
+    """Raise InputError for a size that huggingface_hub, which makes the shards, doesn't understand."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f'max_shard_size must be a size such as "5GB" or "500MB", not {size!r}.') from error
+
+
+def check_destination(path: Path) -> Path:
+    """The folder that saving to `path` would make or replace; raises OutputError where it can't or shouldn't."""
+    path = Path(os.path.realpath(path.expanduser()))
+    try:
+        _check_replaceable(path)
+        existing = next(folder for folder in path.parents if folder.exists())
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} can't be written ({error.strerror}); choose another folder.") from error
+    reason = "Not a directory" if not existing.is_dir() else "Permission denied"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} can't be written ({reason}: {existing}); choose another folder.")
+    return path
 
 
 def _check_replaceable(path: Path) -> None:
@@ -87,22 +101,22 @@ def _check_replaceable(path: Path) -> None:
         raise OutputError(f"{path} also holds {', '.join(others)}, which would be lost; give a new or empty folder.")
 
 
-def _write(pipeline: HartPipeline, folder: Path, shard_bytes: int) -> None:
+def _write(pipeline: HartPipeline, folder: Path, max_shard_size: str) -> None:
     from . import __version__
 
     parts = ["transformer", "autoencoder"]
-    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", shard_bytes)
-    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", shard_bytes)
+    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", max_shard_size)
+    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", max_shard_size)
     if pipeline.text_encoder is not None:
         parts.append("text_encoder")
-        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=shard_bytes)
+        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
     index = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, shard_bytes: int) -> None:
+def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, max_shard_size: str) -> None:
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict(module.state_dict(), folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
+    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})

@@ -116,7 +116,7 @@ class TextEncoder:
             self.model.save_pretrained(path, max_shard_size=max_shard_size)
         self.tokenizer.save_pretrained(path)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self,
         prompts: Sequence[str],

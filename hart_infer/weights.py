@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -144,11 +144,13 @@ class _Checked:
 
 def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file that are read, in the dtype that they are kept in."""
-    wanted = [name for name in _open(file)[0] if rename(name) is not None]
-    converted = CHUNK_BYTES
-    get: Callable[[str], Tensor] | None = None
-    for name in wanted:
-        if get is None or converted >= CHUNK_BYTES:
+    names, get = _open(file)
+    limit = CHUNK_BYTES if _is_mapped(file) else math.inf
+    converted = 0
+    for name in names:
+        if rename(name) is None:
+            continue
+        if converted >= limit:
             get, converted = _open(file)[1], 0
         stored = get(name)
         kept = torch.float32 if KEPT_IN_FP32.fullmatch(rename(name) or "") else dtype
@@ -175,14 +177,15 @@ def tensor_shapes(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if file.suffix != ".safetensors":
         names, get = _open(file)
         return {name: (tuple(get(name).shape), get(name).dtype) for name in names}
-    _open(file)  # refuses truncated files
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise WeightsError(f"{file}: {name} is stored as {entry['dtype']}, which is not supported.")
-    return {name: (tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()}
+    names, _ = _open(file)  # refuses truncated files
+    handle, shapes = safe_open(file, framework="pt"), {}
+    for name in names:
+        entry = handle.get_slice(name)
+        dtype = _DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise WeightsError(f"{file}: {name} is stored as {entry.get_dtype()}, which is not supported.")
+        shapes[name] = (tuple(entry.get_shape()), dtype)
+    return shapes
 
 
 _DTYPES = {
@@ -194,7 +197,7 @@ _COMPUTED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """Map a file: its tensors' names, and a function that gives one as a view of the mapping."""
+    """Open a file, mapped where it can be: its tensors' names, and a function that gives one."""
     if not file.is_file():
         raise CheckpointNotFoundError(f"{file} does not exist; the checkpoint needs it.")
     try:
@@ -209,12 +212,16 @@ def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
     return list(state), state.__getitem__
 
 
+def _is_mapped(file: Path) -> bool:
+    """Whether tensors are views of the file: safetensors and PyTorch's archives, not its old format."""
+    with file.open("rb") as stream:
+        return file.suffix == ".safetensors" or stream.read(4) == b"PK\x03\x04"
+
+
 def _load_pickle(file: Path) -> object:
     """`torch.load` that runs no code; the archive is mapped unless it is in PyTorch's old format."""
-    with file.open("rb") as stream:
-        is_archive = stream.read(4) == b"PK\x03\x04"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of any kind, where the bytes are arbitrary

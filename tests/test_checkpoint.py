@@ -187,6 +187,16 @@ def test_which_weights_of_the_autoencoder(make: Make, files: tuple[str, ...], ch
 def test_a_variant(make: Make, shards: list[str]) -> None:
     files = [f"{part}/{shard}" for part in ("llm", "tokenizer") for shard in shards]
     root = make(*RELEASED, *files)
+    with pytest.raises(CheckpointNotFoundError, match="not as variant 'fp16'; pass use_ema=False .* or drop the variant"):
+        find_checkpoint(root, variant="fp16")
+    assert names(find_checkpoint(root, variant="fp16", use_ema=False), root) == files
+    (root / "llm/ema_model.bin").unlink()
+    assert names(find_checkpoint(root, variant="fp16"), root) == files
+
+
+def test_an_ema_variant(make: Make) -> None:
+    files = ["llm/ema_model.fp16.safetensors", "tokenizer/model.fp16.safetensors"]
+    root = make(*RELEASED, *files, "llm/model.fp16.safetensors")
     assert names(find_checkpoint(root, variant="fp16"), root) == files
 
 

@@ -103,10 +103,11 @@ def test_no_dtype_is_the_transformers_stored_one(hart_tiny: Path, text_tiny: Pat
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
-def test_a_dtype_to_compute_in(hart_tiny: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match=f"torch_dtype must be a floating-point dtype, not {dtype}"):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn, "bfloat16"])
+def test_a_dtype_to_compute_in(hart_tiny: Path, dtype: Any) -> None:
+    with pytest.raises(InputError) as caught:
         load(hart_tiny, torch_dtype=dtype)
+    assert f"must be one of torch.float32, torch.bfloat16, torch.float16, not {dtype!r}" in str(caught.value)
 
 
 def test_default_device(hart_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

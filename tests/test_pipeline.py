@@ -41,11 +41,11 @@ def scales(monkeypatch: pytest.MonkeyPatch) -> list[ScaleOutput]:
     seen: list[ScaleOutput] = []
 
     def spy(*args: Any, **kwargs: Any) -> Iterator[ScaleOutput]:
-        for scale in generation.generate(*args, **kwargs):
+        for scale in generation.generate_images(*args, **kwargs):
             seen.append(scale)
             yield scale
 
-    monkeypatch.setattr(pipeline_module, "generate", spy)
+    monkeypatch.setattr(pipeline_module, "generate_images", spy)
     return seen
 
 
@@ -220,36 +220,35 @@ def test_an_image_does_not_depend_on_its_batch(
         scales.clear()
         alone = latent(pipe, prompts[i // 2], seed=seed, more_smooth=more_smooth, **options)
         assert torch.equal(indices_of(scales), codes[i : i + 1])
-        assert relative(alone, batch.images[i : i + 1]) <= (SMOOTH if more_smooth else HARD)
+        assert torch.equal(alone, batch.images[i : i + 1])
 
 
 # Guidance, negative prompts, steps.
 
 
-def rows_run(pipe: HartPipeline, **options: Any) -> set[int]:
-    """Rows of the transformer's batch at the image scales, of a call for two images."""
-    seen: list[int] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+def rows_run(pipe: HartPipeline, **options: Any) -> int:
+    """Rows of the transformer's batch in all, at the last scale, of a call for two images."""
+    seen: list[tuple[int, int]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[:2]))
     latent(pipe)  # the unconditional context is encoded once per load, so before
     seen.clear()
     latent(pipe, ["a", "b"], **options)
     hook.remove()
-    return set(seen[-len(SIDES) + 1 :])
+    return sum(rows for rows, tokens in seen if tokens == SIDES[-1] ** 2)
 
 
 def test_without_guidance_half_the_rows_run(pipe: HartPipeline) -> None:
-    assert rows_run(pipe) == {4}
-    assert rows_run(pipe, guidance_scale=0) == {2}
-    assert rows_run(pipe, guidance_scale=0, negative_prompt="ugly") == {2}
+    assert rows_run(pipe) == 4
+    assert rows_run(pipe, negative_prompt="ugly") == 4
+    assert rows_run(pipe, guidance_scale=0) == 2
+    assert rows_run(pipe, guidance_scale=0, negative_prompt="ugly") == 2
 
 
 def test_no_guidance_is_the_limit_of_little_guidance(pipe: HartPipeline, scales: list[ScaleOutput]) -> None:
     none = latent(pipe, guidance_scale=0, more_smooth=False)
     codes = indices_of(scales)
     scales.clear()
-    little = latent(
-        pipe, guidance_scale=1e-9, more_smooth=False
-    )  # too little to change a single fp32 logit by more than rounding
+    little = latent(pipe, guidance_scale=1e-9, more_smooth=False)  # moves an fp32 logit by its rounding at most
     assert torch.equal(indices_of(scales), codes)
     assert relative(little, none) <= HARD
 
@@ -496,8 +495,8 @@ def test_nothing_stays_after_a_call(pipe: HartPipeline, caches: list[StorageWeak
     gc.disable()
     try:
         output = pipe("a cat", output_type="latent", num_images_per_prompt=2)
-        assert len(caches) == 1
-        assert caches[0].expired()  # by itself, without the collector of cycles
+        assert caches
+        assert all(cache.expired() for cache in caches)  # by themselves, without the collector of cycles
     finally:
         gc.enable()
     assert output.images.untyped_storage().nbytes() == output.images.nbytes
@@ -627,7 +626,7 @@ def test_to_moves_and_casts(own: HartPipeline, args: Any, kwargs: Any, device: s
 
 
 def test_to_takes_floating_point_only_and_no_other_options(own: HartPipeline) -> None:
-    with pytest.raises(ValueError, match=r"must be a floating-point dtype, not torch.int8"):
+    with pytest.raises(ValueError, match=r"must be one of .*float16, not torch.int8"):
         own.to(torch.int8)
     with pytest.raises(TypeError, match="dtyp"):
         own.to(dtyp=torch.bfloat16)  # type: ignore[call-arg]
@@ -683,11 +682,10 @@ def test_tiles_that_differ_blend_without_a_seam(side: int, tile: int) -> None:
         return torch.full_like(part, next(levels))
 
     blended = tiling.tiled(one_level_per_tile, torch.empty(1, 1, side, side), tile)
-    # Over the overlap the weight moves from one tile to the next in steps of 1 / (overlap + 1) of their difference, at
-    # most 1; where three tiles meet along a line, two of them move.
+    # Over the overlap the share moves from one tile to the next by at most 1 / (overlap + 1) a pixel; the levels are 0..1.
     overlap = tile // tiling.OVERLAP
     for steps in (blended.diff(dim=-1), blended.diff(dim=-2)):
-        assert steps.abs().max() <= 2 / (overlap + 1)
+        assert steps.abs().max() <= 1 / (overlap + 1) + 1e-6
     assert 0 <= blended.min() < blended.max() <= 1
 
 
@@ -722,15 +720,18 @@ def test_tiling_is_turned_on_and_off(pipe: HartPipeline, monkeypatch: pytest.Mon
     assert asked == [None, 16, None, 32]
 
 
-def test_a_batch_is_decoded_few_at_a_time(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pipe("a cat", seed=0, num_images_per_prompt=5, output_type="pt").images
+def test_a_batch_is_decoded_one_by_one_on_the_cpu(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     decode = pipe.autoencoder.decode
     monkeypatch.setattr(pipe.autoencoder, "decode", lambda given, tile: sizes.append(len(given)) or decode(given, tile=tile))
-    monkeypatch.setattr(pipeline_module, "DECODED_PIXELS", 2 * PIXELS**2)
-    parts = pipe("a cat", seed=0, num_images_per_prompt=5, output_type="pt").images
-    assert sizes == [2, 2, 1]
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    together = pipe(["a", "b"], seed=3, output_type="pt").images
+    assert sizes == [1, 1]
+    assert torch.equal(together[1:], pipe("b", seed=4, output_type="pt").images)
+
+
+@pytest.mark.parametrize(("device", "limit", "together"), [("cpu", 8, 1), ("cuda", 8, 8), ("mps", 1, 1), ("cuda", 0, 1)])
+def test_elsewhere_images_go_together(device: str, limit: int, together: int) -> None:
+    assert generation.images_at_once(torch.device(device), limit) == together
 
 
 # Image to tokens and back.
@@ -748,8 +749,7 @@ def test_reconstruct_answers_in_kind(pipe: HartPipeline, mode: Any) -> None:
     assert one.size == (PIXELS, PIXELS)
     several = pipe.reconstruct([picture(), picture().rotate(90)], mode)
     assert [image.size for image in several] == [(PIXELS, PIXELS)] * 2
-    difference = np.asarray(several[0]).astype(int) - np.asarray(one)
-    assert np.abs(difference).max() <= 1  # convolutions round with the size of the batch, levels at their borders
+    assert several[0].tobytes() == one.tobytes()
     pixels = torch.from_numpy(np.asarray(picture()).astype(np.float32) / 255).permute(2, 0, 1)[None]
     tensor = pipe.reconstruct(pixels, mode)
     assert (tensor.shape, tensor.dtype) == ((1, 3, PIXELS, PIXELS), torch.float32)
@@ -771,5 +771,5 @@ def test_what_is_not_square_is_cropped(pipe: HartPipeline) -> None:
 def test_the_hybrid_reconstruction_decodes_the_encoder_s_latent(pipe: HartPipeline) -> None:
     pixels = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        direct = (pipe.autoencoder.decode(pipe.autoencoder.encode_latent(pixels * 2 - 1)) + 1) / 2
-    assert torch.equal(pipe.reconstruct(pixels), direct)
+        direct = [(pipe.autoencoder.decode(pipe.autoencoder.encode_latent(one * 2 - 1)) + 1) / 2 for one in pixels.split(1)]
+    assert torch.equal(pipe.reconstruct(pixels), torch.cat(direct))

@@ -73,7 +73,7 @@ def test_with_ties_top_p_keeps_as_many_of_each_value_as_the_naive_rule() -> None
 
 @pytest.mark.parametrize(
     ("top_p", "survivors"),
-    [(0.0, 4), (1.0, 4), (0.76, 4), (0.75, 3), (0.5, 2), (0.25, 1), (1e-6, 1)],
+    [(0.0, 4), (1.0, 4), (0.76, 4), (0.75, 3), (0.5, 2), (0.25, 1), (1e-6, 1), (1e-9, 1)],
 )
 def test_top_p_removes_what_cumulates_to_at_most_one_minus_p(top_p: float, survivors: int) -> None:
     filtered = filter_logits(torch.zeros(1, 1, 4), top_k=0, top_p=top_p)  # four times exactly 0.25

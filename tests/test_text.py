@@ -84,7 +84,9 @@ def test_the_context_is_that_of_one_plain_call(encoder: TextEncoder, with_system
     expected = in_one_go(encoder, PROMPTS, with_system_prompt=with_system_prompt)
     for _ in range(2):  # the second time from the kept keys and values
         embeds = encoder.encode(PROMPTS, context_tokens=T, use_system_prompt=with_system_prompt)
-        assert relative(embeds.context, expected) <= FP32
+        # Left padding without a system prompt has nothing to attend to, and transformers' versions differ in what comes of it.
+        defined = torch.ones_like(embeds.mask) if with_system_prompt else embeds.position_ids >= 0
+        assert relative(embeds.context[defined], expected[defined]) <= FP32
 
 
 def test_the_system_prompt_matters(encoder: TextEncoder) -> None:

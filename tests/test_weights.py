@@ -127,12 +127,22 @@ def test_dead_buffers_are_never_read(hart_tiny: Path, dtype: torch.dtype | None,
         def __init__(self, *args: Any, **options: Any) -> None:
             self.handle = safe_open(*args, **options)
 
-        def keys(self) -> list[str]:
-            return list(self.handle.keys())
+        def __enter__(self) -> Spy:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:  # names, shapes and types: the header
+            assert name in ("keys", "get_slice")
+            return getattr(self.handle, name)
 
         def get_tensor(self, name: str) -> Tensor:
             read.append(name)
             return self.handle.get_tensor(name)
+
+        def get_slice(self, name: str) -> Any:
+            return self.handle.get_slice(name)
 
     safe_open = weights.safe_open
     monkeypatch.setattr(weights, "safe_open", Spy)
@@ -327,6 +337,19 @@ def test_every_form_of_a_checkpoint_gives_the_same_module(
     module = load_module(build, files, torch_dtype=dtype)
     assert equal(module, plain)
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("is_archive", "times"), [(False, 1), (True, 2)])
+def test_the_old_format_is_read_once(
+    build: Build, stored: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_archive: bool, times: int
+) -> None:
+    reads: list[Path] = []
+    load = weights._load_pickle
+    monkeypatch.setattr(weights, "_load_pickle", lambda file: (reads.append(file), load(file))[1])
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
+    torch.save(stored, tmp_path / "model.bin", _use_new_zipfile_serialization=is_archive)
+    load_module(build, [tmp_path / "model.bin"], torch_dtype=torch.float64)
+    assert min(len(reads), 2) == times
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

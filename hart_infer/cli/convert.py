@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import InputError
 from . import options
 from .console import UsageError, emit, note
 
@@ -35,12 +33,11 @@ def add_parser(commands: options.Commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="SRC", help="checkpoint folder or Hugging Face id")
-    parser.add_argument("destination", metavar="DST", help="folder to write; must be new or empty")
+    parser.add_argument("destination", metavar="DST", help="folder to write: new, empty, or converted before")
     parser.add_argument("--dtype", choices=tuple(options.DTYPES), help="number format (default: as stored)")
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        type=_size,
         default="5GB",
         help="largest file, such as 500MB (default: 5GB)",
     )
@@ -56,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..pipeline import HartPipeline
+    from ..saving import check_destination, check_shard_size
 
     destination = Path(args.destination)
-    _check_destination(args.model, destination)
+    try:
+        check_shard_size(args.max_shard_size)
+    except InputError as error:
+        raise UsageError(f"--max-shard-size: {error}") from error
+    check_destination(destination)
     if args.quiet:
         options.silence_others()
     else:
@@ -77,30 +79,3 @@ def run(args: argparse.Namespace) -> int:
     pipe.save_pretrained(destination, max_shard_size=args.max_shard_size)
     emit(str(destination))
     return 0
-
-
-def _check_destination(source: str, destination: Path) -> None:
-    """Refuse, before anything is loaded, a destination that can't or shouldn't be written."""
-    if os.path.exists(source) and destination.exists() and os.path.samefile(source, destination):
-        raise UsageError("SRC and DST are the same folder.")
-    try:
-        if destination.exists() and any(destination.iterdir()):
-            raise OutputError(f"{destination} is not empty; give a new folder, or empty this one.")
-    except NotADirectoryError as error:
-        raise OutputError(f"{destination} is a file, not a folder.") from error
-    except PermissionError as error:
-        raise OutputError(f"{destination} cannot be read: permission denied.") from error
-    existing = destination
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise OutputError(f"{destination} cannot be made: {existing} is a file.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{destination} cannot be written: permission denied in {existing}.")
-
-
-def _size(text: str) -> str:
-    """argparse type: a number and a unit."""
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]i?B", text, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
-    return text.replace(" ", "").upper().replace("IB", "iB")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hart_infer
 
 from ..checkpoint import RELEASED_MODEL
 from . import machine, options
 from .console import emit_json, emit_table
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "pillow")
 GIB = 2**30
@@ -79,7 +81,7 @@ def _cpu() -> dict[str, Any]:
         "memory": _gib(total),
         "memory_available": _gib(available),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "bf16": sorted(machine.cpu_features()) or "emulated",
+        **{name: _half_precision(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))},
     }
 
 
@@ -98,12 +100,19 @@ def _gpu() -> dict[str, Any]:
     return found
 
 
+def _half_precision(dtype: torch.dtype) -> str:
+    import torch
+
+    from ..ops.precision import widens
+
+    return "stored, but multiplied in fp32" if widens(torch.empty(0, dtype=dtype)) else "multiplied as it is"
+
+
 def _kernels() -> dict[str, Any]:
-    extension = importlib.util.find_spec("hart_infer._C")
-    return {
-        "triton": _version("triton") or _version("triton-windows") or "absent",
-        "compiled_extension": _tilde(extension.origin or "built in") if extension else "absent",
-    }
+    """What runs each operation, and why."""
+    from .. import ops
+
+    return dict.fromkeys(ops.__all__, "PyTorch; this version has no Triton or CUDA kernel for it")
 
 
 def _hub() -> dict[str, Any]:

@@ -132,10 +132,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, make the pictures."""
+    from ..inputs import MAX_SEED
+
     prompts = _prompts(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     count = len(prompts) * args.num
-    if seed + count - 1 > options.MAX_SEED:
+    if seed + count - 1 > MAX_SEED:
         raise UsageError(f"--seed {seed} is too large for {count} pictures.")
     if args.singles and args.grid is None:
         raise UsageError("--singles goes with --grid; without it every picture is written anyway.")

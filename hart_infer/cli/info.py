@@ -13,8 +13,8 @@ from . import options
 from .console import emit, emit_json, emit_table
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..config import AutoencoderConfig, TransformerConfig
-    from .checkpoints import Summary
 
 DETAILS = """\
 For a checkpoint: parameters, scales, memory and flags, from its configuration
@@ -65,7 +65,12 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.target)
     if path.suffix.lower() in FORMATS and not path.is_dir():
         return _show_picture(args)
-    report = describe(_summary(args))
+    from ..checkpoint import inspect_checkpoint
+
+    found = inspect_checkpoint(
+        args.target, revision=args.revision, local_files_only=args.local_files_only, use_ema=args.use_ema
+    )
+    report = describe(found)
     if args.json:
         emit_json(report, indent=2)
         return 0
@@ -76,12 +81,6 @@ def run(args: argparse.Namespace) -> int:
     for title in ("transformer", "autoencoder"):
         emit_table(_named(report[title]), title=title)
     return 0
-
-
-def _summary(args: argparse.Namespace) -> Summary:
-    from .checkpoints import summarise
-
-    return summarise(args.target, revision=args.revision, local_files_only=args.local_files_only, use_ema=args.use_ema)
 
 
 def _show_picture(args: argparse.Namespace) -> int:
@@ -95,15 +94,15 @@ def _show_picture(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(summary: Summary) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report on a checkpoint, in JSON's types."""
-    transformer, autoencoder = summary.transformer, summary.autoencoder
+    transformer, autoencoder = checkpoint.transformer, checkpoint.autoencoder
     parts = count_parameters(transformer, autoencoder)
     return {
         "parameters": {**vars(parts), "total": sum(vars(parts).values())},
         "schedule": _schedule(transformer, autoencoder),
         "memory": _memory(transformer, autoencoder, parts),
-        "files": _files(summary),
+        "files": _files(checkpoint),
         "transformer": _flags(transformer.to_dict()),
         "autoencoder": _flags(autoencoder.to_dict()),
     }
@@ -171,12 +170,12 @@ def _memory(transformer: TransformerConfig, autoencoder: AutoencoderConfig, part
     }
 
 
-def _files(summary: Summary) -> dict[str, Any]:
+def _files(checkpoint: Checkpoint) -> dict[str, Any]:
     """The weight files that a pipeline would read, from their headers."""
     from ..weights import rename, tensor_shapes
 
     found: dict[str, Any] = {}
-    for file in summary.files:
+    for file in checkpoint.transformer_files + checkpoint.autoencoder_files:
         tensors = tensor_shapes(file)
         read = [dtype for name, (_, dtype) in tensors.items() if rename(name) is not None]
         found[f"{file.parent.name}/{file.name}"] = {
@@ -185,8 +184,8 @@ def _files(summary: Summary) -> dict[str, Any]:
             "tensors": len(tensors),
             "tensors_never_read": len(tensors) - len(read),
         }
-    if summary.text_encoder is not None:
-        found["text encoder"] = str(summary.text_encoder)
+    if checkpoint.text_encoder is not None:
+        found["text encoder"] = str(checkpoint.text_encoder)
     return found
 
 

@@ -28,7 +28,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 Commands = Any  # argparse keeps the type of add_subparsers' result private
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MAX_SEED = 2**63 - 1
 
 
 def add_command(commands: Commands, name: str, *, usage: str, summary: str, details: str = "", epilog: str = "") -> Any:
@@ -146,9 +145,11 @@ def natural_int(text: str) -> int:
 
 def seed_int(text: str) -> int:
     """argparse type: a seed that every generator takes."""
+    from ..inputs import MAX_SEED
+
     value = _integer(text, 0, "a whole number of 0 or more")
     if value > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is too large for a seed (at most 2^63 - 1)")
+        raise argparse.ArgumentTypeError(f"{text} is too large for a seed (at most {MAX_SEED})")
     return value
 
 

@@ -172,7 +172,8 @@ class Autoencoder(nn.Module):
     def _laid_out(self, x: Tensor) -> Tensor:
         """`x` in the weights' dtype; channels last in half precision, which is faster but rounds otherwise."""
         dtype = self.quant_conv.weight.dtype
-        layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+        suits = dtype != torch.float32 and x.device.type in ("cpu", "cuda")
+        layout = torch.channels_last if suits else torch.contiguous_format
         return x.to(dtype, memory_format=layout)
 
     def to_device(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -181,11 +182,15 @@ class Autoencoder(nn.Module):
             child.to(device=device, dtype=None if isinstance(child, Quantizer) else dtype)
 
     def reconstruct(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
-        """Image -> tokens -> image, [B, 3, size, size] in -1..1.
+        """Image -> tokens -> image, [B, 3, size, size] in -1..1; `mode` as in `latent`."""
+        return self.decode(self.latent(image, mode))
 
-        "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
+    def latent(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
+        """What reconstructs an image [B, 3, size, size] in -1..1 when decoded: [B, C, size/f, size/f] fp32.
+
+        "hybrid" is the continuous latent, "discrete" the sum of the codes alone (paper figure 4).
         """
         latent = self.encode_latent(image)
         if mode == "discrete":
             latent = self.quantizer.discrete(self.quantizer.encode(latent).embeddings)
-        return self.decode(latent)
+        return latent

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import AutoencoderConfig
 from ..schedule import phi_index
+from .layers import Conv2d
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Quantizer(nn.Module):
         self.patch_nums = config.v_patch_nums
         self.codebook = nn.Embedding(config.vocab_size, config.z_channels)
         self.phi = nn.ModuleList(
-            nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1) for _ in range(self.share or len(self.patch_nums))
+            Conv2d(config.z_channels, config.z_channels, 3, padding=1) for _ in range(self.share or len(self.patch_nums))
         )
 
     def refine(self, latent: Tensor, phi: int) -> Tensor:
@@ -47,6 +48,8 @@ class Quantizer(nn.Module):
     @staticmethod
     def next_input(f_hat: Tensor, side: int) -> Tensor:
         """f_hat [B, C, P, P] resized by area to the next scale's [B, C, side, side]."""
+        if f_hat.device.type == "mps":  # which resizes by whole factors only, before torch 2.10 or so
+            return F.interpolate(f_hat.cpu(), size=(side, side), mode="area").to(f_hat.device)
         return F.interpolate(f_hat, size=(side, side), mode="area")
 
     def nearest(self, latent: Tensor) -> Tensor:
@@ -81,14 +84,14 @@ class Quantizer(nn.Module):
 
     def discrete(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Sum of all scales' codes [B, C, P, P]; here, unlike in generation, the last scale is refined as well."""
-        f_hat = _zeros(embeddings[-1])
+        f_hat = torch.zeros_like(embeddings[-1])
         for index, embedding in enumerate(embeddings):
             f_hat = f_hat + self.enlarge(embedding, self._phi(index))
         return f_hat
 
     def inputs(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """Teacher forcing: the inputs [B, C, p, p] of scales 1, 2, ... given the codes of the scales before."""
-        f_hat = _zeros(embeddings[-1])
+        f_hat = torch.zeros_like(embeddings[-1])
         inputs = []
         for index, side in enumerate(self.patch_nums[1:]):
             f_hat = f_hat + self.enlarge(embeddings[index], self._phi(index))
@@ -97,8 +100,3 @@ class Quantizer(nn.Module):
 
     def _phi(self, index: int) -> int:
         return phi_index(index, len(self.patch_nums), self.share)
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Zeros in plain layout: a channels-last latent, as embedded codes are, takes a less exact way through the decoder."""
-    return torch.zeros_like(like, memory_format=torch.contiguous_format)

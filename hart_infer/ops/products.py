@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> Tensor:
-    """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w'] in x's dtype, accumulated in fp32."""
+    """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w'] in x's dtype, accumulated in fp32.
+
+    fp32 means fp32: cuDNN's default, TF32, is turned off.
+    """
     if widens(x):
         return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
+    if x.device.type == "cuda" and x.dtype == torch.float32:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+            return F.conv2d(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)

@@ -15,8 +15,8 @@ TEXT_ENCODERS = ("text-tiny-right", "text-tiny-left")
 
 
 def golden_root() -> Path:
-    """HART_GOLDEN if it is set (a folder), else the full set if it is there, else the subset."""
-    chosen = os.environ.get("HART_GOLDEN")
+    """HART_INFER_GOLDEN if it is set (a folder), else the full set if it is there, else the subset."""
+    chosen = os.environ.get("HART_INFER_GOLDEN")
     if chosen:
         return Path(chosen).resolve()
     return FULL if FULL.is_dir() else SUBSET

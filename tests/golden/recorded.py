@@ -15,7 +15,7 @@ from torch import Tensor
 from hart_infer.cache import KVCache
 from hart_infer.checkpoint import find_checkpoint
 from hart_infer.generation import prefill
-from hart_infer.loading import load_models
+from hart_infer.loading import load_autoencoder, load_transformer
 from hart_infer.model.autoencoder import Autoencoder
 from hart_infer.model.quantizer import Quantizer
 from hart_infer.model.rope import image_table
@@ -61,7 +61,8 @@ def load_model(checkpoint: str, dtype: torch.dtype = torch.float32, *, use_ema: 
 @cache
 def _load_model(folder, dtype, use_ema) -> Model:
     found = find_checkpoint(folder, use_ema=use_ema, with_text_encoder=False)
-    transformer, autoencoder = load_models(found, dtype)
+    transformer = load_transformer(found, dtype)
+    autoencoder = load_autoencoder(found, transformer.dtype)
     stages = build_schedule(
         found.transformer.patch_nums,
         context_tokens=found.transformer.context_token,
