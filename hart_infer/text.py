@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_TOKENIZING = threading.RLock()  # a tokenizer changes itself in a call, and fails if two threads do so at once
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -132,12 +134,14 @@ class TextEncoder:
         limit = context_tokens
         if max_sequence_length is not None:
             limit = check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
-        tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
+        with _TOKENIZING:
+            tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
         tokens = tokens.to(self.model.device)
         mask = tokens != self.tokenizer.pad_token_id
         prefix = self._system_prefix(context_tokens) if use_system_prompt else _Prefix([], 0)
-        hidden = self._run(tokens, mask, prefix)
-        return PromptEmbeds(hidden.float(), mask)
+        at_once = 1 if tokens.device.type == "cpu" else len(tokens)  # so that a context doesn't depend on its batch
+        hidden = [self._run(*part, prefix) for part in zip(tokens.split(at_once), mask.split(at_once), strict=True)]
+        return PromptEmbeds(torch.cat(hidden).float(), mask)
 
     def _tokenize(self, index: int, prompt: str, limit: int, padded: int) -> Tensor:
         if self.tokenizer.is_fast:
@@ -169,7 +173,8 @@ class TextEncoder:
 
     def _system_prefix(self, limit: int) -> _Prefix:
         if limit not in self._prefixes:
-            ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
+            with _TOKENIZING:
+                ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             layers: list[tuple[Tensor, Tensor]] = []
             self._run(ids, torch.ones_like(ids, dtype=torch.bool), _Prefix([], 0), record=layers)

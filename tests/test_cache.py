@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hart_infer.cache import KVCache
 from hart_infer.config import TransformerConfig
+from hart_infer.ops.precision import widens
 from hart_infer.schedule import Stage, build_schedule
 
 CPU = torch.device("cpu")
@@ -120,3 +121,11 @@ def test_the_context_s_own_cache_keeps_its_one_stage() -> None:
     assert torch.equal(cache.keys[1], keys)
     assert torch.equal(cache.visible(1, context)[1], values)
     assert storages(cache) == KVCache.size_in_bytes(SMALL, [context], rows=ROWS, itemsize=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scratch_is_in_the_dtype_that_products_are_taken_in(dtype: torch.dtype) -> None:
+    cache = KVCache(SMALL, schedule(SMALL), rows=ROWS, dtype=dtype, device=CPU)
+    last = schedule(SMALL)[-1]
+    assert {view.dtype for stage in schedule(SMALL)[:-1] for view in cache.slot(0, stage)} == {dtype}
+    assert {view.dtype for view in cache.slot(0, last)} == {torch.float32 if widens(cache.keys) else dtype}

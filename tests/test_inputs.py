@@ -57,6 +57,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": b"a"}, "prompt must be a string or a list of strings, not bytes"),
     ({"prompt": 0}, "prompt must be a string or a list of strings, not int"),
     ({"prompt": {"a": 1}}, "not dict"),
+    ({"prompt": ["a", "\ud83d"]}, r"prompt\[1\] is not valid Unicode text"),
     ({"prompt": None}, "Give either prompt or prompt_embeds"),
     ({"prompt": "a", "prompt_embeds": torch.zeros(1, TOKENS, WIDTH)}, "Give either prompt or prompt_embeds"),
     ({"prompt": None, "prompt_embeds": [[0.0]]}, "must come from encode_prompt or be a tensor, not list"),
@@ -78,6 +79,8 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
         {"prompt": None, "prompt_embeds": PromptEmbeds(torch.zeros(2, TOKENS, WIDTH), torch.ones(1, TOKENS).bool())},
         r"not \[2, 12, 48\] and \[1, 12\]",
     ),
+    ({"prompt": None, "prompt_embeds": torch.full((1, TOKENS, WIDTH), NAN)}, "must be finite numbers"),
+    ({"prompt": None, "prompt_embeds": PromptEmbeds(torch.zeros(1, TOKENS, WIDTH), None)}, "with a mask tensor"),  # type: ignore[arg-type]
     ({"negative_prompt": 3}, "negative_prompt must be a string or a list of strings, not int"),
     ({"negative_prompt": []}, "negative_prompt is an empty list"),
     ({"negative_prompt": ["a", ""], "prompt": ["a", "b"]}, r"negative_prompt\[1\] is empty"),
@@ -244,11 +247,10 @@ def test_a_generator_moves_on() -> None:
     assert [seeds_for(1, None, again, CPU)[0] for _ in range(2)] == [first, second]
 
 
-def test_one_generator_gives_every_image_of_a_batch_its_own_seed() -> None:
-    seeds, _ = seeds_for(3, None, fresh(), CPU)
-    assert seeds[0] == 7
-    assert len(set(seeds)) == 3
-    assert seeds_for(3, None, fresh(), CPU)[0] == seeds
+def test_one_generator_s_seed_is_counted_up() -> None:
+    assert seeds_for(3, None, fresh(), CPU)[0] == [7, 8, 9]
+    first, second = seeds_for(2, None, used(), CPU)[0]
+    assert second == first + 1
 
 
 def test_a_used_generator_draws_its_seed() -> None:
@@ -258,7 +260,12 @@ def test_a_used_generator_draws_its_seed() -> None:
     assert 0 <= seeds[0] <= MAX_SEED
 
 
-def test_the_generator_s_device_draws() -> None:
-    cuda = torch.device("cuda:0")
-    assert seeds_for(1, None, fresh(), cuda)[1] == CPU
-    assert seeds_for(1, 7, None, cuda)[1] == cuda
+@pytest.mark.parametrize(("device", "draws"), [("cuda:0", "cuda:0"), ("cpu", "cpu"), ("mps", "cpu")])
+def test_cuda_draws_for_itself_and_the_cpu_for_the_others(device: str, draws: str) -> None:
+    assert seeds_for(1, 7, None, torch.device(device)) == ([7], torch.device(draws))
+    assert seeds_for(1, None, None, torch.device(device))[1] == torch.device(draws)
+    assert seeds_for(1, None, fresh(), torch.device(device)) == ([7], CPU)
+
+
+def test_generators_share_one_device() -> None:
+    rejected(lambda: seeds_for(2, None, [fresh(), CudaGenerator()], torch.device("cuda:0")), "are on different devices")

@@ -8,9 +8,9 @@ import io
 import logging
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hart_infer import HartOutput, HartPipeline, OutOfMemoryError, PromptEmbeds, Step, generation
+from hart_infer import HartOutput, HartPipeline, InputError, OutOfMemoryError, PromptEmbeds, Step, generation
 from hart_infer import pipeline as pipeline_module
 from hart_infer.cache import KVCache
 from hart_infer.generation import ScaleOutput
@@ -30,9 +30,7 @@ from tests.golden.data import REPOSITORY
 
 SIDES = (1, 2, 3, 4, 6, 8)  # of hart-tiny
 CHANNELS, PIXELS = 8, 32
-# Free-running results are within these of the released numbers (relative to the largest entry, from the issue), so two of
-# ours, computed in batches of different sizes, are within twice that of each other.
-SMOOTH, HARD = 2 * 5e-3, 2 * 2e-4
+HARD = 2e-4  # relative to the largest entry: the issue's bound on how rounding grows in a run without `more_smooth`
 
 
 @pytest.fixture
@@ -132,6 +130,13 @@ def test_all_forms_are_of_one_picture(pipe: HartPipeline) -> None:
     assert np.array_equal(np.asarray(pil[0]), np.round(array[0] * 255).astype(np.uint8))
     decoded = pipe.autoencoder.decode(latent(pipe, seed=3))
     assert torch.equal((decoded + 1) / 2, pt)
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_tensors_are_the_caller_s_to_change(pipe: HartPipeline, output_type: Any) -> None:
+    images = pipe("a cat", output_type=output_type).images
+    images.mul_(2)  # an inference tensor would refuse
+    assert images.requires_grad_().sum().requires_grad
 
 
 def test_a_tuple_if_asked(pipe: HartPipeline) -> None:
@@ -279,7 +284,7 @@ def test_every_prompt_gets_its_own_negative_one(pipe: HartPipeline) -> None:
     options = {"num_images_per_prompt": 2, "more_smooth": False, "seed": [1, 1, 1, 1]}
     both = latent(pipe, ["a", "b"], negative_prompt=["ugly", "blurred"], **options)
     swapped = latent(pipe, ["b", "a"], negative_prompt=["blurred", "ugly"], **options)
-    assert relative(both, swapped[[2, 3, 0, 1]]) <= HARD
+    assert torch.equal(both, swapped[[2, 3, 0, 1]])
 
 
 def test_the_kept_unconditional_context_survives(pipe: HartPipeline) -> None:
@@ -421,14 +426,17 @@ def test_an_error_of_the_callback_passes_and_frees_the_cache(
 
 
 @pytest.mark.parametrize("bar", [False, True])
-def test_ctrl_c_within_the_model_frees_the_cache(own: HartPipeline, caches: list[StorageWeakRef], bar: bool) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_ctrl_c_within_the_model_frees_the_caches(
+    own: HartPipeline, caches: list[StorageWeakRef], count: int, bar: bool
+) -> None:
     own.set_progress_bar_config(disable=not bar, file=io.StringIO())
     before = latent(own)
-    hook = interrupt_at(own.transformer.blocks[1].mlp, 5, KeyboardInterrupt())
+    hook = interrupt_at(own.transformer.blocks[1].mlp, 5 * count, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt) as caught:
-        own("a cat")
+        own("a cat", num_images_per_prompt=count)
     assert caught.tb is not None  # held while we look
-    assert len(caches) == 2
+    assert len(caches) > 1
     assert all(cache.expired() for cache in caches)
     hook.remove()
     assert torch.equal(latent(own), before)
@@ -456,13 +464,14 @@ def cpu_allocator_s_error() -> RuntimeError:
 
 OUT_OF_MEMORY: list[Callable[[], BaseException]] = [
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)."),
     cpu_allocator_s_error,
     MemoryError,
 ]
 
 
-@pytest.mark.parametrize("make", OUT_OF_MEMORY, ids=["cuda", "mps", "cpu", "python"])
+@pytest.mark.parametrize("make", OUT_OF_MEMORY, ids=["cuda", "cublas", "mps", "cpu", "python"])
 @pytest.mark.parametrize("where", ["text", "scales", "decoder", "preview", "reconstruct"])
 def test_out_of_memory_says_what_to_turn_down_and_frees(
     own: HartPipeline, caches: list[StorageWeakRef], make: Callable[[], BaseException], where: str
@@ -502,15 +511,12 @@ def test_nothing_stays_after_a_call(pipe: HartPipeline, caches: list[StorageWeak
     assert output.images.untyped_storage().nbytes() == output.images.nbytes
 
 
-def test_two_threads_may_share_a_pipeline(pipe: HartPipeline) -> None:
-    expected = [latent(pipe, seed=seed) for seed in range(2)]
-    found: dict[int, Tensor] = {}
-    threads = [threading.Thread(target=lambda s=seed: found.setdefault(s, latent(pipe, seed=s))) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[seed], expected[seed]) for seed in range(2))
+def test_threads_may_share_a_pipeline(pipe: HartPipeline) -> None:
+    seeds = range(6)
+    expected = [latent(pipe, seed=seed) for seed in seeds]
+    with ThreadPoolExecutor(max_workers=3) as threads:
+        found = list(threads.map(lambda seed: latent(pipe, seed=seed), seeds))
+    assert all(torch.equal(found[seed], expected[seed]) for seed in seeds)
 
 
 # The bar, and silence.
@@ -625,12 +631,25 @@ def test_to_moves_and_casts(own: HartPipeline, args: Any, kwargs: Any, device: s
     assert {parameter.dtype for parameter in own.autoencoder.quantizer.parameters()} == {torch.float32}
 
 
-def test_to_takes_floating_point_only_and_no_other_options(own: HartPipeline) -> None:
-    with pytest.raises(ValueError, match=r"must be one of .*float16, not torch.int8"):
-        own.to(torch.int8)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.int8, r"must be one of .*float16, not torch.int8\.$"),
+        (torch.float64, r"not torch.float64\.$"),
+        (torch.complex64, r"not torch.complex64\.$"),
+        ("nope", r"'nope' is not a device; .*\.$"),
+        ("cuda:99", r"cuda:99 is not here: torch .* sees .* CUDA devices\.$"),
+    ],
+)
+def test_to_refuses_what_is_not_there_and_leaves_all_as_it_was(own: HartPipeline, wrong: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        own.to(wrong)
+    assert (devices(own), dtypes(own)) == ({"cpu"}, {torch.float32})
+
+
+def test_to_takes_no_other_options(own: HartPipeline) -> None:
     with pytest.raises(TypeError, match="dtyp"):
         own.to(dtyp=torch.bfloat16)  # type: ignore[call-arg]
-    assert dtypes(own) == {torch.float32}
 
 
 def test_what_was_cast_is_what_was_loaded_so(own: HartPipeline, hart_tiny: Path, text_tiny: Path) -> None:

@@ -358,12 +358,13 @@ def test_no_dtype_keeps_that_of_the_largest_tensor(
 ) -> None:
     def dtypes(**changed: torch.dtype) -> set[torch.dtype]:
         mixed = {k: v.to(changed.get(k.partition(".")[0], torch.bfloat16)) for k, v in stored.items() if not is_dead(k)}
-        mixed["lvl_1L"] = torch.zeros(2**20, dtype=torch.int64)  # larger, but dead
+        mixed["attn_bias_for_masking"] = torch.zeros(2**20)  # larger, but dead
         module = load_module(build, [write(tmp_path / f"model.{suffix}", mixed)], torch_dtype=None)
         return {tensor.dtype for tensor in module.state_dict().values()}
 
     assert dtypes() == {torch.bfloat16}
     assert dtypes(head=torch.float32) == {torch.float32}  # [1024, 128] is the largest
+    assert dtypes(head=torch.float8_e4m3fn) == {torch.bfloat16}  # which can't be computed in
     assert dtypes(word_embed=torch.float32, blocks=torch.float16) == {torch.bfloat16}
 
 

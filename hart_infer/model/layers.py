@@ -49,11 +49,11 @@ MANY_ROWS = 16  # CPU BLAS multiplies this many rows, or more, in one way
 
 
 class SteadyLinear(Linear):
-    """A linear map for inputs of few rows whose rounding does not depend on how many they are.
+    """A linear map for inputs of few rows, whose rounding is the released code's.
 
-    CPU BLAS takes another path for a handful of rows and rounds differently, by which an image would depend on the size of
-    its batch and stray from the released numbers (1 / tau amplifies it scale by scale). So there the rows come in the
-    number that the released code has for one image: many (`MANY_ROWS` or more round alike), or the two guidance halves.
+    CPU BLAS takes another path for a handful of rows and rounds differently, and 1 / tau amplifies that from scale to scale.
+    So there the rows come in the number that the released code has for one image: many (`MANY_ROWS` or more round alike), or
+    the two guidance halves.
     """
 
     def __init__(self, in_features: int, out_features: int, *, halves: bool = False) -> None:

@@ -16,9 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_BEHIND = shutil.ignore_patterns(
-    ".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "tests", "benchmarks"
-)
+LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "tests", "benchmarks")
 # What another checkout or an activated environment could leak into the fresh one.
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -82,9 +80,7 @@ def test_wheel_needs_no_compiler_and_states_its_licence(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
 
 
-def test_installed_package_imports_from_its_environment(
-    wheel: Path, environment: Path, tmp_path: Path
-) -> None:
+def test_installed_package_imports_from_its_environment(wheel: Path, environment: Path, tmp_path: Path) -> None:
     script = (
         "import sys, importlib.util, hart_infer, hart_infer.kernels\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
