@@ -20,7 +20,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .pipeline import HartOutput, HartPipeline, Step
+    from .outputs import HartOutput, Step
+    from .pipeline import HartPipeline
     from .text import PromptEmbeds
 
 __version__ = "0.1.0"
@@ -38,7 +39,7 @@ __all__ = [
     "WeightsError",
     "__version__",
 ]
-_LAZY = {"HartOutput": "pipeline", "HartPipeline": "pipeline", "Step": "pipeline", "PromptEmbeds": "text"}
+_LAZY = {"HartOutput": "outputs", "HartPipeline": "pipeline", "Step": "outputs", "PromptEmbeds": "text"}
 
 
 def __getattr__(name: str) -> object:

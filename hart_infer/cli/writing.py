@@ -27,7 +27,7 @@ from .options import public_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..pipeline import Step
+    from ..outputs import Step
 
 
 def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
