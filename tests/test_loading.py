@@ -141,13 +141,13 @@ def test_a_text_encoder_by_its_path(
         assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
 
 
-def test_a_text_encoder_of_another_width(hart_tiny: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_of_another_width(hart_tiny: Path, text_tiny: Path, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2Model
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 900}
     Qwen2Model(Qwen2Config(**sizes, num_key_value_heads=2)).save_pretrained(tmp_path / "text")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(hart_tiny.parent / "text-tiny-right" / name, tmp_path / "text")
+        shutil.copy(text_tiny / name, tmp_path / "text")
     message = refusal(ConfigError, hart_tiny, tmp_path / "text")
     assert "gives 32 features" in message
     assert "expects 48" in message
