@@ -13,6 +13,7 @@ from .errors import InputError
 from .inputs import check_float, check_int
 from .schedule import Stage
 
+FP64_DRAWS = 2**20  # at once, to bound their memory
 MAX_GUIDANCE = 1000.0  # far more than makes a picture, far less than overflows the logits
 
 
@@ -59,20 +60,19 @@ class Draws:
         self._diffusion = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def multinomial(self, probabilities: Tensor) -> Tensor:
-        """One index per row of `probabilities` [B, L, V] -> [B, L] (torch.multinomial, with replacement)."""
+        """One index per row of `probabilities` [B, L, V] -> [B, L]: torch.multinomial's race of exponential draws."""
         batch, length, vocabulary = probabilities.shape
         rows = probabilities.to(self.device).reshape(len(self._codes), -1, vocabulary)
         drawn = [
-            torch.multinomial(group, num_samples=1, replacement=True, generator=generator)
+            (group / _exponential(group.shape, generator)).argmax(dim=-1)
             for group, generator in zip(rows, self._codes, strict=True)
         ]
         return torch.cat(drawn).view(batch, length).to(probabilities.device)
 
     def gumbel(self, like: Tensor) -> Tensor:
         """Standard Gumbel noise of the shape of `like` [B, L, V]: -log of exponential draws, fp32."""
-        noise = torch.empty(like.shape, device=self.device, dtype=torch.float32)
-        for group, generator in zip(noise.chunk(len(self._codes)), self._codes, strict=True):
-            group.exponential_(generator=generator)
+        shape = (like.shape[0] // len(self._codes), *like.shape[1:])
+        noise = torch.cat([_exponential(shape, generator) for generator in self._codes])
         return noise.log_().neg_().to(like.device)
 
     def start_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
@@ -93,6 +93,20 @@ class Draws:
             for generator in self._diffusion
         ]
         return torch.cat(drawn).to(device)
+
+
+def _exponential(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard exponential draws, fp32, on the generator's device.
+
+    On the CPU they are made of uniform ones, like those of torch 2.13, with which the golden data was recorded: `exponential_`
+    gives the same seed other numbers in other versions of torch (2.6, for one).
+    """
+    drawn = torch.empty(shape, device=generator.device)
+    if generator.device.type != "cpu":
+        return drawn.exponential_(generator=generator)
+    for part in drawn.view(-1).split(FP64_DRAWS):
+        part.copy_(torch.rand(part.shape, dtype=torch.float64, generator=generator).neg_().log1p_().neg_())
+    return drawn
 
 
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

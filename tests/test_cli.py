@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -749,8 +750,9 @@ def test_info_of_a_hub_id_downloads_configurations_only(hart_tiny: Path, tmp_pat
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_ctrl_c_in_the_middle(model: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hart_infer", "generate", "a cat", "--num", "2000", *model]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, their children too
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path, preexec_fn=heed
     ) as process:
         assert process.stdout
         first = process.stdout.readline()

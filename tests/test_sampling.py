@@ -120,14 +120,34 @@ def test_an_image_s_draws_do_not_depend_on_its_batch(names: tuple[str, ...]) -> 
     assert not torch.equal(batch[-1][0], batch[-1][1])
 
 
+def exponential(generator: torch.Generator, *shape: int) -> Tensor:
+    """What torch 2.13 draws on the CPU, whatever this version draws."""
+    return -torch.log1p(-torch.rand(shape, dtype=torch.float64, generator=generator)).float()
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions of torch draw other numbers")
+def test_exponential_draws_are_those_of_torch_2_13() -> None:
+    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
+    assert torch.equal(exponential(ours, 1000), torch.empty(1000).exponential_(generator=theirs))
+    rows = logits(1000).softmax(-1)
+    drawn = (rows / exponential(ours, 1000, V)).argmax(dim=-1, keepdim=True)
+    assert torch.equal(drawn, torch.multinomial(rows, 1, replacement=True, generator=theirs))
+
+
+def test_many_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Draws([7], CPU).gumbel(torch.empty(1, 6, V))
+    monkeypatch.setattr("hart_infer.sampling.FP64_DRAWS", 7)
+    assert torch.equal(Draws([7], CPU).gumbel(torch.empty(1, 6, V)), whole)
+
+
 def test_one_seed_may_cover_a_whole_recorded_batch() -> None:
     draws = Draws([7], CPU, images_per_seed=3)
     probabilities = logits(3, 6).softmax(-1)
     drawn = [draws.multinomial(probabilities), draws.gumbel(probabilities)]
     generator = torch.Generator().manual_seed(7)
-    indices = torch.multinomial(probabilities.view(-1, V), 1, replacement=True, generator=generator)
-    assert torch.equal(drawn[0], indices.view(3, 6))
-    assert torch.equal(drawn[1], -torch.empty(3, 6, V).exponential_(generator=generator).log())
+    indices = (probabilities / exponential(generator, 3, 6, V)).argmax(dim=-1)
+    assert torch.equal(drawn[0], indices)
+    assert torch.equal(drawn[1], -exponential(generator, 3, 6, V).log())
 
 
 def test_the_draws_are_those_that_the_released_code_makes() -> None:
@@ -135,9 +155,9 @@ def test_the_draws_are_those_that_the_released_code_makes() -> None:
     probabilities = logits(1, 6).softmax(-1)
     codes, noise = (torch.Generator().manual_seed(7) for _ in range(2))
     for _ in range(2):
-        indices = torch.multinomial(probabilities[0], 1, replacement=True, generator=codes).T
+        indices = (probabilities / exponential(codes, 1, 6, V)).argmax(dim=-1)
         assert torch.equal(draws.multinomial(probabilities), indices)
-        assert torch.equal(draws.gumbel(probabilities), -torch.empty(1, 6, V).exponential_(generator=codes).log())
+        assert torch.equal(draws.gumbel(probabilities), -exponential(codes, 1, 6, V).log())
     assert torch.equal(draws.start_noise(1, 6, 4, CPU)[0], torch.randn(6, 4, generator=noise))
     for _ in range(2):  # both guidance halves draw, the first half counts
         assert torch.equal(draws.step_noise(1, 6, 4, CPU)[0], torch.randn(12, 4, generator=noise)[:6])
