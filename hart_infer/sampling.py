@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, WeightsError
 from .inputs import check_float, check_int
 from .schedule import Stage
 
@@ -60,7 +60,15 @@ class Draws:
         self._diffusion = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def multinomial(self, probabilities: Tensor) -> Tensor:
-        """One index per row of `probabilities` [B, L, V] -> [B, L]: torch.multinomial's race of exponential draws."""
+        """One index per row of `probabilities` [B, L, V] -> [B, L]: torch.multinomial's race of exponential draws.
+
+        Raises WeightsError where they are not finite.
+        """
+        if not probabilities.sum().isfinite():
+            raise WeightsError(
+                "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
+                "torch_dtype=torch.bfloat16 or torch.float32."
+            )
         batch, length, vocabulary = probabilities.shape
         rows = probabilities.to(self.device).reshape(len(self._codes), -1, vocabulary)
         drawn = [

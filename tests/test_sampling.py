@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hart_infer.errors import WeightsError
 from hart_infer.sampling import Draws, Settings, filter_logits, sample_scale
 from hart_infer.schedule import Stage, build_schedule
 
@@ -132,6 +133,13 @@ def test_exponential_draws_are_those_of_torch_2_13() -> None:
     rows = logits(1000).softmax(-1)
     drawn = (rows / exponential(ours, 1000, V)).argmax(dim=-1, keepdim=True)
     assert torch.equal(drawn, torch.multinomial(rows, 1, replacement=True, generator=theirs))
+
+
+def test_logits_that_are_not_finite_are_not_drawn_from() -> None:
+    overflown = logits(1, 6)
+    overflown[0, 3, 5] = torch.inf
+    with pytest.raises(WeightsError, match="not finite"):
+        sample_scale(overflown, torch.eye(V), stage(), Draws([0], CPU), Settings())
 
 
 def test_many_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
