@@ -71,7 +71,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         error = (picture - reference) / 2  # in 0..1
         psnr = -10 * torch.log10(error.square().mean()).item()
         rows.append({"tile": tile, **figures, "psnr_db": psnr, "largest_difference": error.abs().max().item()})
-    return {"settings": request, "weights": "random" if arguments.checkpoint is None else "given", "rows": rows}
+    settings = {**request, "checkpoint": checkpoint.name}  # not where it lies
+    return {"settings": settings, "weights": "random" if arguments.checkpoint is None else "given", "rows": rows}
 
 
 def main() -> int:
