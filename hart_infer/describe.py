@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from . import ops
+
 if TYPE_CHECKING:
     from .pipeline import HartPipeline
 
@@ -19,7 +21,7 @@ def describe_pipeline(pipeline: HartPipeline) -> str:
     lines.append(f"  text encoder: {_size(encoder.model) if encoder else 'none (calls need prompt_embeds)'}")
     config = pipeline.transformer.config
     lines.append(f"  sizes: {', '.join(map(str, pipeline.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}")
-    lines.append("  operations: attention by torch's scaled_dot_product_attention; rms_norm and rope by PyTorch")
+    lines.append(f"  operations: {', '.join(ops.__all__)}, all by PyTorch; this version has no kernels of its own")
     return "\n".join(lines)
 
 

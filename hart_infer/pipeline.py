@@ -92,7 +92,7 @@ class HartPipeline:
         stored dtype; the quantizer is fp32 always. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16" reads
         `model.fp16.safetensors`. The rest goes to huggingface_hub.
 
-        Raises CheckpointNotFoundError, ConfigError, WeightsError.
+        Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
         target = check_device(device)
         check_dtype(torch_dtype)
@@ -236,7 +236,8 @@ class HartPipeline:
             use_system_prompt: put the released scripts' instruction before every prompt.
             return_dict: False returns `(images,)`.
 
-        Raises InputError for a bad argument and OutOfMemoryError where the device has too little memory.
+        Raises InputError for a bad argument, OutOfMemoryError where the device has too little memory, and WeightsError where the
+        weights give logits that are not finite (in fp16 they may overflow).
         """
         settings = Settings.checked(
             guidance_scale=guidance_scale,
