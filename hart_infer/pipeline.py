@@ -236,8 +236,8 @@ class HartPipeline:
             use_system_prompt: put the released scripts' instruction before every prompt.
             return_dict: False returns `(images,)`.
 
-        Raises InputError for a bad argument, OutOfMemoryError where the device has too little memory, and WeightsError where the
-        weights give logits that are not finite (in fp16 they may overflow).
+        Raises InputError for a bad argument, OutOfMemoryError where the device has too little memory, and WeightsError where
+        the weights give logits that are not finite (in fp16 they may overflow).
         """
         settings = Settings.checked(
             guidance_scale=guidance_scale,
