@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import AutoencoderConfig, TransformerConfig
+from .config import AutoencoderConfig, Defaults, TransformerConfig, read_json
 from .errors import CheckpointNotFoundError, ConfigError
 from .hub import Repository, file_names
 
 RELEASED_MODEL = "mit-han-lab/hart-0.7b-1024px"
+EMBEDDED_MODEL = "hart-mini"  # comes with this package, in models/
 RELEASED_TEXT_ENCODER = "mit-han-lab/Qwen2-VL-1.5B-Instruct"
 INDEX = "model_index.json"
 TEXT_FOLDERS = ("text_encoder", "text-encoder")
+_EMBEDDED_FOLDER = Path(__file__).parent / "models" / EMBEDDED_MODEL
 _LAYOUTS = {INDEX: ("transformer", "autoencoder"), "llm/config.json": ("llm", "tokenizer")}
 _EMA = re.compile(r"llm/ema_model[.-].*(safetensors|bin)$")
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
@@ -40,6 +42,7 @@ class Checkpoint:
     transformer_files: tuple[Path, ...]
     autoencoder_files: tuple[Path, ...]
     text_encoder: Path | None  # a folder beside the weights, if there is one
+    defaults: Defaults = Defaults()
 
 
 def find_checkpoint(
@@ -111,12 +114,14 @@ def find_text_encoder(source: str | Path, **hub: Any) -> Path:
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:
-    """The path if something is there, `~` expanded."""
+    """The path if something is there, `~` expanded; the embedded model's, for its name."""
     path = Path(os.path.expanduser(repo_or_path))
     try:
-        return path if path.exists() else None
+        if path.exists():
+            return path
     except (OSError, ValueError):  # no name of a file
         return None
+    return _EMBEDDED_FOLDER if str(repo_or_path) == EMBEDDED_MODEL else None
 
 
 def hub_id(repo_or_path: str | Path) -> str:
@@ -233,6 +238,7 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
             f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
             f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
         )
+    index = read_json(root / INDEX).get("defaults", {}) if plan.index else {}
     beside = _parent(root) / RELEASED_TEXT_ENCODER.split("/")[1]
     return Checkpoint(
         name,
@@ -241,4 +247,5 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
         tuple(root / file for file in plan.transformer_files),
         tuple(root / file for file in plan.autoencoder_files),
         root / plan.text_encoder if plan.text_encoder else beside if beside.is_dir() else None,
+        Defaults.from_dict(index, origin=f"{root / INDEX}: defaults"),
     )

@@ -168,6 +168,7 @@ class AutoencoderConfig(_Config):
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     share_quant_resi: int = 4
     quantizer_type: str = "var"
+    norm_groups: int = 32  # of the group norms; the released code has no such key, and 32
 
     FIXED = {
         "model_type": ("hart_autoencoder_with_disc", "hart_autoencoder"),
@@ -187,7 +188,7 @@ class AutoencoderConfig(_Config):
     def __post_init__(self) -> None:
         """Refuse values that no recorded data covers."""
         self._require_rising("v_patch_nums")
-        self._require_positive("vocab_size", "z_channels", "ch")
+        self._require_positive("vocab_size", "z_channels", "ch", "norm_groups")
         self._require(
             len(self.ch_mult) > 0 and min(self.ch_mult) > 0,
             f"ch_mult must have positive entries, not {list(self.ch_mult)}.",
@@ -197,12 +198,22 @@ class AutoencoderConfig(_Config):
             self.quantizer_type in ("var", "var_hybrid"),
             f"quantizer_type must be var or var_hybrid, not {self.quantizer_type!r}.",
         )
-        self._require(self.ch % 32 == 0, f"ch must be a multiple of 32 (GroupNorm's groups), not {self.ch}.")
+        self._require(
+            self.ch % self.norm_groups == 0, f"ch must be a multiple of norm_groups {self.norm_groups}, not {self.ch}."
+        )
 
     @property
     def downsample(self) -> int:
         """Pixels per latent cell along a side."""
         return int(2 ** (len(self.ch_mult) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults(_Config):
+    """What a call takes where the caller says nothing: `defaults` in a `model_index.json`; else as the released scripts do."""
+
+    guidance_scale: float = 4.5
+    use_system_prompt: bool = True
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import images
-from .checkpoint import RELEASED_MODEL, find_checkpoint
+from .checkpoint import EMBEDDED_MODEL, find_checkpoint
+from .config import Defaults
 from .errors import InputError
 from .generation import Prefill, ScaleOutput, generate_images, images_at_once, unconditional_prefill
 from .inputs import (
@@ -60,12 +61,14 @@ class HartPipeline:
         text_encoder: TextEncoder | None = None,
         *,
         name: str = "",
+        defaults: Defaults | None = None,
     ) -> None:
         """Assemble loaded parts; `from_pretrained` is the usual way. Without a text encoder calls need `prompt_embeds`."""
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self.name = name
+        self.defaults = defaults or Defaults()
         self._progress: dict[str, Any] = {"disable": None, "desc": "scales", "unit": "scale"}
         self._tile: int | None = None
         self._unconditional: Prefill | None = None
@@ -73,7 +76,7 @@ class HartPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        repo_or_path: str | Path = RELEASED_MODEL,
+        repo_or_path: str | Path = EMBEDDED_MODEL,
         *,
         text_encoder: str | Path | Literal[False] | None = None,
         revision: str | None = None,
@@ -86,6 +89,9 @@ class HartPipeline:
         variant: str | None = None,
     ) -> HartPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder (the checkpoint's, or its `llm/`).
+
+        "hart-mini", the default, is the small model that comes with this package; the released one is
+        "mit-han-lab/hart-0.7b-1024px", a download.
 
         `text_encoder`: id or folder; None takes the one beside the checkpoint, else the released one; False loads none.
         `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `torch_dtype` None keeps the
@@ -110,7 +116,7 @@ class HartPipeline:
             transformer = load_transformer(checkpoint, torch_dtype)
             autoencoder = load_autoencoder(checkpoint, transformer.dtype)
             encoder = load_text_encoder(checkpoint, folder, transformer.dtype, target) if folder else None
-            return cls(transformer, autoencoder, encoder, name=checkpoint.name).to(target)
+            return cls(transformer, autoencoder, encoder, name=checkpoint.name, defaults=checkpoint.defaults).to(target)
 
     def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
@@ -178,10 +184,10 @@ class HartPipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        use_system_prompt: bool = True,
+        use_system_prompt: bool | None = None,
         max_sequence_length: int | None = None,
     ) -> PromptEmbeds:
-        """Encode prompts once, for `prompt_embeds=` of later calls."""
+        """Encode prompts once, for `prompt_embeds=` of later calls; `use_system_prompt` None is the checkpoint's default."""
         if self.text_encoder is None:
             raise InputError(
                 "This pipeline was loaded without a text encoder; pass prompt_embeds, or load with text_encoder=..."
@@ -190,7 +196,7 @@ class HartPipeline:
             check_prompts(prompt),
             context_tokens=self.transformer.config.context_token,
             max_sequence_length=max_sequence_length,
-            use_system_prompt=use_system_prompt,
+            use_system_prompt=self.defaults.use_system_prompt if use_system_prompt is None else use_system_prompt,
         )
 
     @torch.no_grad()
@@ -200,7 +206,7 @@ class HartPipeline:
         *,
         size: int | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         num_inference_steps: int = 8,
         top_k: int | None = None,
         top_p: float = 0.0,
@@ -212,7 +218,7 @@ class HartPipeline:
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback_on_step_end: Callable[[Step], object] | None = None,
         max_sequence_length: int | None = None,
-        use_system_prompt: bool = True,
+        use_system_prompt: bool | None = None,
         return_dict: bool = True,
     ) -> HartOutput | tuple[Any]:
         """Generate pictures.
@@ -221,7 +227,8 @@ class HartPipeline:
             prompt: one or many texts.
             size: side in pixels; one of `sizes`.
             num_images_per_prompt: pictures per prompt, each with its own seed.
-            guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off, at half the work.
+            guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off, at half the work; None is
+                the checkpoint's default, 4.5 of the released one.
             num_inference_steps: steps of the residual diffusion, 8 in the paper; 0 leaves it out (discrete tokens only).
             top_k: codes kept before drawing; None is the released 600, then 300 from scale 7 on; 0 keeps all.
             top_p: nucleus of probability kept after top-k; 0 turns it off.
@@ -233,14 +240,15 @@ class HartPipeline:
             output_type: "pil"; "np" [N, H, W, 3] or "pt" [N, 3, H, W], fp32 in 0..1; or "latent" [N, C, P, P] fp32.
             callback_on_step_end: called with a `Step` after each scale.
             max_sequence_length: truncate prompts to so many tokens instead of the checkpoint's limit.
-            use_system_prompt: put the released scripts' instruction before every prompt.
+            use_system_prompt: put the released scripts' instruction before every prompt; None is the checkpoint's default,
+                True of the released one.
             return_dict: False returns `(images,)`.
 
         Raises InputError for a bad argument, OutOfMemoryError where the device has too little memory, and WeightsError where
         the weights give logits that are not finite (in fp16 they may overflow).
         """
         settings = Settings.checked(
-            guidance_scale=guidance_scale,
+            guidance_scale=self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
             num_inference_steps=num_inference_steps,
             top_k=top_k,
             top_p=top_p,

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -110,7 +110,8 @@ def _write(pipeline: HartPipeline, folder: Path, max_shard_size: str) -> None:
     if pipeline.text_encoder is not None:
         parts.append("text_encoder")
         pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
-    index = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
+    index: dict[str, Any] = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
+    index["defaults"] = pipeline.defaults.to_dict()
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

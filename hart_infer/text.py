@@ -56,6 +56,9 @@ class _Prefix:
     length: int
 
 
+NO_PREFIX = _Prefix([], 0)
+
+
 class TextEncoder:
     """A Qwen2 model and its tokenizer.
 
@@ -131,17 +134,23 @@ class TextEncoder:
 
         Warns about a prompt that is cut, saying from which character on.
         """
+        tokens, mask = self.tokenize(prompts, context_tokens=context_tokens, max_sequence_length=max_sequence_length)
+        prefix = self._system_prefix(context_tokens) if use_system_prompt else NO_PREFIX
+        at_once = 1 if tokens.device.type == "cpu" else len(tokens)  # so that a context doesn't depend on its batch
+        hidden = [self.hidden(*part, prefix) for part in zip(tokens.split(at_once), mask.split(at_once), strict=True)]
+        return PromptEmbeds(torch.cat(hidden).float(), mask)
+
+    def tokenize(
+        self, prompts: Sequence[str], *, context_tokens: int, max_sequence_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [U, T] int64 of `prompts`, cut and padded as in `encode`, and their mask [U, T] bool."""
         limit = context_tokens
         if max_sequence_length is not None:
             limit = check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
         with _TOKENIZING:
             tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
         tokens = tokens.to(self.model.device)
-        mask = tokens != self.tokenizer.pad_token_id
-        prefix = self._system_prefix(context_tokens) if use_system_prompt else _Prefix([], 0)
-        at_once = 1 if tokens.device.type == "cpu" else len(tokens)  # so that a context doesn't depend on its batch
-        hidden = [self._run(*part, prefix) for part in zip(tokens.split(at_once), mask.split(at_once), strict=True)]
-        return PromptEmbeds(torch.cat(hidden).float(), mask)
+        return tokens, tokens != self.tokenizer.pad_token_id
 
     def _tokenize(self, index: int, prompt: str, limit: int, padded: int) -> Tensor:
         if self.tokenizer.is_fast:
@@ -155,8 +164,10 @@ class TextEncoder:
         padding = [self.tokenizer.pad_token_id] * (padded - len(ids))
         return torch.tensor(padding + ids if self.tokenizer.padding_side == "left" else ids + padding)
 
-    def _run(self, tokens: Tensor, mask: Tensor, prefix: _Prefix, record: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Last hidden state [U, T, width] after the final norm, for tokens [U, T] behind a prefix."""
+    def hidden(
+        self, tokens: Tensor, mask: Tensor, prefix: _Prefix = NO_PREFIX, record: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Last hidden state [U, T, width] after the final norm, for tokens [U, T] with a mask [U, T], behind a prefix."""
         rows, length = tokens.shape
         cache = _recording_cache(record)
         for layer, (keys, values) in enumerate(prefix.layers):
@@ -177,7 +188,7 @@ class TextEncoder:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             layers: list[tuple[Tensor, Tensor]] = []
-            self._run(ids, torch.ones_like(ids, dtype=torch.bool), _Prefix([], 0), record=layers)
+            self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
             self._prefixes[limit] = _Prefix(layers, ids.shape[1])
         return self._prefixes[limit]
 

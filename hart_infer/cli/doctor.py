@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import hart_infer
 
-from ..checkpoint import RELEASED_MODEL
+from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
 from . import machine, options
 from .console import emit_json, emit_table
 
@@ -131,7 +131,7 @@ def _defaults() -> dict[str, Any]:
     return {
         "device": f"{choice.device}: {choice.device_reason}",
         "dtype": f"{choice.dtype}: {choice.dtype_reason}",
-        "model": RELEASED_MODEL,
+        "model": EMBEDDED_MODEL,
     }
 
 

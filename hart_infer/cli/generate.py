@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
 from ..errors import InputError
 from . import options
 from .console import UsageError, note
@@ -102,8 +103,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         metavar="X",
         type=options.finite_float,
-        default=4.5,
-        help="pull of the prompt (4.5)",
+        help="pull of the prompt (the checkpoint's default; 4.5 of the released one)",
     )
     add("--steps", metavar="N", type=options.natural_int, default=8, help="residual diffusion steps, 0 for none (8)")
     add(
@@ -126,7 +126,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="feed on drawn codes, not mixtures of codes",
     )
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    add("--no-system-prompt", dest="use_system_prompt", action="store_false", help="nothing before the prompt")
+    add("--no-system-prompt", dest="use_system_prompt", action="store_false", default=None, help="nothing before the prompt")
     add("--batch-size", metavar="N", type=options.positive_int, default=1, help="pictures at a time (1)")
 
 
@@ -146,6 +146,12 @@ def run(args: argparse.Namespace) -> int:
     writer = Writer(args, plan)
     check_outputs([*writer.targets(), *(previews.first_paths() if previews else [])], replace=not args.no_overwrite)
     pipe = options.load_pipeline(args, text_encoder=args.text_encoder)
+    if args.guidance_scale is None:
+        args.guidance_scale = pipe.defaults.guidance_scale
+    if args.use_system_prompt is None:
+        args.use_system_prompt = pipe.defaults.use_system_prompt
+    if args.model == EMBEDDED_MODEL and not args.quiet:
+        note(f"{EMBEDDED_MODEL} draws emoji of {pipe.sizes[0]} px; for 1024 px pictures: -m {RELEASED_MODEL} (a download)")
     writer.made_on(device=pipe.device.type, dtype=str(pipe.dtype).removeprefix("torch."))
     writer.check_grid_size(args.size or max(pipe.sizes))
     if not args.quiet and args.seed is None:

@@ -8,7 +8,7 @@ import os
 import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint import RELEASED_MODEL
+from ..checkpoint import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from ..pipeline import HartPipeline
@@ -61,8 +61,8 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
         "-m",
         "--model",
         metavar="PATH|ID",
-        default=RELEASED_MODEL,
-        help=f"checkpoint folder or Hugging Face id (default: {RELEASED_MODEL})",
+        default=EMBEDDED_MODEL,
+        help=f"checkpoint folder or Hugging Face id (default: {EMBEDDED_MODEL}, which is in the package)",
     )
     add_source(group)
     return group

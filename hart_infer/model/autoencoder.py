@@ -19,19 +19,19 @@ BLOCKS_PER_LEVEL = 2  # residual blocks of an encoder level; the decoder has one
 Mode = Literal["discrete", "hybrid"]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions and a shortcut."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         """The shortcut is a 1x1 convolution where the channels change."""
         super().__init__()
-        self.norm1 = _norm(channels)
+        self.norm1 = _norm(channels, groups)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, groups)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
@@ -45,10 +45,10 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention over the pixels, scaled by channels^-1/2."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         """1x1 convolutions in and out."""
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 
@@ -87,50 +87,50 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def _middle(channels: int) -> dict[str, nn.Module]:
+def _middle(channels: int, groups: int) -> dict[str, nn.Module]:
     return {
-        "mid_block_1": ResnetBlock(channels, channels),
-        "mid_attn_1": AttentionBlock(channels),
-        "mid_block_2": ResnetBlock(channels, channels),
+        "mid_block_1": ResnetBlock(channels, channels, groups),
+        "mid_attn_1": AttentionBlock(channels, groups),
+        "mid_block_2": ResnetBlock(channels, channels, groups),
     }
 
 
-def _out(channels: int, out_channels: int) -> dict[str, nn.Module]:
+def _out(channels: int, out_channels: int, groups: int) -> dict[str, nn.Module]:
     conv_out = Conv2d(channels, out_channels, 3, padding=1)
-    return {"norm_out": _norm(channels), "silu_out": nn.SiLU(inplace=True), "conv_out": conv_out}
+    return {"norm_out": _norm(channels, groups), "silu_out": nn.SiLU(inplace=True), "conv_out": conv_out}
 
 
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:
     """Image [B, 3, h, w] -> latent [B, C, h/f, w/f], as one sequence of layers with the released names."""
-    channels = config.ch
+    channels, groups = config.ch, config.norm_groups
     layers: dict[str, nn.Module] = {"conv_in": Conv2d(3, channels, 3, padding=1)}
     lowest = len(config.ch_mult) - 1
     for level, multiplier in enumerate(config.ch_mult):
         for i in range(BLOCKS_PER_LEVEL):
-            layers[f"down_{level}_block_{i}"] = ResnetBlock(channels, config.ch * multiplier)
+            layers[f"down_{level}_block_{i}"] = ResnetBlock(channels, config.ch * multiplier, groups)
             channels = config.ch * multiplier
             if level == lowest:
-                layers[f"down_{level}_attn_{i}"] = AttentionBlock(channels)
+                layers[f"down_{level}_attn_{i}"] = AttentionBlock(channels, groups)
         if level < lowest:
             layers[f"down_{level}_downsample"] = Downsample(channels)
-    return nn.Sequential(OrderedDict(layers | _middle(channels) | _out(channels, config.z_channels)))
+    return nn.Sequential(OrderedDict(layers | _middle(channels, groups) | _out(channels, config.z_channels, groups)))
 
 
 def _decoder(config: AutoencoderConfig) -> nn.Sequential:
     """Latent [B, C, h/f, w/f] -> image [B, 3, h, w], as one sequence of layers with the released names."""
     lowest = len(config.ch_mult) - 1
-    channels = config.ch * config.ch_mult[lowest]
+    channels, groups = config.ch * config.ch_mult[lowest], config.norm_groups
     layers: dict[str, nn.Module] = {"conv_in": Conv2d(config.z_channels, channels, 3, padding=1)}
-    layers |= _middle(channels)
+    layers |= _middle(channels, groups)
     for level in range(lowest, -1, -1):
         for i in range(BLOCKS_PER_LEVEL + 1):
-            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, config.ch * config.ch_mult[level])
+            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, config.ch * config.ch_mult[level], groups)
             channels = config.ch * config.ch_mult[level]
             if level == lowest:
-                layers[f"up_{level}_attn_{i}"] = AttentionBlock(channels)
+                layers[f"up_{level}_attn_{i}"] = AttentionBlock(channels, groups)
         if level > 0:
             layers[f"up_{level}_upsample"] = Upsample(channels)
-    return nn.Sequential(OrderedDict(layers | _out(channels, 3)))
+    return nn.Sequential(OrderedDict(layers | _out(channels, 3, groups)))
 
 
 class Autoencoder(nn.Module):

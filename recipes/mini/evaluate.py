@@ -1,0 +1,181 @@
+"""Measure a hart-mini: reconstruction, generation with and without the residual, prompts, styles, unseen pairs.
+
+    python recipes/mini/evaluate.py DATA OUT [--model hart-mini] [--only reconstruction prompts ...]
+
+Needs OUT/classifier.pt (classifier.py). Writes OUT/results.json and, for the eye, OUT/*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from captions import HELD_OUT_TEMPLATES, STYLED_TEMPLATES, fill
+from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
+from scipy.linalg import sqrtm
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from training import Pictures, psnr, write_grid
+
+from hart_infer import HartPipeline
+
+BATCH = 16
+
+
+class Evaluation:
+    """A pipeline, the pictures, and the judge."""
+
+    def __init__(self, data: Path, out: Path, model: str, *, count: int, seed: int) -> None:
+        """`count`: how many pictures are generated for a score."""
+        self.pictures, self.out, self.count, self.seed = Pictures(data), out, count, seed
+        self.pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
+        self.pipe.set_progress_bar_config(disable=True)
+        self.classifier: Classifier = load_classifier(out / "classifier.pt", self.pictures)
+        self.subjects = {name: i for i, name in enumerate(subjects_of(self.pictures))}
+
+    def draw(self, prompts: Sequence[str], **options: Any) -> Tensor:
+        """One picture per prompt, [N, 3, side, side] in -1..1; prompt i has seed `seed` + i."""
+        parts = []
+        for first in range(0, len(prompts), BATCH):
+            seed = self.seed + first
+            parts.append(self.pipe(list(prompts[first : first + BATCH]), seed=seed, output_type="pt", **options).images)
+        return torch.cat(parts) * 2 - 1
+
+    def some(self, split: str, count: int | None = None) -> list[int]:
+        """A fixed choice of pictures of a split."""
+        indices = self.pictures.split(split)
+        return Random(self.seed).sample(indices, min(count or self.count, len(indices)))
+
+    def judge(self, drawn: Tensor, indices: Sequence[int]) -> dict[str, float]:
+        """How often the classifier sees the subject (first guess, first five) and the style of `indices` in `drawn`."""
+        with torch.no_grad():
+            by_subject, by_style = self.classifier(drawn)
+        about = [self.pictures.about[i] for i in indices]
+        subject = torch.tensor([self.subjects[a["name"]] for a in about])
+        style = torch.tensor([STYLE_NAMES.index(a["style"]) for a in about])
+        five = by_subject.topk(5, dim=1).indices
+        return {
+            "subject": (five[:, 0] == subject).float().mean().item(),
+            "subject_in_five": (five == subject[:, None]).any(dim=1).float().mean().item(),
+            "style": (by_style.argmax(dim=1) == style).float().mean().item(),
+        }
+
+    def frechet(self, a: Tensor, b: Tensor) -> float:
+        """Fréchet distance of the classifier's features."""
+        with torch.no_grad():
+            first, second = (self.classifier.features(x).double().numpy() for x in (a, b))
+        covariances = [np.cov(x, rowvar=False) for x in (first, second)]
+        root = sqrtm(covariances[0] @ covariances[1]).real
+        gap = ((first.mean(axis=0) - second.mean(axis=0)) ** 2).sum()
+        return float(gap + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+def reconstruction(e: Evaluation) -> dict[str, Any]:
+    """Held-out pictures through the tokenizer: hybrid against the codes alone (the paper's first claim)."""
+    indices = e.pictures.split("style", "subject")
+    pixels, scores, shown = e.pictures.tensor(indices), {"pictures": len(indices)}, []
+    for mode in ("hybrid", "discrete"):
+        rebuilt = e.pipe.reconstruct(pixels / 2 + 0.5, mode) * 2 - 1
+        pairs = zip(pixels.permute(0, 2, 3, 1).numpy(), rebuilt.permute(0, 2, 3, 1).numpy(), strict=True)
+        similarity = [structural_similarity(a, b, channel_axis=2, data_range=2.0) for a, b in pairs]
+        values = psnr(rebuilt, pixels)
+        scores[mode] = {
+            "psnr": values.mean().item(),
+            "psnr_of_mean_error": psnr(rebuilt.flatten()[None, None, None], pixels.flatten()[None, None, None]).item(),
+            "ssim": float(np.mean(similarity)),
+            "frechet": e.frechet(rebuilt, pixels),
+        }
+        shown.append(rebuilt)
+    chosen = Random(e.seed).sample(range(len(indices)), 12)
+    write_grid(e.out / "reconstruction.png", [pixels[chosen], *(rows[chosen] for rows in shown)])
+    return scores
+
+
+def _captions(e: Evaluation, indices: Sequence[int], templates: Sequence[str]) -> list[str]:
+    """A caption for each picture, the templates in turn."""
+    about = [e.pictures.about[i] for i in indices]
+    return [fill(templates[i % len(templates)], a["name"], a["style"]) for i, a in enumerate(about)]
+
+
+def generation(e: Evaluation) -> dict[str, Any]:
+    """Generated pictures against the real ones of the same captions, with and without the residual (the second claim)."""
+    indices = e.some("train")
+    real, captions = e.pictures.tensor(indices), _captions(e, indices, STYLED_TEMPLATES)
+    half = len(indices) // 2
+    scores: dict[str, Any] = {"pictures": len(indices), "real_halves": {"frechet": e.frechet(real[:half], real[half:])}}
+    shown = []
+    for name, options in (("with_residual", {}), ("without_residual", {"num_inference_steps": 0})):
+        drawn = e.draw(captions, **options)
+        scores[name] = {"frechet": e.frechet(drawn, real), "psnr_to_real": psnr(drawn, real).mean().item()} | e.judge(
+            drawn, indices
+        )
+        shown.append(drawn)
+    write_grid(e.out / "generation.png", [real[:12], *(rows[:12] for rows in shown)])
+    return scores
+
+
+def guidance(e: Evaluation) -> dict[str, Any]:
+    """Scores over the strength of guidance."""
+    indices = e.some("train", min(e.count, 128))
+    captions, scores = _captions(e, indices, STYLED_TEMPLATES), {}
+    for scale in (0.0, 1.0, 2.0, 3.0, 4.5):
+        drawn = e.draw(captions, guidance_scale=scale)
+        scores[str(scale)] = e.judge(drawn, indices) | {"psnr_to_real": psnr(drawn, e.pictures.tensor(indices)).mean().item()}
+    return scores
+
+
+def prompts(e: Evaluation) -> dict[str, Any]:
+    """Known subjects in wordings that no training caption has."""
+    indices = e.some("train")
+    drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
+    write_grid(e.out / "wordings.png", [drawn[i : i + 12] for i in (0, 12, 24)])
+    return {
+        "pictures": len(indices),
+        "drawn": e.judge(drawn, indices),
+        "real": e.judge(e.pictures.tensor(indices), indices),
+        "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
+    }
+
+
+def unseen(e: Evaluation) -> dict[str, Any]:
+    """Known subjects in a style that they were held out in."""
+    known = {(a["name"]) for a in e.pictures.about if a["split"] == "train"}
+    indices = [i for i in e.some("style", 10**6) if e.pictures.about[i]["name"] in known][: e.count]
+    drawn, real = e.draw(_captions(e, indices, STYLED_TEMPLATES)), e.pictures.tensor(indices)
+    write_grid(e.out / "unseen.png", [rows[i : i + 12] for i in (0, 12) for rows in (real, drawn)])
+    listed = [f"{e.pictures.about[i]['name']}, {e.pictures.about[i]['style']}" for i in indices[:24]]
+    return {"pictures": len(indices), "drawn": e.judge(drawn, indices), "real": e.judge(real, indices), "first": listed}
+
+
+PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    part.__name__: part for part in (reconstruction, generation, guidance, prompts, unseen)
+}
+
+
+def main() -> None:
+    """Run the parts and write what they found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="hart-mini")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--count", type=int, default=384, help="pictures generated for a score")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    evaluation = Evaluation(args.data, args.out, args.model, count=args.count, seed=args.seed)
+    path = args.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in args.only:
+        results[name] = PARTS[name](evaluation)
+        print(json.dumps({name: results[name]}, indent=1), flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

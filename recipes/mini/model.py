@@ -1,0 +1,35 @@
+"""What hart-mini is: every size of its parts."""
+
+from __future__ import annotations
+
+from hart_infer.config import AutoencoderConfig, Defaults, TransformerConfig
+
+PATCH_NUMS = (1, 2, 3, 5, 8, 12)
+CONTEXT_TOKENS = 24
+
+AUTOENCODER = AutoencoderConfig(
+    v_patch_nums=PATCH_NUMS,
+    vocab_size=4096,
+    z_channels=16,
+    ch=16,
+    ch_mult=(1, 2, 4, 6),
+    norm_groups=8,
+    quantizer_type="var_hybrid",
+)
+TRANSFORMER = TransformerConfig(
+    patch_nums=PATCH_NUMS,
+    context_token=CONTEXT_TOKENS,
+    context_dim=192,
+    embed_dim=256,
+    num_heads=8,
+    depth=6,
+    mlp_type="llama",
+    disable_aln=True,
+    sep_aln_pooling_mode="avg",
+    use_timestep_embed=True,
+    use_context_norm=True,
+    diff_width=192,
+    diff_depth=3,
+)
+
+DEFAULTS = Defaults(guidance_scale=3.0, use_system_prompt=False)

@@ -1,0 +1,43 @@
+"""A tiny Qwen2 and a tokenizer for it, learned from the captions' words; trained together with the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+
+from hart_infer.text import TextEncoder
+
+VOCABULARY, WIDTH, DEPTH = 2048, 192, 2
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, in lower case, trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="right")
+
+
+def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """Random weights."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        attn_implementation="sdpa",
+    )
+    return TextEncoder(Qwen2Model(config), tokenizer)

@@ -1,0 +1,234 @@
+"""Train the transformer, its residual diffusion and the text encoder (paper sections 3.2, 3.3) on a trained tokenizer.
+
+    python recipes/mini/train_transformer.py DATA OUT
+
+Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
+modules that generate. A tenth of the captions is dropped for guidance. Resumes from OUT/transformer.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captions import PLAIN, STYLED_TEMPLATES, caption, fill
+from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
+from residual import diffusion_loss
+from text_encoder import build_text_encoder, build_tokenizer
+from torch import Tensor, nn
+from training import Average, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
+
+from hart_infer import HartPipeline
+from hart_infer.model.autoencoder import Autoencoder
+from hart_infer.model.quantizer import Quantizer
+from hart_infer.model.rope import context_table, image_table
+from hart_infer.model.transformer import Modulation, Transformer
+from hart_infer.schedule import Stage, build_schedule
+
+DROPPED = 0.1  # share of captions replaced by the unconditional context
+CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
+SAMPLES = (
+    "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
+    "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
+    "an octopus", "strawberry, noto style", "fluent hot beverage", "a red apple, twemoji style", "soccer ball", "a kitten", "tree",
+)  # fmt: skip
+
+
+class TeacherCache:
+    """Keys and values of all scales so far, kept for the backward pass; a `KVCache` writes over its memory instead."""
+
+    def __init__(self, rows: int) -> None:
+        """Empty; `rows` of the batch."""
+        self.rows = rows
+        self.stored: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def slot(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Fresh memory for this stage's keys and values of a block."""
+        shape = (self.rows, TRANSFORMER.num_heads, stage.length, TRANSFORMER.head_dim)
+        pair = torch.empty(shape), torch.empty(shape)
+        self.stored.setdefault(layer, []).append(pair)
+        return pair
+
+    def visible(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
+        """All stages' until and with this one."""
+        keys, values = zip(*self.stored[layer], strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def forward(
+    transformer: Transformer, stages: Sequence[Stage], context: Tensor, mask: Tensor, position_ids: Tensor, inputs: list[Tensor]
+) -> tuple[list[Tensor], Modulation]:
+    """Hidden states [B, p * p, D] of every scale, given the teacher-forced inputs [B, C, p, p] of all but the first."""
+    cache: Any = TeacherCache(len(context))
+    embedded = transformer.embed_context(context)
+    modulation = transformer.modulate(embedded, mask)
+    table = context_table(position_ids, TRANSFORMER.head_dim, context.dtype)
+    hidden = [transformer(embedded + transformer.embed_level(0), modulation, table, cache, stages[0])[:, -1:]]
+    for stage, latent in zip(stages[1:], inputs, strict=True):
+        table = image_table(stage.side, stages[-1].side, position_ids[:, -1], TRANSFORMER.head_dim, context.dtype)
+        hidden.append(transformer(transformer.embed_tokens(latent, stage.index), modulation, table, cache, stage))
+    return hidden, modulation
+
+
+def losses(
+    transformer: Transformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor, codes: list[Tensor],
+    latent: Tensor, generator: torch.Generator,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Cross-entropy of the codes, per token and per scale, and the residual diffusion's loss."""
+    dropped = torch.rand(len(context), generator=generator) < DROPPED
+    position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
+    context = torch.where(dropped[:, None, None], 0.0, context)
+    mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
+    with torch.no_grad():
+        embeddings = [quantizer.embed(c) for c in codes]
+        before_last = latent - sum(
+            quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None
+        )
+        residual = before_last - embeddings[-1]
+        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])
+    hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
+    logits = transformer.head(torch.cat(hidden, dim=1), modulation.head)
+    entropy = F.cross_entropy(logits.flatten(0, 1), torch.cat(codes, dim=1).flatten(), reduction="none").view(len(context), -1)
+    per_scale = torch.stack([part.mean() for part in entropy.split([s.tokens for s in stages], dim=1)])
+    condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
+    diffusion = diffusion_loss(transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator)
+    return {
+        "tokens": entropy.mean(),
+        "scales": per_scale.mean(),
+        "diffusion": diffusion,
+        "last": per_scale[-1],
+        "first": per_scale[0],
+    }
+
+
+def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
+    """Replace a share of the codes by random ones."""
+    others = torch.randint(AUTOENCODER.vocab_size, codes.shape, generator=generator)
+    return torch.where(torch.rand(codes.shape, generator=generator) < CORRUPTED, others, codes)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def tokenize(autoencoder: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """All codes [N, tokens] int16 and latents [N, C, P, P] of pictures."""
+    codes, latents = [], []
+    for part in pixels.split(16):
+        latent = autoencoder.encode_latent(part)
+        codes.append(torch.cat(autoencoder.quantizer.encode(latent).indices, dim=1).short())
+        latents.append(latent)
+    return torch.cat(codes), torch.cat(latents)
+
+
+def initialise(transformer: Transformer) -> None:
+    """Modulations start at none, queries and keys larger than PyTorch's: the softmax scale is a quarter of the usual one."""
+    for module in (
+        transformer.head.modulation,
+        transformer.diffusion.out_modulation,
+        *(b.modulation for b in transformer.diffusion.blocks),
+    ):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    nn.init.zeros_(transformer.diffusion.out_proj.weight)
+    for block in transformer.blocks:
+        width = TRANSFORMER.embed_dim
+        block.attn.qkv.weight.data[: 2 * width] *= 2.5
+        block.attn.qkv.bias.data.zero_()
+        for last in (block.attn.proj, block.mlp.down):
+            last.weight.data *= TRANSFORMER.depth**-0.5
+    nn.init.normal_(transformer.head.linear.weight, std=0.02)
+
+
+def optimizers(modules: Sequence[nn.Module], embeddings: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the rest: embeddings, the code head, biases and norms."""
+    apart = {id(p) for p in embeddings}
+    parameters = [p for module in modules for p in module.parameters()]
+    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in apart]
+    others = [p for p in parameters if p.ndim != 2 or id(p) in apart]
+    return [
+        Muon(matrices, rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
+    ]
+
+
+def main() -> None:
+    """Train, with a checkpoint and a grid of samples every so often."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path, help="has the trained tokenizer.pt")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    args = parser.parse_args()
+    pictures, log = Pictures(args.data), Log(args.out / "transformer.jsonl")
+    train = pictures.split("train")
+
+    torch.manual_seed(args.seed)
+    autoencoder = Autoencoder(AUTOENCODER).eval().requires_grad_(False)
+    autoencoder.load_state_dict(torch.load(args.out / "tokenizer-final.pt", weights_only=True))
+    codes, latents = tokenize(autoencoder, pictures.tensor(train))
+    place = {picture: row for row, picture in enumerate(train)}
+    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    initialise(transformer)
+    texts = [word for about in pictures.about for word in (about["name"], *about["keywords"])] * 2
+    texts += [fill(t, about["name"], about["style"]) for about in pictures.about[::7] for t in (*PLAIN, *STYLED_TEMPLATES)]
+    text_encoder = build_text_encoder(build_tokenizer(texts))
+    text_encoder.model.requires_grad_(True)
+    whole = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder.model})
+    steps_apart = [text_encoder.model.embed_tokens.weight, transformer.head.linear.weight]
+    both, average = optimizers([whole], steps_apart, args.lr), Average(whole, 0.998)
+    stages = build_schedule(
+        TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
+    )
+    path, start = args.out / "transformer.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        whole.load_state_dict(state["model"])
+        average.values, start = state["average"], state["step"]
+        for optimizer, saved in zip(both, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    text_encoder.tokenizer.save_pretrained(args.out / "text_tokenizer")
+    pipe = HartPipeline(transformer, autoencoder, text_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    batches = shuffled(train, args.batch, args.seed, start)
+    for step in range(start, args.steps):
+        rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = rate
+        chosen, random, generator = next(batches), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
+        captions = [caption(pictures.about[i], random) for i in chosen]
+        tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
+        rows = torch.tensor([place[i] for i in chosen])
+        parts = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
+        found = losses(
+            transformer, autoencoder.quantizer, stages, text_encoder.hidden(tokens, mask), mask, parts, latents[rows], generator
+        )
+        loss = 0.5 * found["tokens"] + 0.5 * found["scales"] + found["diffusion"]
+        whole.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        for optimizer in both:
+            optimizer.step()
+        average.update(step)
+        if step % 25 == 0:
+            log(step=step, norm=norm.item(), rate=rate, **{name: value.item() for name, value in found.items()})
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
+            save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
+            average.swap()
+            drawn = pipe(list(SAMPLES), seed=0, use_system_prompt=False, guidance_scale=3.0, output_type="pt").images * 2 - 1
+            write_grid(args.out / f"samples-{step + 1:05d}.png", list(drawn.split(6)))
+            average.swap()
+
+
+if __name__ == "__main__":
+    main()

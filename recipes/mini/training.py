@@ -1,0 +1,144 @@
+"""What both trainings share: averaged weights, the learning rate, checkpoints, logs and grids of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SIDE = 96
+
+
+class Average:
+    """Exponential moving average of a module's parameters."""
+
+    def __init__(self, module: nn.Module, decay: float, *, copied: tuple[str, ...] = ()) -> None:
+        """Starts at the parameters as they are; those named in `copied` are not averaged but followed."""
+        self.module, self.decay, self.copied = module, decay, copied
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the parameters; faster at first."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.module.state_dict().items():
+            self.values[name].lerp_(value, 1.0 if name in self.copied else weight)
+
+    def swap(self) -> None:
+        """Exchange the module's parameters and the average."""
+        live = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.values)
+        self.values = live
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), for matrices and, flattened to [out, rest], for convolutions.
+
+    `torch.optim.Muon` takes matrices only and works in bf16. The update's size is
+    AdamW's (arXiv:2502.16982), so rates carry over.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        """All `parameters` have at least two dimensions."""
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update; `closure` is not used."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                size = 0.2 * max(direction.shape) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(orthogonal(direction).view(parameter.shape), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The orthogonal matrix nearest to [m, n], roughly: singular values go to 0.7..1.2 by a quintic Newton-Schulz iteration."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay: float = 0.25) -> float:
+    """Linear warm-up, a plateau, and a linear fall to zero over the last `decay` of all steps.
+
+    A run that is to go on longer resumes from before the fall.
+    """
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint under another name, then rename it."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+class Log:
+    """A line of JSON per entry, in a file and on the terminal."""
+
+    def __init__(self, path: Path) -> None:
+        """Appends to `path`."""
+        self.path, self.start = path, time.time()
+
+    def __call__(self, **values: Any) -> None:
+        """Round and write."""
+        shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
+        line = json.dumps(shown | {"seconds": round(time.time() - self.start)})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+class Pictures:
+    """The pictures and names that `data.py` wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is data.py's."""
+        self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
+        self.about: list[dict[str, Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+
+    def split(self, *splits: str) -> list[int]:
+        """Indices of the pictures of these splits."""
+        return [i for i, about in enumerate(self.about) if about["split"] in splits]
+
+    def tensor(self, indices: list[int]) -> Tensor:
+        """[N, 3, SIDE, SIDE] fp32 in -1..1."""
+        return torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def shuffled(indices: list[int], batch: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Endless batches in an order that depends on `seed` and the step alone; begins at step `start`."""
+    per_epoch, step = len(indices) // batch, start
+    while True:
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(indices))
+        yield [indices[i] for i in order[place * batch : (place + 1) * batch]]
+        step += 1
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """PSNR in dB per picture of [N, 3, h, w] in -1..1."""
+    return -10 * ((a - b).div(2).square().mean(dim=(1, 2, 3))).log10()
+
+
+def write_grid(path: Path, rows: list[Tensor]) -> None:
+    """Rows of pictures [N, 3, h, w] in -1..1 as one PNG."""
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    Image.fromarray(grid.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(path)
