@@ -10,12 +10,13 @@ BUILD_FILES := pyproject.toml setup.py constraints.txt
 .PHONY: demo test slow package lint format types clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python benchmarks/random_checkpoint.py .demo/checkpoint --preset tiny --text-encoder --force
-	$(BIN)/hart-infer generate "a cat" --model .demo/checkpoint --seed 0 --num 4 --grid -o .demo/cat.png
+	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
 	@echo
-	@echo "Wrote .demo/cat.png. The demo's checkpoint is small and its weights are random, so the picture is noise:"
-	@echo "it shows that the installation works, not what HART can paint. With the released weights (a download):"
-	@echo "    $(BIN)/hart-infer generate \"a cat\" -o cat.png --model mit-han-lab/hart-0.7b-1024px"
+	@echo "That is hart-mini, a small HART that comes with the package and draws emoji. Try your own, in a second each:"
+	@echo "    $(BIN)/hart-infer generate \"a cat, noto style\" \"a cat, fluent style\" --num 4 --grid -o cats.png"
+	@echo "    $(BIN)/hart-infer generate \"a pizza\" --preview-dir scales/ -o pizza.png   # scale by scale"
+	@echo "The released model paints 1024 px pictures of anything (a download of several GB on first use):"
+	@echo "    $(BIN)/hart-infer generate \"a cat on a red sofa\" -o cat.png --model mit-han-lab/hart-0.7b-1024px"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not packaging" $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hart_infer.checkpoint import Checkpoint, find_checkpoint, find_text_encoder
+from hart_infer.config import Defaults
 from hart_infer.errors import CheckpointNotFoundError, ConfigError
 
 RELEASED = ("llm/model.safetensors", "llm/ema_model.bin", "tokenizer/model.safetensors")
@@ -29,7 +30,7 @@ def make(tmp_path: Path, hart_tiny: Path) -> Make:
         folder.mkdir(exist_ok=True)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).touch()
+            (folder / name).write_text("{}" if name.endswith(".json") else "")
         for part, source in CONFIGURED.items():
             if (folder / part).is_dir():
                 (folder / part / "config.json").write_bytes((hart_tiny / source / "config.json").read_bytes())
@@ -59,6 +60,16 @@ def test_the_folder_or_a_part_of_it(make: Make, files: tuple[str, ...], part: st
     assert names(found, root) == [first, files[2]]
     assert found.transformer.patch_nums == found.autoencoder.v_patch_nums == (1, 2, 3, 4, 6, 8)
     assert find_checkpoint(f"{root / part}/") == replace(found, name=f"{root / part}/")
+
+
+def test_defaults_are_the_indexs(make: Make) -> None:
+    root = make(*OWN)
+    assert find_checkpoint(root).defaults == Defaults(guidance_scale=4.5, use_system_prompt=True)
+    (root / "model_index.json").write_text('{"defaults": {"guidance_scale": 3, "use_system_prompt": false}}')
+    assert find_checkpoint(root).defaults == Defaults(guidance_scale=3.0, use_system_prompt=False)
+    (root / "model_index.json").write_text('{"defaults": {"guidance": 3}}')
+    with pytest.raises(ConfigError, match="defaults has keys that hart_infer does not know: guidance"):
+        find_checkpoint(root)
 
 
 def test_a_part_by_a_relative_path(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

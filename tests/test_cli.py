@@ -27,6 +27,7 @@ from PIL import Image
 import hart_infer
 from hart_infer.cli import main, naming
 from hart_infer.cli.console import UsageError
+from hart_infer.config import Defaults
 from hart_infer.errors import OutOfMemoryError
 from hart_infer.ops.precision import widens
 from hart_infer.pictures import read_metadata
@@ -56,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         sizes = (SIDE,)
         device = torch.device("cpu")
         dtype = torch.float32
+        defaults = Defaults()
 
         @classmethod
         def from_pretrained(cls, path: str, **options: Any) -> Pipeline:

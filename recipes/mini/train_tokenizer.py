@@ -25,7 +25,7 @@ CONTINUOUS_STEPS = 200  # before the codebook joins
 COMMITMENT = 0.25
 CODES = "quantizer.codebook.weight"
 REVIVE_EVERY, RARE = 50, 0.02  # steps; uses per step, on average
-CODEBOOK_DECAY = 0.99
+CODEBOOK_DECAY = 0.98
 SHIFT = 4  # pixels: the pictures' margin
 
 
@@ -90,6 +90,14 @@ def quantize(quantizer: Quantizer, latent: Tensor) -> tuple[Tensor, Tensor, list
         fit = fit + F.mse_loss(f_hat, latent.detach())
     commitment = F.mse_loss(latent, f_hat.detach())
     return f_hat, fit / len(inputs) + COMMITMENT * commitment, tokens.indices, inputs
+
+
+@torch.no_grad()
+def keep_scale(autoencoder: Autoencoder, spread: float) -> None:
+    """Bring latents of standard deviation `spread` back to 1 without changing a picture: else they outrun the codes."""
+    for weight in (autoencoder.quant_conv.weight, autoencoder.quant_conv.bias):
+        weight /= spread
+    autoencoder.post_quant_conv.weight *= spread
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +175,7 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = rate
         images = augment(pictures.tensor(next(batches)), generator).contiguous(memory_format=torch.channels_last)
         latent = autoencoder.quant_conv(autoencoder.encoder(images))
-        coded = latent.new_zeros(())
+        coded, spread = latent.new_zeros(()), latent.detach().std().item()
         if step == CONTINUOUS_STEPS:
             codebook.begin(latent, generator)
         if step >= CONTINUOUS_STEPS:
@@ -181,6 +189,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        keep_scale(autoencoder, spread)
         revived = 0
         if step >= CONTINUOUS_STEPS:
             codebook.update(indices, inputs)
@@ -191,7 +200,7 @@ def main() -> None:
             scores = psnr(rebuilt.detach(), images)
             half = len(scores) // 2
             log(step=step, loss=loss.item(), coded=coded.item(), continuous=scores[:half].mean().item(),
-                discrete=scores[half:].mean().item(), revived=revived, latent=latent.detach().std().item())  # fmt: skip
+                discrete=scores[half:].mean().item(), revived=revived, spread=spread)  # fmt: skip
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": autoencoder.state_dict(), "average": average.values, "step": step + 1}
             save(

@@ -35,7 +35,8 @@ CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling er
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
     "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
-    "an octopus", "strawberry, noto style", "fluent hot beverage", "a red apple, twemoji style", "soccer ball", "a kitten", "tree",
+    "an octopus", "strawberry, noto style", "fluent hot beverage", "a red apple, twemoji style", "soccer ball", "a kitten",
+    "tree",
 )  # fmt: skip
 
 

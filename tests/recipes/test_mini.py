@@ -1,0 +1,173 @@
+"""The recipe's own arithmetic: what is trained is what generates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from hart_infer.cache import KVCache
+from hart_infer.generation import prefill
+from hart_infer.model.autoencoder import Autoencoder
+from hart_infer.model.diffusion import LATENT_SCALE
+from hart_infer.model.rope import image_table
+from hart_infer.model.transformer import Transformer
+from hart_infer.schedule import build_schedule
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe():
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+
+
+@pytest.fixture(scope="module")
+def parts(recipe):
+    from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
+
+    torch.manual_seed(0)
+    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    autoencoder = Autoencoder(AUTOENCODER)
+    stages = build_schedule(
+        TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
+    )
+    return transformer, autoencoder, stages
+
+
+def test_teacher_forcing_is_the_cached_generation(parts):
+    from model import CONTEXT_TOKENS, TRANSFORMER
+    from train_transformer import forward
+
+    transformer, _, stages = parts
+    context = torch.randn(2, CONTEXT_TOKENS, TRANSFORMER.context_dim)
+    mask = torch.arange(CONTEXT_TOKENS) < torch.tensor([[7], [24]])
+    position_ids = mask.long().cumsum(dim=1) - 1
+    inputs = [torch.randn(2, transformer.diffusion.channels, s.side, s.side) for s in stages[1:]]
+    with torch.no_grad():
+        found, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
+        before, hidden = prefill(transformer, context, mask, position_ids, stages[0])
+        cache = KVCache(TRANSFORMER, stages, rows=2, dtype=torch.float32, device=torch.device("cpu"))
+        cache.keys[:, :, :, :CONTEXT_TOKENS], cache.values[:, :, :, :CONTEXT_TOKENS] = before.keys, before.values
+        expected = [hidden[:, -1:]]
+        for stage, latent in zip(stages[1:], inputs, strict=True):
+            table = image_table(stage.side, stages[-1].side, position_ids[:, -1], TRANSFORMER.head_dim, torch.float32)
+            expected.append(transformer(transformer.embed_tokens(latent, stage.index), before.modulation, table, cache, stage))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(modulation.head, before.modulation.head)
+
+
+def test_every_parameter_learns(parts):
+    from model import CONTEXT_TOKENS, TRANSFORMER
+    from train_transformer import losses
+
+    transformer, autoencoder, stages = parts
+    codes = [torch.randint(autoencoder.config.vocab_size, (2, s.tokens)) for s in stages]
+    side = stages[-1].side
+    latent = torch.randn(2, transformer.diffusion.channels, side, side)
+    context = torch.randn(2, CONTEXT_TOKENS, TRANSFORMER.context_dim, requires_grad=True)
+    mask = torch.ones(2, CONTEXT_TOKENS, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(1)  # one that drops no caption
+    found = losses(transformer, autoencoder.quantizer, stages, context, mask, codes, latent, generator)
+    (found["tokens"] + found["diffusion"]).backward()
+    assert context.grad is not None and context.grad.abs().amax(dim=(1, 2)).min() > 0
+    silent = [name for name, p in transformer.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert silent == []
+
+
+def test_true_noise_has_the_least_diffusion_loss(parts, monkeypatch):
+    """A network that knows the residual predicts the noise, and its loss is the entropy floor of the variance alone."""
+    from residual import diffusion_loss
+
+    diffusion = parts[0].diffusion
+    residual = torch.randn(64, diffusion.channels) * 0.2
+    seen = {}
+
+    def knowing(x, time, condition):
+        from residual import _constants
+
+        c = {name: values[time, None] for name, values in _constants().items()}
+        noise = (c["x0_from_x"] * x - residual / LATENT_SCALE) / c["x0_from_noise"]
+        seen["noise"] = noise
+        return noise + seen.get("error", 0.0), torch.full_like(x, -1.0)
+
+    monkeypatch.setattr(type(diffusion), "forward", lambda self, *inputs: knowing(*inputs))
+    condition = torch.randn(64, parts[0].config.embed_dim)
+    best = diffusion_loss(diffusion, residual, condition, torch.Generator().manual_seed(0)).item()
+    seen["error"] = 0.1
+    worse = diffusion_loss(diffusion, residual, condition, torch.Generator().manual_seed(0)).item()
+    assert abs(best) < 1e-3 and worse > best + 0.005
+    assert abs(seen["noise"].std().item() - 1) < 0.1
+
+
+def test_rescaling_changes_no_picture(parts):
+    from train_tokenizer import keep_scale, rescale
+
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(parts[1].config)
+    pixels = torch.rand(2, 3, 96, 96) * 2 - 1
+    with torch.no_grad():
+        codes = autoencoder.encode(pixels).indices
+        pictures = [autoencoder.reconstruct(pixels, mode) for mode in ("hybrid", "discrete")]
+        rescale(autoencoder, pixels)
+        again = autoencoder.encode(pixels)
+        for mode, picture in zip(("hybrid", "discrete"), pictures, strict=True):
+            torch.testing.assert_close(autoencoder.reconstruct(pixels, mode), picture, rtol=1e-4, atol=1e-4)
+        assert sum((a != b).sum().item() for a, b in zip(codes, again.indices, strict=True)) <= 2  # ties
+        left = (again.residual - again.embeddings[-1]).abs()
+        assert left.quantile(0.999).item() == pytest.approx(LATENT_SCALE, rel=1e-3)
+        keep_scale(autoencoder, 2.0)
+        torch.testing.assert_close(autoencoder.reconstruct(pixels), pictures[0], rtol=1e-4, atol=1e-4)
+
+
+def test_muon_turns_the_gradient_into_a_rotation():
+    from training import Muon, orthogonal
+
+    matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonal(matrix))
+    assert 0.6 < singular.min() and singular.max() < 1.3
+    torch.testing.assert_close(orthogonal(matrix.T), orthogonal(matrix).T)
+    weight = torch.nn.Parameter(torch.zeros(8, 4, 3, 3))
+    weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.1).step()
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.2)  # AdamW's usual size
+
+
+def test_batches_resume_where_they_were():
+    from training import shuffled
+
+    whole, later = shuffled(list(range(100, 150)), 8, 3, 0), shuffled(list(range(100, 150)), 8, 3, 9)
+    batches = [next(whole) for _ in range(12)]
+    assert batches[9:] == [next(later) for _ in range(3)]
+    assert len({i for batch in batches[:6] for i in batch}) == 48  # no picture twice in an epoch
+
+
+def test_learning_rate_warms_up_stays_and_falls():
+    from training import learning_rate
+
+    rates = [learning_rate(step, peak=1.0, warmup=10, steps=100) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:75] == [1.0] * 66 and rates[99] == pytest.approx(0.04)
+    assert all(a > b for a, b in zip(rates[75:], rates[76:], strict=False))
+
+
+def test_captions_keep_the_subject_and_most_of_them_the_style():
+    from captions import HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, caption, fill, with_article
+
+    about = {"name": "Cat", "keywords": ["kitty", "pet"], "style": "noto"}
+    captions = [caption(about, Random(i)) for i in range(300)]
+    assert all(any(word in text for word in ("cat", "kitty", "pet")) for text in captions)
+    assert 0.6 < sum("noto" in text for text in captions) / 300 < 0.8
+    assert not set(HELD_OUT_TEMPLATES) & {*PLAIN, *STYLED_TEMPLATES}
+    assert fill("{style}: {a}", "Octopus", "fluent") == "fluent: an octopus"
+    assert [with_article(name) for name in ("scissors", "bus", "Apple", "two hearts")] == [
+        "scissors",
+        "a bus",
+        "an Apple",
+        "two hearts",
+    ]

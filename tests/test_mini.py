@@ -1,0 +1,146 @@
+"""hart-mini, the trained model in the package, end to end: what it draws, and that sampling still draws it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hart_infer import HartPipeline, InputError
+from hart_infer.checkpoint import EMBEDDED_MODEL, find_checkpoint
+
+REFERENCES = Path(__file__).parent / "data" / "mini"  # drawn by `python tests/test_mini.py`, and looked at
+DRAWN = {"a red heart, fluent style": 0, "a pizza, noto style": 1, "a blue circle, twemoji style": 2, "a cat, noto style": 3}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(-10 * np.log10(((a.astype(float) - b.astype(float)) ** 2).mean() / 255**2))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+def name_of(prompt: str) -> str:
+    return prompt.replace(",", "").replace(" ", "-") + ".png"
+
+
+@pytest.fixture(scope="module")
+def mini() -> HartPipeline:
+    pipe = HartPipeline.from_pretrained(torch_dtype=torch.float32, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_the_default_and_needs_no_network(mini, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    assert mini.name == EMBEDDED_MODEL and mini.sizes == (96,)
+    assert EMBEDDED_MODEL in mini.describe()
+    assert find_checkpoint(EMBEDDED_MODEL).text_encoder is not None
+
+
+def test_a_folder_of_its_name_goes_first(monkeypatch, tmp_path, hart_tiny):
+    (tmp_path / EMBEDDED_MODEL).symlink_to(hart_tiny, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    assert "llm" in str(find_checkpoint(EMBEDDED_MODEL).transformer_files[0])
+
+
+@pytest.mark.parametrize("prompt", DRAWN)
+def test_a_prompt_and_a_seed_draw_the_picture_they_drew(mini, prompt):
+    """Rounding differs between CPUs and changes a few codes; a fault in sampling draws another picture."""
+    drawn = mini(prompt, seed=DRAWN[prompt]).images[0]
+    reference = Image.open(REFERENCES / name_of(prompt))
+    assert psnr(pixels(drawn), pixels(reference)) > 22
+
+
+def test_pictures_are_what_was_asked_for(mini):
+    red, blue = (
+        pixels(mini(p, seed=0).images[0]).astype(float) for p in ("a red circle, fluent style", "a blue circle, fluent style")
+    )
+    for picture in (red, blue):
+        corners = np.stack([picture[:6, :6], picture[:6, -6:], picture[-6:, :6], picture[-6:, -6:]])
+        assert corners.min() > 225, "the background is white"
+    red, blue = (picture[36:60, 36:60].mean(axis=(0, 1)) for picture in (red, blue))
+    assert red[0] > red[2] + 80 and blue[2] > blue[0] + 80
+
+
+def test_seeds(mini):
+    out = mini("a cat", num_images_per_prompt=3, seed=[5, 5, 6])
+    first, again, other = map(pixels, out.images)
+    assert (first == again).all() and (first != other).any()
+    assert out.seeds == [5, 5, 6]
+
+
+def test_a_picture_does_not_depend_on_its_batch(mini):
+    prompts = ["a cat, noto style", "a red apple", "a rocket, twemoji style"]
+    together = mini(prompts, seed=11, output_type="pt").images
+    alone = torch.cat([mini(p, seed=11 + i, output_type="pt").images for i, p in enumerate(prompts)])
+    assert torch.equal(together, alone)
+
+
+def test_previews_approach_the_picture(mini):
+    seen = []
+    final = pixels(
+        mini("a pizza, noto style", seed=1, callback_on_step_end=lambda step: seen.append(step.preview()[0])).images[0]
+    )
+    gains = [psnr(pixels(image), final) for image in seen[:-1]]
+    assert (pixels(seen[-1]) == final).all()
+    assert gains[-1] > gains[0] + 6 and gains[-1] == max(gains)
+
+
+def test_the_residual_refines(mini):
+    with_residual, without = (mini("a cat, noto style", seed=3, num_inference_steps=n, output_type="pt").images for n in (8, 0))
+    assert 15 < psnr(with_residual.numpy() * 255, without.numpy() * 255) < 60  # the same picture, other details
+
+
+def test_hybrid_reconstruction_beats_discrete(mini):
+    originals = [Image.open(REFERENCES / name_of(prompt)).convert("RGB") for prompt in DRAWN]
+    hybrid, discrete = (
+        np.mean([psnr(pixels(a), pixels(b)) for a, b in zip(mini.reconstruct(originals, mode), originals, strict=True)])
+        for mode in ("hybrid", "discrete")
+    )
+    assert hybrid > discrete + 1 and hybrid > 27 and discrete > 23
+
+
+def test_guidance_and_the_system_prompt_default_to_what_it_was_trained_with(mini):
+    assert (mini.defaults.guidance_scale, mini.defaults.use_system_prompt) == (3.0, False)
+    said = mini("a cat", seed=0, guidance_scale=3.0, use_system_prompt=False, output_type="pt").images
+    assert torch.equal(mini("a cat", seed=0, output_type="pt").images, said)
+    assert not torch.equal(mini("a cat", seed=0, guidance_scale=0, output_type="pt").images, said)
+    assert torch.equal(mini(prompt_embeds=mini.encode_prompt("a cat"), seed=0, output_type="pt").images, said)
+
+
+def test_the_wrong_size_is_refused(mini):
+    with pytest.raises(InputError, match="96"):
+        mini("a cat", size=1024)
+
+
+def test_it_saves_and_loads_identically(mini, tmp_path):
+    mini.save_pretrained(tmp_path / "copy")
+    again = HartPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    again.set_progress_bar_config(disable=True)
+    assert again.defaults == mini.defaults
+    assert torch.equal(again("a cat", seed=0, output_type="pt").images, mini("a cat", seed=0, output_type="pt").images)
+
+
+def test_bf16_as_stored(mini):
+    stored = HartPipeline.from_pretrained(device="cpu")
+    assert stored.dtype == torch.bfloat16
+    stored.set_progress_bar_config(disable=True)
+    picture = pixels(stored("a red heart, fluent style", seed=0).images[0]).astype(float)
+    assert picture[40:56, 40:56, 0].mean() > picture[40:56, 40:56, 2].mean() + 60
+
+
+def _write_references() -> None:
+    pipe = HartPipeline.from_pretrained(torch_dtype=torch.float32, device="cpu")
+    REFERENCES.mkdir(parents=True, exist_ok=True)
+    for prompt, seed in DRAWN.items():
+        pipe(prompt, seed=seed).images[0].save(REFERENCES / name_of(prompt))
+
+
+if __name__ == "__main__":
+    _write_references()
