@@ -2,8 +2,9 @@
 
     python recipes/mini/train_tokenizer.py DATA OUT
 
-Half of every batch is decoded from the continuous latent, half from the codes (straight-through). The codebook follows the
-vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
+Half of every batch is decoded from the continuous latent, half from the codes. The encoder learns from the former and from a
+pull towards what the codes can say; gradients passed straight through the codes made the two chase each other. The codebook
+follows the vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from hart_infer.model.diffusion import LATENT_SCALE
 from hart_infer.model.quantizer import Quantizer
 
 CONTINUOUS_STEPS = 200  # before the codebook joins
-COMMITMENT = 0.25
+COMMITMENT = 0.5
+SCALE = 0.1  # pull of the latent's standard deviation towards 1: else it outruns the codes
 CODES = "quantizer.codebook.weight"
 REVIVE_EVERY, RARE = 50, 0.02  # steps; uses per step, on average
-CODEBOOK_DECAY = 0.98
+CODEBOOK_DECAY = 0.96
 SHIFT = 4  # pixels: the pictures' margin
 
 
@@ -92,14 +94,6 @@ def quantize(quantizer: Quantizer, latent: Tensor) -> tuple[Tensor, Tensor, list
     return f_hat, fit / len(inputs) + COMMITMENT * commitment, tokens.indices, inputs
 
 
-@torch.no_grad()
-def keep_scale(autoencoder: Autoencoder, spread: float) -> None:
-    """Bring latents of standard deviation `spread` back to 1 without changing a picture: else they outrun the codes."""
-    for weight in (autoencoder.quant_conv.weight, autoencoder.quant_conv.bias):
-        weight /= spread
-    autoencoder.post_quant_conv.weight *= spread
-
-
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to the margin, mirror half of them."""
     dx, dy, mirror = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist() + [
@@ -144,7 +138,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints, scores and grids")
     args = parser.parse_args()
@@ -156,9 +150,12 @@ def main() -> None:
     autoencoder = Autoencoder(AUTOENCODER).to(memory_format=torch.channels_last)
     codebook, average = Codebook(autoencoder.quantizer), Average(autoencoder, 0.998, copied=(CODES,))
     learned = [p for name, p in autoencoder.named_parameters() if name != CODES]
+    between = [p for name, p in autoencoder.named_parameters() if "quant" in name and name != CODES]  # the codes follow these
+    matrices = [p for p in learned if p.ndim > 1 and all(p is not other for other in between)]
+    others = [p for p in learned if all(p is not matrix for matrix in matrices)]
     optimizers = [
-        Muon([p for p in learned if p.ndim > 1], args.lr, weight_decay=0.01),
-        torch.optim.AdamW([p for p in learned if p.ndim == 1], args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        Muon(matrices, args.lr, weight_decay=0.01),
+        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     path, start = args.out / "tokenizer.pt", 0
     if path.exists():
@@ -171,36 +168,35 @@ def main() -> None:
     for step in range(start, args.steps):
         generator = torch.Generator().manual_seed(args.seed + step)
         rate = learning_rate(step, peak=args.lr, warmup=100, steps=args.steps)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate
+        for optimizer, factor in zip(optimizers, (1.0, 0.5), strict=True):
+            optimizer.param_groups[0]["lr"] = factor * rate
         images = augment(pictures.tensor(next(batches)), generator).contiguous(memory_format=torch.channels_last)
         latent = autoencoder.quant_conv(autoencoder.encoder(images))
-        coded, spread = latent.new_zeros(()), latent.detach().std().item()
+        coded, spread = latent.new_zeros(()), latent.std()
         if step == CONTINUOUS_STEPS:
             codebook.begin(latent, generator)
         if step >= CONTINUOUS_STEPS:
             f_hat, coded, indices, inputs = quantize(autoencoder.quantizer, latent)
             half = len(latent) // 2
-            latent = torch.cat([latent[:half], latent[half:] + (f_hat - latent)[half:].detach()])
+            latent = torch.cat([latent[:half], f_hat[half:].detach()])
         rebuilt = autoencoder.decoder(autoencoder.post_quant_conv(latent))
-        loss = F.mse_loss(rebuilt, images) + 0.2 * F.l1_loss(rebuilt, images) + coded
+        loss = F.mse_loss(rebuilt, images) + 0.2 * F.l1_loss(rebuilt, images) + coded + SCALE * spread.log().square()
         autoencoder.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        keep_scale(autoencoder, spread)
         revived = 0
         if step >= CONTINUOUS_STEPS:
             codebook.update(indices, inputs)
             if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:
                 revived = codebook.revive(inputs[-1], generator)
         average.update(step)
-        if step % 50 == 0:
+        if step % 25 == 0:
             scores = psnr(rebuilt.detach(), images)
             half = len(scores) // 2
             log(step=step, loss=loss.item(), coded=coded.item(), continuous=scores[:half].mean().item(),
-                discrete=scores[half:].mean().item(), revived=revived, spread=spread)  # fmt: skip
+                discrete=scores[half:].mean().item(), revived=revived, spread=spread.item())  # fmt: skip
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": autoencoder.state_dict(), "average": average.values, "step": step + 1}
             save(

@@ -3,7 +3,9 @@
     python recipes/mini/train_transformer.py DATA OUT
 
 Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
-modules that generate. A tenth of the captions is dropped for guidance. Resumes from OUT/transformer.pt.
+modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
+in every second step: nothing before depends on it, and it learns faster. Resumes from OUT/transformer.pt; without one,
+--start-from continues a saved pipeline's weights, such as hart-mini's own.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from hart_infer.model.transformer import Modulation, Transformer
 from hart_infer.schedule import Stage, build_schedule
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
+FULL_EVERY = 2  # steps: the others leave the last scale and its residual out
 CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -64,14 +67,15 @@ class TeacherCache:
 def forward(
     transformer: Transformer, stages: Sequence[Stage], context: Tensor, mask: Tensor, position_ids: Tensor, inputs: list[Tensor]
 ) -> tuple[list[Tensor], Modulation]:
-    """Hidden states [B, p * p, D] of every scale, given the teacher-forced inputs [B, C, p, p] of all but the first."""
+    """Hidden states [B, p * p, D] of the given `stages`, the first ones, from the teacher-forced inputs [B, C, p, p] of all
+    but the first."""
     cache: Any = TeacherCache(len(context))
     embedded = transformer.embed_context(context)
     modulation = transformer.modulate(embedded, mask)
     table = context_table(position_ids, TRANSFORMER.head_dim, context.dtype)
     hidden = [transformer(embedded + transformer.embed_level(0), modulation, table, cache, stages[0])[:, -1:]]
     for stage, latent in zip(stages[1:], inputs, strict=True):
-        table = image_table(stage.side, stages[-1].side, position_ids[:, -1], TRANSFORMER.head_dim, context.dtype)
+        table = image_table(stage.side, TRANSFORMER.patch_nums[-1], position_ids[:, -1], TRANSFORMER.head_dim, context.dtype)
         hidden.append(transformer(transformer.embed_tokens(latent, stage.index), modulation, table, cache, stage))
     return hidden, modulation
 
@@ -80,31 +84,34 @@ def losses(
     transformer: Transformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor, codes: list[Tensor],
     latent: Tensor, generator: torch.Generator,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Cross-entropy of the codes, per token and per scale, and the residual diffusion's loss."""
+    """The loss, and its parts: the codes' cross-entropy by scale and, where the last scale takes part, the residual's.
+
+    Half of the loss weighs tokens alike, half weighs scales alike: the first ones have few tokens and decide what is drawn.
+    """
     dropped = torch.rand(len(context), generator=generator) < DROPPED
     position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
     context = torch.where(dropped[:, None, None], 0.0, context)
     mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
     with torch.no_grad():
         embeddings = [quantizer.embed(c) for c in codes]
-        before_last = latent - sum(
-            quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None
-        )
-        residual = before_last - embeddings[-1]
-        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])
+        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
     hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
     logits = transformer.head(torch.cat(hidden, dim=1), modulation.head)
-    entropy = F.cross_entropy(logits.flatten(0, 1), torch.cat(codes, dim=1).flatten(), reduction="none").view(len(context), -1)
-    per_scale = torch.stack([part.mean() for part in entropy.split([s.tokens for s in stages], dim=1)])
-    condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
-    diffusion = diffusion_loss(transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator)
-    return {
-        "tokens": entropy.mean(),
-        "scales": per_scale.mean(),
-        "diffusion": diffusion,
-        "last": per_scale[-1],
-        "first": per_scale[0],
-    }
+    targets = torch.cat(codes[: len(stages)], dim=1).flatten()
+    entropy = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(len(context), -1)
+    per_scale = [part.mean() for part in entropy.split([s.tokens for s in stages], dim=1)]
+    found = {f"scale {stage.side}": value for stage, value in zip(stages, per_scale, strict=True)}
+    found["loss"] = 0.5 * entropy.mean() + 0.5 * torch.stack(per_scale).mean()
+    if stages[-1].is_last:
+        with torch.no_grad():
+            before = sum(quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None)
+            residual = latent - before - embeddings[-1]
+        condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
+        found["diffusion"] = diffusion_loss(
+            transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator
+        )
+        found["loss"] = found["loss"] + found["diffusion"]
+    return found
 
 
 def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
@@ -169,6 +176,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    parser.add_argument("--start-from", metavar="MODEL", help="begin with this pipeline's weights: hart-mini, or a folder")
     args = parser.parse_args()
     pictures, log = Pictures(args.data), Log(args.out / "transformer.jsonl")
     train = pictures.split("train")
@@ -191,6 +199,11 @@ def main() -> None:
         TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
     )
     path, start = args.out / "transformer.pt", 0
+    if args.start_from and not path.exists():
+        begun = HartPipeline.from_pretrained(args.start_from, torch_dtype=torch.float32, device="cpu")
+        transformer.load_state_dict(begun.transformer.state_dict())
+        text_encoder.model.load_state_dict(begun.text_encoder.model.state_dict())
+        average = Average(whole, 0.998)
     if path.exists():
         state = torch.load(path, weights_only=True)
         whole.load_state_dict(state["model"])
@@ -209,18 +222,17 @@ def main() -> None:
         captions = [caption(pictures.about[i], random) for i in chosen]
         tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
         rows = torch.tensor([place[i] for i in chosen])
-        parts = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
-        found = losses(
-            transformer, autoencoder.quantizer, stages, text_encoder.hidden(tokens, mask), mask, parts, latents[rows], generator
-        )
-        loss = 0.5 * found["tokens"] + 0.5 * found["scales"] + found["diffusion"]
+        part = stages if step % FULL_EVERY == 0 else stages[:-1]
+        split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
+        context = text_encoder.hidden(tokens, mask)
+        found = losses(transformer, autoencoder.quantizer, part, context, mask, split, latents[rows], generator)
         whole.zero_grad()
-        loss.backward()
+        found["loss"].backward()
         norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
         for optimizer in both:
             optimizer.step()
         average.update(step)
-        if step % 25 == 0:
+        if step % 20 == 0:
             log(step=step, norm=norm.item(), rate=rate, **{name: value.item() for name, value in found.items()})
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
