@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .errors import (
+    BackendError,
     CheckpointNotFoundError,
     ConfigError,
     HartError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendError",
     "CheckpointNotFoundError",
     "ConfigError",
     "HartError",

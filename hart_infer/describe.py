@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from . import ops
+from .ops.registry import OPS, REFERENCE, Where
 
 if TYPE_CHECKING:
     from .pipeline import HartPipeline
@@ -21,8 +22,23 @@ def describe_pipeline(pipeline: HartPipeline) -> str:
     lines.append(f"  text encoder: {_size(encoder.model) if encoder else 'none (calls need prompt_embeds)'}")
     config = pipeline.transformer.config
     lines.append(f"  sizes: {', '.join(map(str, pipeline.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}")
-    lines.append(f"  operations: {', '.join(ops.__all__)}, all by PyTorch; this version has no kernels of its own")
+    lines += [f"  {name}: {by}" for name, by in operations(Where.of(next(pipeline.transformer.parameters()))).items()]
     return "\n".join(lines)
+
+
+def operations(where: Where) -> dict[str, str]:
+    """What runs each operation there, and why not a kernel that it has."""
+    told = {}
+    for name in ops.__all__:
+        declared = OPS.get(name)
+        if declared is None:
+            told[name] = "PyTorch; this version has no kernel for it"
+            continue
+        choice = declared.choose(where)
+        reasons = "; ".join(f"not {backend}: {reason}" for backend, reason in choice.refusals.items())
+        runs = "PyTorch" if choice.backend == REFERENCE else choice.backend
+        told[name] = f"{runs}; {reasons}" if reasons else runs
+    return told
 
 
 def _size(module: nn.Module) -> str:

@@ -27,5 +27,9 @@ class OutputError(HartError, OSError):
     """A picture or a checkpoint could not be written; nothing half-written is left."""
 
 
+class BackendError(HartError, RuntimeError):
+    """A backend that was asked for by name can't run an operation here; the message says why."""
+
+
 class OutOfMemoryError(HartError, RuntimeError):
     """The device ran out of memory; the message says what to turn down."""

@@ -2,3 +2,25 @@
 
 Modules in this folder import torch and triton only, and know nothing of the package above them.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+MIN_CAPABILITY = (8, 0)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def refusal(where: Any) -> str | None:
+    """Why Triton kernels don't run at a `Where` (device, dtype, capability), or None if they do."""
+    from .launch import interpreted
+
+    if str(where.dtype).removeprefix("torch.") not in DTYPES:
+        return f"{where.dtype} is not supported"
+    if where.device == "cpu":
+        return None if interpreted() else "Triton runs on the CPU only interpreted, for tests (TRITON_INTERPRET=1)"
+    if where.device != "cuda":
+        return f"Triton has no {where.device} kernels"
+    if where.capability < MIN_CAPABILITY:
+        return f"it needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer"
+    return None

@@ -16,6 +16,7 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads wait for each other
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 os.environ.update(
     HF_HOME=_home,
     HF_HUB_DISABLE_TELEMETRY="1",

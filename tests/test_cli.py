@@ -613,7 +613,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert set(report) == {"software", "cpu", "gpu", "kernels", "hub", "used by default"}
     assert report["software"]["torch"] == torch.__version__
-    assert report["kernels"].keys() == {"attention", "linear", "conv2d", "rms_norm", "rope"}
+    assert report["kernels"].keys() == {"attention", "linear", "conv2d", "rms_norm", "rope_cache", "swiglu"}
     assert all(value.startswith("PyTorch; ") for value in report["kernels"].values())
     widened = widens(torch.empty(0, dtype=torch.bfloat16))
     assert report["cpu"]["bf16"] == ("stored, but multiplied in fp32" if widened else "multiplied as it is")

@@ -109,10 +109,14 @@ def _half_precision(dtype: torch.dtype) -> str:
 
 
 def _kernels() -> dict[str, Any]:
-    """What runs each operation, and why."""
-    from .. import ops
+    """What runs each operation on the default device, and why."""
+    import torch
 
-    return dict.fromkeys(ops.__all__, "PyTorch; this version has no Triton or CUDA kernel for it")
+    from ..describe import operations
+    from ..ops.registry import Where
+
+    choice = machine.choose()
+    return operations(Where.of(torch.empty(0, dtype=choice.torch_dtype, device=choice.device)))
 
 
 def _hub() -> dict[str, Any]:

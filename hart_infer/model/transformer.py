@@ -61,15 +61,10 @@ class Attention(nn.Module):
         """x [R, L, D] -> [R, L, D]; writes this scale's keys and values into the cache."""
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [R, H, L, d]
-        if self.log_scale is not None:
-            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-            k = F.normalize(k, dim=-1)
-        key_slot, value_slot = cache.slot(layer, stage)
-        ops.rope(k, *table, out=key_slot)
-        value_slot.copy_(v)
+        gains = None if self.log_scale is None else self.log_scale.clamp(max=MAX_LOG_SCALE).exp().flatten()
+        q = ops.rope_cache(qkv, *table, *cache.slot(layer, stage), gains)
         keys, values = cache.visible(layer, stage)
-        return self.proj(ops.attention(ops.rope(q, *table), keys, values, scale=self.scale))
+        return self.proj(ops.attention(q, keys, values, scale=self.scale))
 
 
 class SwiGLU(nn.Module):
@@ -84,7 +79,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))
 
 
 class GeluMLP(nn.Module):

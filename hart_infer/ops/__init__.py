@@ -3,6 +3,7 @@
 from .attention import attention
 from .products import conv2d, linear
 from .rms_norm import rms_norm
-from .rope import rope
+from .rope_cache import rope_cache
+from .swiglu import swiglu
 
-__all__ = ["attention", "conv2d", "linear", "rms_norm", "rope"]
+__all__ = ["attention", "conv2d", "linear", "rms_norm", "rope_cache", "swiglu"]

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import widens
+from .registry import Backend, op
 
 
+@op(triton=Backend("..kernels.attention:attention"))
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """Softmax attention without a mask: q [R, H, L, d], k and v [R, H, N, d] -> [R, L, H * d]."""
     rows, heads, length, head_dim = q.shape

@@ -2,9 +2,8 @@
 
     python recipes/mini/train_tokenizer.py DATA OUT
 
-Half of every batch is decoded from the continuous latent, half from the codes. The encoder learns from the former and from a
-pull towards what the codes can say; gradients passed straight through the codes made the two chase each other. The codebook
-follows the vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
+Half of every batch is decoded from the continuous latent, half from the codes (straight-through). The codebook follows the
+vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hart_infer.model.diffusion import LATENT_SCALE
 from hart_infer.model.quantizer import Quantizer
 
 CONTINUOUS_STEPS = 200  # before the codebook joins
-COMMITMENT = 0.5
+COMMITMENT = 0.25
 SCALE = 0.1  # pull of the latent's standard deviation towards 1: else it outruns the codes
 CODES = "quantizer.codebook.weight"
 REVIVE_EVERY, RARE = 50, 0.02  # steps; uses per step, on average
@@ -85,13 +84,13 @@ def quantize(quantizer: Quantizer, latent: Tensor) -> tuple[Tensor, Tensor, list
     """The sum of the codes [B, C, P, P], the losses of phi and of commitment, and per scale the codes and what they coded."""
     tokens = quantizer.encode(latent.detach())
     rest, f_hat = latent.detach(), torch.zeros_like(latent)
-    inputs, fit = [], torch.zeros(())
+    inputs, fit, commitment = [], torch.zeros(()), torch.zeros(())
     for index, (embedding, side) in enumerate(zip(tokens.embeddings, quantizer.patch_nums, strict=True)):
         inputs.append(quantizer.next_input(rest - f_hat.detach(), side))
         f_hat = f_hat + quantizer.enlarge(embedding.detach(), quantizer._phi(index))
         fit = fit + F.mse_loss(f_hat, latent.detach())
-    commitment = F.mse_loss(latent, f_hat.detach())
-    return f_hat, fit / len(inputs) + COMMITMENT * commitment, tokens.indices, inputs
+        commitment = commitment + F.mse_loss(latent, f_hat.detach())  # of every scale: the first ones must mean something
+    return f_hat, (fit + COMMITMENT * commitment) / len(inputs), tokens.indices, inputs
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints, scores and grids")
     args = parser.parse_args()
@@ -172,13 +171,14 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = factor * rate
         images = augment(pictures.tensor(next(batches)), generator).contiguous(memory_format=torch.channels_last)
         latent = autoencoder.quant_conv(autoencoder.encoder(images))
-        coded, spread = latent.new_zeros(()), latent.std()
+        coded, spread, missed = latent.new_zeros(()), latent.std(), latent.new_ones(())
         if step == CONTINUOUS_STEPS:
             codebook.begin(latent, generator)
         if step >= CONTINUOUS_STEPS:
             f_hat, coded, indices, inputs = quantize(autoencoder.quantizer, latent)
+            missed = F.mse_loss(f_hat, latent) / latent.var()
             half = len(latent) // 2
-            latent = torch.cat([latent[:half], f_hat[half:].detach()])
+            latent = torch.cat([latent[:half], latent[half:] + (f_hat - latent)[half:].detach()])
         rebuilt = autoencoder.decoder(autoencoder.post_quant_conv(latent))
         loss = F.mse_loss(rebuilt, images) + 0.2 * F.l1_loss(rebuilt, images) + coded + SCALE * spread.log().square()
         autoencoder.zero_grad()
@@ -196,7 +196,7 @@ def main() -> None:
             scores = psnr(rebuilt.detach(), images)
             half = len(scores) // 2
             log(step=step, loss=loss.item(), coded=coded.item(), continuous=scores[:half].mean().item(),
-                discrete=scores[half:].mean().item(), revived=revived, spread=spread.item())  # fmt: skip
+                discrete=scores[half:].mean().item(), revived=revived, spread=spread.item(), missed=missed.item())  # fmt: skip
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": autoencoder.state_dict(), "average": average.values, "step": step + 1}
             save(

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from hart_infer import ops
 from hart_infer.model.rope import context_table, image_table
+from hart_infer.ops.rope import rope
 
 DIM = 16
 SIDE, LAST_SIDE = 3, 8
@@ -19,7 +19,7 @@ def test_two_angles_per_pair():
     shift = 5
     x = torch.randn(1, 1, SIDE * SIDE, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cos, sin = image_table(SIDE, LAST_SIDE, torch.tensor([shift]), DIM, torch.float64)
-    rotated = ops.rope(x, cos, sin)
+    rotated = rope(x, cos, sin)
     half = DIM // 2
     for token in range(SIDE * SIDE):
         row, column = (index / SIDE * LAST_SIDE + shift for index in divmod(token, SIDE))
@@ -36,7 +36,7 @@ def test_two_angles_per_pair():
 def test_it_is_not_a_rotation():
     """Lengths change wherever row and column differ; a kernel that assumes one angle per pair would keep them."""
     x = torch.ones(1, 1, SIDE * SIDE, DIM)
-    lengths = ops.rope(x, *image_table(SIDE, LAST_SIDE, torch.tensor([0]), DIM, torch.float32)).norm(dim=-1)[0, 0]
+    lengths = rope(x, *image_table(SIDE, LAST_SIDE, torch.tensor([0]), DIM, torch.float32)).norm(dim=-1)[0, 0]
     kept = torch.isclose(lengths, x.norm(dim=-1)[0, 0], rtol=1e-4)
     assert kept.view(SIDE, SIDE).equal(torch.eye(SIDE, dtype=torch.bool))
 

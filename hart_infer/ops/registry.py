@@ -1,0 +1,156 @@
+"""Operations and what runs them: a PyTorch reference, which is the specification, and kernels where a device takes them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError, InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+REFERENCE = "torch"
+BACKENDS = ("cuda", "triton", REFERENCE)  # in the order of preference
+logger = logging.getLogger(__name__)
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+OPS: dict[str, Op[Any, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Where:
+    """All that the choice of a backend may depend on: never a shape."""
+
+    device: str  # "cuda", "cpu", "mps"
+    dtype: torch.dtype
+    capability: tuple[int, int] | None = None  # of a CUDA device
+
+    @staticmethod
+    def of(x: Tensor) -> Where:
+        """Where `x` lives and in what dtype."""
+        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+        return Where(x.device.type, x.dtype, capability)
+
+    def __str__(self) -> str:
+        """For messages."""
+        generation = f" sm_{self.capability[0]}{self.capability[1]}" if self.capability else ""
+        return f"{self.device}{generation} in {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel: "module:function" under this package, imported when first asked about.
+
+    The module says where it works: its `refusal(where)` gives None, or why not.
+    """
+
+    target: str
+
+    def module(self) -> Any:
+        """The kernel's module; ImportError where it can't be imported."""
+        return importlib.import_module(self.target.partition(":")[0], __package__)
+
+    def refusal(self, where: Where) -> str | None:
+        """None if it runs there, else the reason."""
+        try:
+            module = self.module()
+        except ImportError as error:
+            return f"it can't be imported ({error})"
+        reason: str | None = module.refusal(where)
+        return reason
+
+    def function(self) -> Any:
+        """What to call."""
+        return getattr(self.module(), self.target.partition(":")[2])
+
+
+@dataclass(frozen=True)
+class Choice(Generic[P, R]):
+    """What runs an operation somewhere, and why not the backends before it."""
+
+    backend: str
+    function: Callable[P, R]
+    refusals: dict[str, str]
+
+
+class Op(Generic[P, R]):
+    """An operation; calling it runs the backend chosen for its first argument's device and dtype."""
+
+    def __init__(self, reference: Callable[P, R], backends: dict[str, Backend]) -> None:
+        """`reference` takes a tensor first; it is the specification and the fallback."""
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.backends = {name: backends[name] for name in BACKENDS if name in backends}
+        self._chosen: dict[tuple[Where | tuple[torch.device, torch.dtype], str | None], Choice[P, R]] = {}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the chosen backend."""
+        x: Any = args[0]
+        forced = _forced.get()
+        if forced is None and x.device.type == "cpu":
+            return self.reference(*args, **kwargs)
+        key = ((x.device, x.dtype), forced)
+        choice = self._chosen.get(key)
+        if choice is None:
+            choice = self._chosen[key] = self._choose(Where.of(x), forced)
+        return choice.function(*args, **kwargs)
+
+    def choose(self, where: Where) -> Choice[P, R]:
+        """What runs there now."""
+        return self._choose(where, _forced.get())
+
+    def _choose(self, where: Where, forced: str | None) -> Choice[P, R]:
+        if forced == REFERENCE:
+            return Choice(REFERENCE, self.reference, {})
+        if forced in self.backends:
+            reason = self.backends[forced].refusal(where)
+            if reason is not None:
+                raise BackendError(f"{self.name} can't run by {forced} on {where}: {reason}. Leave the choice to the library.")
+            return Choice(forced, self.backends[forced].function(), {})
+        refusals: dict[str, str] = {}
+        if where.device == "cpu":
+            return Choice(REFERENCE, self.reference, dict.fromkeys(self.backends, "kernels are for GPUs"))
+        for name, backend in self.backends.items():
+            reason = backend.refusal(where)
+            if reason is None:
+                return Choice(name, backend.function(), refusals)
+            refusals[name] = reason
+        if refusals:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+            logger.warning("%s runs on PyTorch on %s, which is slower (%s).", self.name, where, listed)
+        return Choice(REFERENCE, self.reference, refusals)
+
+
+def op(**backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an operation: decorates its reference, names its kernels."""
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        declared = Op(reference, backends)
+        OPS[declared.name] = declared
+        return declared
+
+    return declare
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, every operation that has a backend of this `name` runs by it, or raises BackendError: never another.
+
+    "torch", "triton" or "cuda". Operations without such a backend are chosen for as always. Raises InputError.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"There is no backend {name!r}; {', '.join(BACKENDS)} are.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

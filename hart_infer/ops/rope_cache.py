@@ -1,0 +1,26 @@
+"""From the merged q, k, v to what attention needs: q rotated, k rotated and v put into the cache."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import Backend, op
+from .rope import rope
+
+
+@op(triton=Backend("..kernels.rope_cache:rope_cache"))
+def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Rotate q and k of `qkv` [R, L, 3, H, d] as `rope` does; return q [R, H, L, d].
+
+    `cos`, `sin` [R, 1, L, d] in qkv's dtype. k goes to `keys` and v to `values`, both [R, H, L, d], views of any strides into
+    a cache, perhaps of a wider dtype. With `gains` [H], q and k are first divided by their l2 norm and q multiplied by its
+    head's gain.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if gains is not None:
+        q = F.normalize(q, dim=-1) * gains.view(-1, 1, 1)
+        k = F.normalize(k, dim=-1)
+    rope(k, cos, sin, out=keys)
+    values.copy_(v)
+    return rope(q, cos, sin)

@@ -1,0 +1,147 @@
+"""Attention of one scale over the key/value cache (flash attention's forward): online softmax in base 2, sums in fp32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import refusal as refusal
+from .launch import Config, multiprocessors
+
+LOG2E = math.log2(math.e)
+MAX_HEAD_DIM = 256
+# (compute capability from, head dim up to, queries from) -> tiles; the first that fits is taken. Not measured on a GPU yet.
+CONFIGS: tuple[tuple[tuple[int, int], int, int, Config], ...] = (
+    ((9, 0), 64, 64, Config(128, 64, warps=8, stages=3)),
+    ((8, 0), 64, 64, Config(128, 64, warps=8, stages=3)),
+    ((8, 0), 128, 64, Config(64, 64, warps=4, stages=2)),
+    ((8, 0), 128, 0, Config(16, 64, warps=4, stages=3)),
+    ((8, 0), MAX_HEAD_DIM, 0, Config(16, 32, warps=4, stages=2)),
+)
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, out, maxima, sums,  # out, and with splits its fp32 parts, one per split; maxima, sums [splits, R * H, L]
+    scale_log2,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_split, out_row, out_head, out_token,
+    heads, queries, keys, keys_per_split,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one row and head against one split of its keys; WIDTH is HEAD_DIM's next power of two."""
+    row_head = tl.program_id(1)
+    row = (row_head // heads).to(tl.int64)
+    head = (row_head % heads).to(tl.int64)
+    split = tl.program_id(2)
+    token = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    lane = tl.arange(0, WIDTH)
+    in_q = (token[:, None] < queries) & (lane[None, :] < HEAD_DIM)
+    query = tl.load(q + row * q_row + head * q_head + token[:, None] * q_token + lane[None, :], mask=in_q, other=0.0)
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    sum_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+    first = split * keys_per_split
+    last = tl.minimum(first + keys_per_split, keys)
+    for start in range(first, last, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
+        key = tl.load(k + place[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
+        score = tl.dot(query, key, input_precision=PRECISION) * scale_log2
+        score = tl.where(place[None, :] < last, score, float("-inf"))
+        larger = tl.maximum(largest, tl.max(score, 1))
+        weight = tl.exp2(score - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weight, 1)
+        in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
+        value = tl.load(v + place[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
+        sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+    out += split.to(tl.int64) * out_split + row * out_row + head * out_head
+    result = sum_v / total[:, None]
+    tl.store(out + token[:, None].to(tl.int64) * out_token + lane[None, :], result.to(out.dtype.element_ty), mask=in_q)
+    if SPLIT:
+        place = (split * tl.num_programs(1) + row_head).to(tl.int64) * queries + token
+        tl.store(maxima + place, largest, mask=token < queries)
+        tl.store(sums + place, total, mask=token < queries)
+
+
+@triton.jit
+def merge_kernel(
+    parts, maxima, sums, out,
+    out_row, out_head, out_token, heads, queries, splits,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One query of one row and head: its splits' parts [splits, R * H, L, HEAD_DIM], weighed by their share of the softmax."""
+    token = tl.program_id(0)
+    row_head = tl.program_id(1)
+    which = tl.arange(0, SPLITS)
+    lane = tl.arange(0, WIDTH)
+    place = (which * tl.num_programs(1) + row_head).to(tl.int64) * queries + token
+    largest = tl.load(maxima + place, mask=which < splits, other=float("-inf"))
+    total = tl.load(sums + place, mask=which < splits, other=0.0)
+    weight = total * tl.exp2(largest - tl.max(largest, 0))
+    valid = (which[:, None] < splits) & (lane[None, :] < HEAD_DIM)
+    part = tl.load(parts + place[:, None] * HEAD_DIM + lane[None, :], mask=valid, other=0.0)
+    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    out += (
+        (row_head // heads).to(tl.int64) * out_row + (row_head % heads).to(tl.int64) * out_head + token.to(tl.int64) * out_token
+    )
+    tl.store(out + lane, merged.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
+
+
+def config_for(capability: tuple[int, int], head_dim: int, queries: int) -> Config:
+    """The tiles for a device and a shape."""
+    return next(c for since, width, least, c in CONFIGS if capability >= since and head_dim <= width and queries >= least)
+
+
+def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
+    """Into how many parts to split the keys: so many that each multiprocessor has work, none with fewer than four blocks."""
+    wanted = -(-2 * processors // programs)
+    return max(1, min(wanted, keys // (4 * block), 64))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """q [R, H, L, d], k and v [R, H, N, d] of any strides -> [R, L, H * d]."""
+    rows, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim or not keys:
+        raise ValueError(f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} don't fit each other.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"attention: the head width is {head_dim}; at most {MAX_HEAD_DIM} is supported.")
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(rows, queries, heads * head_dim)
+    capability, processors = multiprocessors(q.device)
+    tiles = config_for(capability, head_dim, queries)
+    blocks = triton.cdiv(queries, tiles.rows)
+    splits = splits_for(blocks * rows * heads, keys, tiles.columns, processors)
+    per_split = triton.cdiv(triton.cdiv(keys, splits), tiles.columns) * tiles.columns
+    splits = triton.cdiv(keys, per_split)
+    strides = (out.stride(0), head_dim, out.stride(1))
+    parts, maxima, sums, part_strides = out, out, out, (0, *strides)
+    if splits > 1:
+        parts = q.new_empty(splits, rows, heads, queries, head_dim, dtype=torch.float32)
+        maxima, sums = q.new_empty(2, splits, rows * heads, queries, dtype=torch.float32)
+        part_strides = parts.stride()[:4]
+    width = max(16, triton.next_power_of_2(head_dim))
+    attention_kernel[(blocks, rows * heads, splits)](
+        q, k, v, parts, maxima, sums, scale * LOG2E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part_strides,
+        heads, queries, keys, per_split,
+        HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns, SPLIT=splits > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_kernel[(queries, rows * heads)](
+            parts, maxima, sums, out, *strides, heads, queries, splits,
+            HEAD_DIM=head_dim, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=1 if splits <= 8 else 4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,95 @@
+"""HART's rotary embedding of the merged q, k, v, with k and v written straight into the cache, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import refusal as refusal
+
+
+@triton.jit
+def _rotated(first, second, cos_first, cos_second, sin_first, sin_second, DTYPE: tl.constexpr):
+    """Both rotated halves; every product and sum is rounded to DTYPE, as PyTorch rounds them one by one."""
+    a = (first * cos_first).to(DTYPE).to(tl.float32) - (second * sin_first).to(DTYPE).to(tl.float32)
+    b = (second * cos_second).to(DTYPE).to(tl.float32) + (first * sin_second).to(DTYPE).to(tl.float32)
+    return a.to(DTYPE), b.to(DTYPE)
+
+
+@triton.jit
+def _normalised(first, second, gain, DTYPE: tl.constexpr):
+    """Both halves [heads, HALF] divided by their common l2 norm, then multiplied by `gain` [heads, 1]; rounded after each."""
+    norm = tl.sqrt(tl.sum(first * first, 1) + tl.sum(second * second, 1)).to(DTYPE).to(tl.float32)
+    norm = tl.maximum(norm, 1e-12)[:, None]
+    first = ((first / norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
+    second = ((second / norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def rope_cache_kernel(
+    qkv, cos, sin, gains, q_out, k_out, v_out,
+    x_row, x_token, x_part, x_head, table_row, table_token,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
+    heads, tokens,
+    HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, NORMALISED: tl.constexpr,
+):  # fmt: skip
+    """One token of one row, all heads; LANES and HEADS are the next powers of two of HALF and of `heads`."""
+    row = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    valid = (head < heads) & (lane < HALF)
+    in_lane = lane < HALF
+    table = row * table_row + token * table_token + lane
+    cos_first = tl.load(cos + table, mask=in_lane, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos + table + HALF, mask=in_lane, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin + table, mask=in_lane, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin + table + HALF, mask=in_lane, other=0.0).to(tl.float32)
+    x = qkv + row * x_row + token * x_token + head * x_head + lane
+    dtype = qkv.dtype.element_ty
+    first = tl.load(x, mask=valid, other=0.0).to(tl.float32)
+    second = tl.load(x + HALF, mask=valid, other=0.0).to(tl.float32)
+    if NORMALISED:
+        gain = tl.load(gains + head, mask=head < heads, other=0.0).to(tl.float32)
+        first, second = _normalised(first, second, gain, dtype)
+    first, second = _rotated(first, second, cos_first, cos_second, sin_first, sin_second, dtype)
+    place = q_out + row * q_row + head * q_head + token * q_token + lane
+    tl.store(place, first, mask=valid)
+    tl.store(place + HALF, second, mask=valid)
+    first = tl.load(x + x_part, mask=valid, other=0.0).to(tl.float32)
+    second = tl.load(x + x_part + HALF, mask=valid, other=0.0).to(tl.float32)
+    if NORMALISED:
+        first, second = _normalised(first, second, tl.full([HEADS, 1], 1.0, tl.float32), dtype)
+    first, second = _rotated(first, second, cos_first, cos_second, sin_first, sin_second, dtype)
+    place = k_out + row * k_row + head * k_head + token * k_token + lane
+    tl.store(place, first.to(k_out.dtype.element_ty), mask=valid)
+    tl.store(place + HALF, second.to(k_out.dtype.element_ty), mask=valid)
+    first = tl.load(x + 2 * x_part, mask=valid, other=0.0)
+    second = tl.load(x + 2 * x_part + HALF, mask=valid, other=0.0)
+    place = v_out + row * v_row + head * v_head + token * v_token + lane
+    tl.store(place, first.to(v_out.dtype.element_ty), mask=valid)
+    tl.store(place + HALF, second.to(v_out.dtype.element_ty), mask=valid)
+
+
+def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
+    """As the reference in `hart_infer/ops/rope_cache.py`."""
+    rows, tokens, _, heads, head_dim = qkv.shape
+    qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
+    cos, sin = (table.expand(rows, 1, tokens, head_dim) for table in (cos, sin))
+    cos, sin = (table if table.stride(3) == 1 else table.contiguous() for table in (cos, sin))
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        raise ValueError("rope_cache: keys and values must be contiguous along their last dimension.")
+    q = qkv.new_empty(rows, heads, tokens, head_dim)
+    rope_cache_kernel[(rows * tokens,)](
+        qkv, cos, sin, qkv if gains is None else gains, q, keys, values,
+        *qkv.stride()[:4], cos.stride(0), cos.stride(2),
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        heads, tokens,
+        HALF=head_dim // 2, LANES=triton.next_power_of_2(head_dim // 2), HEADS=triton.next_power_of_2(heads),
+        NORMALISED=gains is not None, num_warps=4,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,37 @@
+"""silu(gate) * up in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import refusal as refusal
+
+BLOCK = 1024
+
+
+@triton.jit
+def swiglu_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
+    """One block of columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < width
+    dtype = out.dtype.element_ty
+    g = tl.load(gate + row * gate_row + column, mask=valid, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=valid, other=0.0).to(tl.float32)
+    activated = (g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)  # rounded, as PyTorch's silu is
+    tl.store(out + row * width + column, (activated * u).to(dtype), mask=valid)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As the reference in `hart_infer/ops/swiglu.py`."""
+    width = gate.shape[-1]
+    rows = [x.reshape(-1, width) for x in (gate, up)]
+    rows = [x if x.stride(1) == 1 else x.contiguous() for x in rows]
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if out.numel():
+        grid = (len(rows[0]), triton.cdiv(width, BLOCK))
+        swiglu_kernel[grid](*rows, out, rows[0].stride(0), rows[1].stride(0), width, BLOCK=BLOCK, num_warps=4)
+    return out

@@ -1,0 +1,89 @@
+"""What runs an operation, chosen by device and dtype alone, and what is said when it can't."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from hart_infer import ops
+from hart_infer.errors import BackendError, InputError
+from hart_infer.ops.registry import OPS, Backend, Op, Where, use_backend
+
+CUDA = Where("cuda", torch.bfloat16, (9, 0))
+
+
+def double(x):
+    """The reference."""
+    return x * 2
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """An operation with a kernel that works in bf16 on CUDA and, when forced, on the CPU; it says so by adding a half."""
+    module = types.ModuleType("fake_kernels")
+    module.refusal = lambda where: None if where.dtype == torch.bfloat16 else f"{where.dtype} is not supported"
+    module.double = lambda x: x * 2 + 0.5
+    monkeypatch.setitem(sys.modules, "fake_kernels", module)
+    return Op(double, {"triton": Backend("fake_kernels:double"), "cuda": Backend("no_such_module:double")})
+
+
+def test_the_cpu_runs_the_reference(declared):
+    assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
+    assert declared.choose(Where("cpu", torch.float32)).backend == "torch"
+
+
+def test_the_first_backend_that_takes_it_is_chosen_and_the_others_say_why(declared, caplog):
+    with caplog.at_level(logging.WARNING):
+        choice = declared.choose(CUDA)
+    assert choice.backend == "triton" and not caplog.records
+    assert list(choice.refusals) == ["cuda"] and "can't be imported" in choice.refusals["cuda"]
+
+
+def test_a_missing_kernel_falls_back_and_says_so(declared, caplog):
+    with caplog.at_level(logging.WARNING):
+        choice = declared.choose(Where("cuda", torch.float64, (9, 0)))
+    assert choice.backend == "torch"
+    assert "double runs on PyTorch on cuda sm_90 in float64" in caplog.text and "torch.float64 is not supported" in caplog.text
+
+
+def test_a_forced_backend_runs_or_fails(declared):
+    with use_backend("triton"):
+        assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2.5
+        with pytest.raises(BackendError, match="double can't run by triton on cpu in float32: torch.float32 is not supported"):
+            declared(torch.ones(1))
+    with use_backend("cuda"), pytest.raises(BackendError, match="can't be imported"):
+        declared(torch.ones(1, dtype=torch.bfloat16))
+    with use_backend("triton"), use_backend("torch"):
+        assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
+    assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
+
+
+def test_an_operation_without_the_forced_backend_is_not_concerned():
+    plain = Op(double, {})
+    with use_backend("triton"):
+        assert plain(torch.ones(1)).item() == 2
+
+
+def test_the_choice_is_made_once(declared, monkeypatch):
+    with use_backend("triton"):
+        declared(torch.ones(1, dtype=torch.bfloat16))
+        monkeypatch.setattr(Backend, "refusal", lambda *_: pytest.fail("asked again"))
+        declared(torch.ones(7, dtype=torch.bfloat16))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(InputError, match="no backend 'rocm'; cuda, triton, torch are"), use_backend("rocm"):
+        pass
+
+
+def test_every_kernel_that_is_declared_exists():
+    pytest.importorskip("triton")
+    assert {"attention", "rope_cache", "swiglu"} <= set(OPS)
+    for operation in OPS.values():
+        assert getattr(ops, operation.name) is operation and operation.__doc__
+        for backend in operation.backends.values():
+            assert callable(backend.function())

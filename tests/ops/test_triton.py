@@ -1,0 +1,153 @@
+"""The Triton kernels, interpreted on the CPU, against fp64: odd sizes, strided and poisoned memory, every dtype.
+
+A kernel's error is at most twice PyTorch's own in that dtype (or half a unit in the last place, where
+PyTorch's happens to be less).
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hart_infer import ops
+from hart_infer.ops.registry import use_backend
+from tests.ops.interpreter import repair
+
+pytest.importorskip("triton")
+repair()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that no kernel has written holds NaN."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *size, **options) -> Tensor:
+        made = empty(self, *size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers as a view into a larger tensor of NaN, padded in front and behind in every dimension but the last."""
+    around = x.new_full([n + 3 for n in x.shape[:-1]] + [x.shape[-1]], torch.nan)
+    view = around[tuple(slice(1, 1 + n) for n in x.shape[:-1])]
+    return view.copy_(x)
+
+
+def check(found: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """`found` is as near to `exact`, fp64, as twice the reference's distance."""
+    assert found.dtype == reference.dtype and found.shape == exact.shape
+    assert found.isfinite().all()
+    floor = torch.finfo(found.dtype).eps * exact.abs().max().item() / 2
+    assert (found.double() - exact).abs().max() <= max(2 * (reference.double() - exact).abs().max().item(), floor)
+
+
+SHAPES = [  # rows, heads, queries, keys, head width: one query, ragged tails, one block, many blocks, splits and none
+    (2, 3, 1, 1, 32),
+    (1, 2, 1, 301, 64),
+    (2, 1, 9, 700, 32),
+    (1, 2, 16, 64, 24),
+    (1, 1, 70, 333, 64),
+    (1, 1, 130, 65, 128),
+    (1, 1, 5, 1100, 80),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape, dtype):
+    rows, heads, queries, keys, width = shape
+    torch.manual_seed(sum(shape))
+    q, k, v = (strided(torch.randn(rows, heads, n, width).to(dtype)) for n in (queries, keys, keys))
+    with use_backend("triton"):
+        found = ops.attention(q, k, v, scale=0.3)
+    weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) * 0.3, dim=-1)
+    exact = (weights @ v.double()).transpose(1, 2).flatten(2)
+    reference = F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
+    check(found, reference, exact)
+
+
+def test_attention_with_huge_scores_and_strides_along_the_width():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 32, n).transpose(2, 3) for n in (5, 90, 90))
+    with use_backend("triton"):
+        found = ops.attention(100 * q, k, v, scale=1.0)
+    exact = torch.softmax(100 * q.double() @ k.double().transpose(-1, -2), dim=-1) @ v.double()
+    torch.testing.assert_close(found.double(), exact.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_splits_its_keys_where_queries_are_few():
+    kernel = importlib.import_module("hart_infer.kernels.attention")
+    assert kernel.splits_for(programs=2, keys=64, block=64, processors=108) == 1, "no part without work"
+    assert kernel.splits_for(programs=2, keys=9750, block=64, processors=108) > 16, "a GPU to fill"
+    assert kernel.splits_for(programs=5000, keys=9750, block=64, processors=108) == 1, "already full"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 2, 3, 32), (1, 2, 5, 32), (1, 2, 6, 32)), "don't fit each other"),
+        (((1, 2, 3, 32), (1, 2, 5, 16), (1, 2, 5, 16)), "don't fit each other"),
+        (((1, 2, 3, 32), (1, 2, 0, 32), (1, 2, 0, 32)), "don't fit each other"),
+        (((1, 1, 3, 512), (1, 1, 5, 512), (1, 1, 5, 512)), "at most 256"),
+    ],
+)
+def test_attention_refuses(shapes, message):
+    q, k, v = (torch.zeros(shape) for shape in shapes)
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        ops.attention(q, k, v, scale=1.0)
+
+
+@every_dtype
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 3, 24), (1, 7, 4, 64)], ids=str)
+def test_rope_cache(shape, normalised, dtype):
+    """Bit for bit the reference's, which rounds every product and sum; the norm may differ by one rounding."""
+    rows, tokens, heads, width = shape
+    torch.manual_seed(sum(shape))
+    qkv = strided(torch.randn(rows, tokens, 3, heads, width).to(dtype))
+    angles = torch.randn(rows, 1, tokens, width)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    gains = torch.rand(heads).to(dtype) * 3 + 1 if normalised else None
+    results = []
+    for backend in ("triton", "torch"):
+        cache = torch.full((2, rows, heads, tokens + 9, width), torch.nan, dtype=dtype)
+        keys, values = cache[:, :, :, 4 : 4 + tokens]
+        with use_backend(backend):
+            results.append((ops.rope_cache(qkv, cos, sin, keys, values, gains), keys, values))
+        assert cache[:, :, :, :4].isnan().all() and cache[:, :, :, 4 + tokens :].isnan().all(), "wrote beyond its slot"
+    for found, reference in zip(*results, strict=True):
+        if normalised:
+            torch.testing.assert_close(found, reference, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        else:
+            assert torch.equal(found, reference)
+
+
+def test_rope_cache_widens_into_a_wider_cache():
+    qkv, angles = torch.randn(1, 3, 3, 2, 8).bfloat16(), torch.randn(1, 1, 3, 8)
+    keys, values = torch.empty(2, 1, 2, 3, 8)
+    with use_backend("triton"):
+        ops.rope_cache(qkv, angles.cos().bfloat16(), angles.sin().bfloat16(), keys, values)
+    assert torch.equal(values, qkv[:, :, 2].transpose(1, 2).float())
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 1025), (0, 5)], ids=str)
+def test_swiglu(shape, dtype):
+    torch.manual_seed(len(shape))
+    gate, up = (
+        strided(torch.randn(*shape).to(dtype) * 4) if len(shape) > 1 else torch.randn(shape).to(dtype) for _ in range(2)
+    )
+    with use_backend("triton"):
+        found = ops.swiglu(gate, up)
+    if found.numel():
+        check(found, F.silu(gate) * up, F.silu(gate.double()) * up.double())
+    assert found.shape == shape
