@@ -14,13 +14,15 @@ from .launch import Config, multiprocessors
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 256
-# (compute capability from, head dim up to, queries from) -> tiles; the first that fits is taken. Not measured on a GPU yet.
-CONFIGS: tuple[tuple[tuple[int, int], int, int, Config], ...] = (
-    ((9, 0), 64, 64, Config(128, 64, warps=8, stages=3)),
-    ((8, 0), 64, 64, Config(128, 64, warps=8, stages=3)),
-    ((8, 0), 128, 64, Config(64, 64, warps=4, stages=2)),
-    ((8, 0), 128, 0, Config(16, 64, warps=4, stages=3)),
-    ((8, 0), MAX_HEAD_DIM, 0, Config(16, 32, warps=4, stages=2)),
+# (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None of them spills registers
+# (benchmarks/kernels.py); not timed on a GPU yet.
+CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
+    (2, 64, 64, Config(128, 64, warps=8, stages=3)),
+    (2, 128, 64, Config(64, 64, warps=4, stages=2)),
+    (2, 128, 0, Config(16, 64, warps=4, stages=3)),
+    (4, 64, 64, Config(64, 32, warps=8, stages=2)),
+    (4, 128, 64, Config(32, 32, warps=8, stages=2)),
+    (4, MAX_HEAD_DIM, 0, Config(16, 32, warps=4, stages=2)),
 )
 
 
@@ -96,9 +98,9 @@ def merge_kernel(
     tl.store(out + lane, merged.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
 
 
-def config_for(capability: tuple[int, int], head_dim: int, queries: int) -> Config:
-    """The tiles for a device and a shape."""
-    return next(c for since, width, least, c in CONFIGS if capability >= since and head_dim <= width and queries >= least)
+def config_for(itemsize: int, head_dim: int, queries: int) -> Config:
+    """The tiles for a dtype and a shape."""
+    return next(c for size, width, least, c in CONFIGS if itemsize <= size and head_dim <= width and queries >= least)
 
 
 def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
@@ -119,10 +121,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         raise ValueError(f"attention: the head width is {head_dim}; at most {MAX_HEAD_DIM} is supported.")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(rows, queries, heads * head_dim)
-    capability, processors = multiprocessors(q.device)
-    tiles = config_for(capability, head_dim, queries)
+    tiles = config_for(q.itemsize, head_dim, queries)
     blocks = triton.cdiv(queries, tiles.rows)
-    splits = splits_for(blocks * rows * heads, keys, tiles.columns, processors)
+    splits = splits_for(blocks * rows * heads, keys, tiles.columns, multiprocessors(q.device))
     per_split = triton.cdiv(triton.cdiv(keys, splits), tiles.columns) * tiles.columns
     splits = triton.cdiv(keys, per_split)
     strides = (out.stride(0), head_dim, out.stride(1))

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 import triton
 
-INTERPRETED = ((8, 0), 4)  # what the interpreter pretends to be: capability, multiprocessors
+INTERPRETED = 4  # multiprocessors that the interpreter pretends to have
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,9 @@ class Config:
 
 
 @lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has to fill."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else INTERPRETED
 
 
 def interpreted() -> bool:
