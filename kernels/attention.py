@@ -14,7 +14,7 @@ from .launch import Config, multiprocessors
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 256
-# (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None of them spills registers
+# (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None spills registers
 # (benchmarks/kernels.py); not timed on a GPU yet.
 CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
     (2, 64, 64, Config(128, 64, warps=8, stages=3)),
