@@ -4,7 +4,7 @@
 
 Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
 modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
-in every second step: nothing before depends on it, and it learns faster. Resumes from OUT/transformer.pt; without one,
+in every third step: nothing before depends on it, and it learns faster. Resumes from OUT/transformer.pt; without one,
 --start-from continues a saved pipeline's weights, such as hart-mini's own.
 """
 
@@ -33,7 +33,8 @@ from hart_infer.model.transformer import Modulation, Transformer
 from hart_infer.schedule import Stage, build_schedule
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
-FULL_EVERY = 2  # steps: the others leave the last scale and its residual out
+FULL_EVERY = 3  # steps: the others leave the last scale and its residual out
+LOGITS_AT_ONCE = 1500  # rows of 4096
 CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -96,12 +97,9 @@ def losses(
         embeddings = [quantizer.embed(c) for c in codes]
         inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
     hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
-    logits = transformer.head(torch.cat(hidden, dim=1), modulation.head)
-    targets = torch.cat(codes[: len(stages)], dim=1).flatten()
-    entropy = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(len(context), -1)
-    per_scale = [part.mean() for part in entropy.split([s.tokens for s in stages], dim=1)]
-    found = {f"scale {stage.side}": value for stage, value in zip(stages, per_scale, strict=True)}
-    found["loss"] = 0.5 * entropy.mean() + 0.5 * torch.stack(per_scale).mean()
+    entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
+    found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
+    found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
     if stages[-1].is_last:
         with torch.no_grad():
             before = sum(quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None)
@@ -112,6 +110,14 @@ def losses(
         )
         found["loss"] = found["loss"] + found["diffusion"]
     return found
+
+
+def code_entropy(transformer: Transformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time: memory of 32 MB and more is slow to come by."""
+    at_once = max(1, LOGITS_AT_ONCE // codes.shape[1])
+    parts = zip(*(x.split(at_once) for x in (hidden, modulation, codes)), strict=True)
+    flat = [F.cross_entropy(transformer.head(h, m).flatten(0, 1), c.flatten(), reduction="none") for h, m, c in parts]
+    return torch.cat(flat).view(codes.shape)
 
 
 def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
