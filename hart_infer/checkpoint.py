@@ -114,14 +114,14 @@ def find_text_encoder(source: str | Path, **hub: Any) -> Path:
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:
-    """The path if something is there, `~` expanded; the embedded model's, for its name."""
+    """The path if something is there, `~` expanded; for the embedded model's bare name, where it lies in this package."""
+    if str(repo_or_path) == EMBEDDED_MODEL and not isinstance(repo_or_path, Path):
+        return _EMBEDDED_FOLDER
     path = Path(os.path.expanduser(repo_or_path))
     try:
-        if path.exists():
-            return path
+        return path if path.exists() else None
     except (OSError, ValueError):  # no name of a file
         return None
-    return _EMBEDDED_FOLDER if str(repo_or_path) == EMBEDDED_MODEL else None
 
 
 def hub_id(repo_or_path: str | Path) -> str:
@@ -238,7 +238,9 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
             f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
             f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
         )
-    index = read_json(root / INDEX).get("defaults", {}) if plan.index else {}
+    defaults = read_json(root / INDEX).get("defaults", {}) if plan.index else {}
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{root / INDEX}: defaults must be an object, not {defaults!r}.")
     beside = _parent(root) / RELEASED_TEXT_ENCODER.split("/")[1]
     return Checkpoint(
         name,
@@ -247,5 +249,5 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
         tuple(root / file for file in plan.transformer_files),
         tuple(root / file for file in plan.autoencoder_files),
         root / plan.text_encoder if plan.text_encoder else beside if beside.is_dir() else None,
-        Defaults.from_dict(index, origin=f"{root / INDEX}: defaults"),
+        Defaults.from_dict(defaults, origin=f"{root / INDEX}: defaults"),
     )

@@ -38,13 +38,14 @@ class _Config:
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
+    BOOKKEEPING: ClassVar[frozenset[str]] = _BOOKKEEPING  # of transformers, in its models' configurations
     RELEASED_DEFAULTS: ClassVar[dict[str, Any]] = {}  # of FIXED keys, where a missing key means another value
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: dict[str, Any], *, origin: str = "config") -> ConfigT:
         """Check every key of `values` and build the configuration; `origin` names the source in error messages."""
         known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(known) - set(cls.FIXED) - cls.IGNORED - _BOOKKEEPING)
+        unknown = sorted(set(values) - set(known) - set(cls.FIXED) - cls.IGNORED - cls.BOOKKEEPING)
         if unknown:
             raise ConfigError(
                 f"{origin} has keys that hart_infer does not know: {', '.join(unknown)}. They might change what the "
@@ -214,6 +215,12 @@ class Defaults(_Config):
 
     guidance_scale: float = 4.5
     use_system_prompt: bool = True
+
+    BOOKKEEPING = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse a guidance that no call may have."""
+        self._require(0 <= self.guidance_scale < math.inf, f"guidance_scale must be 0 or more, not {self.guidance_scale}.")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

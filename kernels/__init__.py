@@ -13,7 +13,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def refusal(where: Any) -> str | None:
     """Why Triton kernels don't run at a `Where` (device, dtype, capability), or None if they do."""
-    from .launch import interpreted
+    from .launch import failure, interpreted
 
     if str(where.dtype).removeprefix("torch.") not in DTYPES:
         return f"{where.dtype} is not supported"
@@ -23,4 +23,6 @@ def refusal(where: Any) -> str | None:
         return f"Triton has no {where.device} kernels"
     if where.capability < MIN_CAPABILITY:
         return f"it needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer"
-    return None
+    if interpreted():
+        return "Triton was told to interpret its kernels (TRITON_INTERPRET=1)"
+    return failure()

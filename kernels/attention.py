@@ -13,7 +13,7 @@ from . import refusal as refusal
 from .launch import Config, multiprocessors
 
 LOG2E = math.log2(math.e)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 128
 # (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None spills registers
 # (benchmarks/kernels.py); not timed on a GPU yet.
 CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
@@ -40,7 +40,7 @@ def attention_kernel(
     row = (row_head // heads).to(tl.int64)
     head = (row_head % heads).to(tl.int64)
     split = tl.program_id(2)
-    token = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    token = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     in_q = (token[:, None] < queries) & (lane[None, :] < HEAD_DIM)
     query = tl.load(q + row * q_row + head * q_head + token[:, None] * q_token + lane[None, :], mask=in_q, other=0.0)
@@ -67,7 +67,7 @@ def attention_kernel(
         largest = larger
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
     result = sum_v / total[:, None]
-    tl.store(out + token[:, None].to(tl.int64) * out_token + lane[None, :], result.to(out.dtype.element_ty), mask=in_q)
+    tl.store(out + token[:, None] * out_token + lane[None, :], result.to(out.dtype.element_ty), mask=in_q)
     if SPLIT:
         place = (split * tl.num_programs(1) + row_head).to(tl.int64) * queries + token
         tl.store(maxima + place, largest, mask=token < queries)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = 4  # multiprocessors that the interpreter pretends to have
 
@@ -32,6 +33,23 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else INTERPRETED
 
 
+@triton.jit
+def _trial_kernel(out):
+    """Something to launch."""
+    tl.store(out, 1)
+
+
+@lru_cache(maxsize=1)
+def failure() -> str | None:
+    """Why Triton can't launch anything on the current device, or None: it needs a C compiler and Python's headers there."""
+    try:
+        _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
+    except Exception as error:  # whatever it is, PyTorch still works
+        reason = str(error).strip() or type(error).__name__
+        return f"Triton can't launch a kernel ({reason.splitlines()[0]})"
+    return None
+
+
 def interpreted() -> bool:
     """Whether Triton interprets kernels on CPU tensors instead of compiling them (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+    return bool(triton.knobs.runtime.interpret)

@@ -20,10 +20,10 @@ def _rotated(first, second, cos_first, cos_second, sin_first, sin_second, DTYPE:
 @triton.jit
 def _normalised(first, second, gain, DTYPE: tl.constexpr):
     """Both halves [heads, HALF] divided by their common l2 norm, then multiplied by `gain` [heads, 1]; rounded after each."""
-    norm = tl.sqrt(tl.sum(first * first, 1) + tl.sum(second * second, 1)).to(DTYPE).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(first * first, 1) + tl.sum(second * second, 1)).to(DTYPE).to(tl.float32)
     norm = tl.maximum(norm, 1e-12)[:, None]
-    first = ((first / norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
-    second = ((second / norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
+    first = (tl.div_rn(first, norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
+    second = (tl.div_rn(second, norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
     return first, second
 
 
@@ -76,6 +76,17 @@ def rope_cache_kernel(
 def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
     """As the reference in `hart_infer/ops/rope_cache.py`."""
     rows, tokens, _, heads, head_dim = qkv.shape
+    place = (rows, heads, tokens, head_dim)
+    if keys.shape != place or values.shape != place or head_dim % 2:
+        raise ValueError(
+            f"rope_cache: keys {list(keys.shape)} and values {list(values.shape)} must be {list(place)}, of even width."
+        )
+    if cos.shape[2:] != (tokens, head_dim) or sin.shape != cos.shape or cos.dtype != qkv.dtype or sin.dtype != qkv.dtype:
+        raise ValueError(f"rope_cache: cos and sin must be [R, 1, {tokens}, {head_dim}] in {qkv.dtype}.")
+    if gains is not None:
+        if gains.shape != (heads,) or gains.dtype != qkv.dtype:
+            raise ValueError(f"rope_cache: gains must be [{heads}] in {qkv.dtype}, not {list(gains.shape)} in {gains.dtype}.")
+        gains = gains.contiguous()
     qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
     cos, sin = (table.expand(rows, 1, tokens, head_dim) for table in (cos, sin))
     cos, sin = (table if table.stride(3) == 1 else table.contiguous() for table in (cos, sin))
@@ -90,6 +101,6 @@ def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tens
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         heads, tokens,
         HALF=head_dim // 2, LANES=triton.next_power_of_2(head_dim // 2), HEADS=triton.next_power_of_2(heads),
-        NORMALISED=gains is not None, num_warps=4,
+        NORMALISED=gains is not None, num_warps=4, enable_fp_fusion=False,  # a fused product would not be rounded
     )  # fmt: skip
     return q

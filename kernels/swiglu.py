@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,10 +26,12 @@ def swiglu_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As the reference in `hart_infer/ops/swiglu.py`."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must be alike.")
     width = gate.shape[-1]
     rows = [x.reshape(-1, width) for x in (gate, up)]
     rows = [x if x.stride(1) == 1 else x.contiguous() for x in rows]
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = gate.new_empty(gate.shape)
     if out.numel():
         grid = (len(rows[0]), triton.cdiv(width, BLOCK))
         swiglu_kernel[grid](*rows, out, rows[0].stride(0), rows[1].stride(0), width, BLOCK=BLOCK, num_warps=4)

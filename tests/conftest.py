@@ -16,7 +16,6 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads wait for each other
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 os.environ.update(
     HF_HOME=_home,
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -27,6 +26,9 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
 
 from tests.golden.data import golden  # noqa: E402
 

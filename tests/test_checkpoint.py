@@ -68,8 +68,15 @@ def test_defaults_are_the_indexs(make: Make) -> None:
     (root / "model_index.json").write_text('{"defaults": {"guidance_scale": 3, "use_system_prompt": false}}')
     assert find_checkpoint(root).defaults == Defaults(guidance_scale=3.0, use_system_prompt=False)
     (root / "model_index.json").write_text('{"defaults": {"guidance": 3}}')
-    with pytest.raises(ConfigError, match="defaults has keys that hart_infer does not know: guidance"):
-        find_checkpoint(root)
+    for wrong, message in (
+        ('{"guidance": 3}', "defaults has keys that hart_infer does not know: guidance"),
+        ('{"top_k": 50}', "defaults has keys that hart_infer does not know: top_k"),
+        ("null", "defaults must be an object, not None"),
+        ('{"guidance_scale": NaN}', "guidance_scale must be 0 or more, not nan"),
+    ):
+        (root / "model_index.json").write_text(f'{{"defaults": {wrong}}}')
+        with pytest.raises(ConfigError, match=message):
+            find_checkpoint(root)
 
 
 def test_a_part_by_a_relative_path(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

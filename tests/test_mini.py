@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +36,22 @@ def mini() -> HartPipeline:
     return pipe
 
 
-def test_it_is_the_default_and_needs_no_network(mini, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.chdir(tmp_path)
-    assert mini.name == EMBEDDED_MODEL and mini.sizes == (96,)
-    assert EMBEDDED_MODEL in mini.describe()
-    assert find_checkpoint(EMBEDDED_MODEL).text_encoder is not None
+def test_it_is_the_default_and_needs_no_network(monkeypatch):
+    def connect(*args):
+        raise AssertionError("it went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    pipe = HartPipeline.from_pretrained(device="cpu")
+    assert pipe.name == EMBEDDED_MODEL and pipe.sizes == (96,) and pipe.text_encoder is not None
+    assert EMBEDDED_MODEL in pipe.describe()
 
 
-def test_a_folder_of_its_name_goes_first(monkeypatch, tmp_path, hart_tiny):
+def test_its_bare_name_is_never_a_folder_nearby(monkeypatch, tmp_path, hart_tiny):
     (tmp_path / EMBEDDED_MODEL).symlink_to(hart_tiny, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    assert "llm" in str(find_checkpoint(EMBEDDED_MODEL).transformer_files[0])
+    assert find_checkpoint(EMBEDDED_MODEL).transformer.patch_nums == (1, 2, 3, 5, 8, 12)
+    for folder in (f"./{EMBEDDED_MODEL}", Path(EMBEDDED_MODEL)):
+        assert "llm" in str(find_checkpoint(folder).transformer_files[0])
 
 
 @pytest.mark.parametrize("prompt", DRAWN)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
 from ..errors import InputError
 from . import options
 from .console import UsageError, note
@@ -150,8 +149,6 @@ def run(args: argparse.Namespace) -> int:
         args.guidance_scale = pipe.defaults.guidance_scale
     if args.use_system_prompt is None:
         args.use_system_prompt = pipe.defaults.use_system_prompt
-    if args.model == EMBEDDED_MODEL and not args.quiet:
-        note(f"{EMBEDDED_MODEL} draws emoji of {pipe.sizes[0]} px; for 1024 px pictures: -m {RELEASED_MODEL} (a download)")
     writer.made_on(device=pipe.device.type, dtype=str(pipe.dtype).removeprefix("torch."))
     writer.check_grid_size(args.size or max(pipe.sizes))
     if not args.quiet and args.seed is None:

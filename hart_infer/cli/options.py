@@ -8,7 +8,7 @@ import os
 import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint import EMBEDDED_MODEL
+from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
 
 if TYPE_CHECKING:
     from ..pipeline import HartPipeline
@@ -61,7 +61,6 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
         "-m",
         "--model",
         metavar="PATH|ID",
-        default=EMBEDDED_MODEL,
         help=f"checkpoint folder or Hugging Face id (default: {EMBEDDED_MODEL}, which is in the package)",
     )
     add_source(group)
@@ -108,6 +107,8 @@ def load_pipeline(args: argparse.Namespace, *, text_encoder: str | Literal[False
 
     choice = choose(args.device, args.dtype)
     quiet = getattr(args, "quiet", False)
+    is_default = args.model is None
+    args.model = args.model or EMBEDDED_MODEL
     if quiet:
         silence_others()
     else:
@@ -123,6 +124,8 @@ def load_pipeline(args: argparse.Namespace, *, text_encoder: str | Literal[False
     )
     if quiet:
         pipe.set_progress_bar_config(disable=True)
+    elif is_default:
+        note(f"{EMBEDDED_MODEL} knows emoji, in {max(pipe.sizes)} px; for all else, in 1024: -m {RELEASED_MODEL} (a download)")
     return pipe
 
 

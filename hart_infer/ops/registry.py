@@ -82,7 +82,10 @@ class Choice(Generic[P, R]):
 
 
 class Op(Generic[P, R]):
-    """An operation; calling it runs the backend chosen for its first argument's device and dtype."""
+    """An operation; calling it runs the backend chosen for its first argument's device and dtype.
+
+    Where gradients have to flow that is the reference, which alone has a backward pass.
+    """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend]) -> None:
         """`reference` takes a tensor first; it is the specification and the fallback."""
@@ -90,19 +93,22 @@ class Op(Generic[P, R]):
         self.name = reference.__name__
         self.reference = reference
         self.backends = {name: backends[name] for name in BACKENDS if name in backends}
-        self._chosen: dict[tuple[Where | tuple[torch.device, torch.dtype], str | None], Choice[P, R]] = {}
+        self._chosen: dict[tuple[torch.device, torch.dtype, str | None], Choice[P, R]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend."""
         x: Any = args[0]
         forced = _forced.get()
-        if forced is None and x.device.type == "cpu":
+        if (forced is None and x.device.type == "cpu") or _is_learning(args):
             return self.reference(*args, **kwargs)
-        key = ((x.device, x.dtype), forced)
-        choice = self._chosen.get(key)
+        choice = self._chosen.get((x.device, x.dtype, forced))
         if choice is None:
-            choice = self._chosen[key] = self._choose(Where.of(x), forced)
-        return choice.function(*args, **kwargs)
+            choice = self._chosen[x.device, x.dtype, forced] = self._choose(Where.of(x), forced)
+            _tell(self.name, Where.of(x), choice)
+        if x.device.type != "cuda" or choice.backend == REFERENCE:
+            return choice.function(*args, **kwargs)
+        with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
+            return choice.function(*args, **kwargs)
 
     def choose(self, where: Where) -> Choice[P, R]:
         """What runs there now."""
@@ -124,10 +130,19 @@ class Op(Generic[P, R]):
             if reason is None:
                 return Choice(name, backend.function(), refusals)
             refusals[name] = reason
-        if refusals:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-            logger.warning("%s runs on PyTorch on %s, which is slower (%s).", self.name, where, listed)
         return Choice(REFERENCE, self.reference, refusals)
+
+
+def _is_learning(args: tuple[Any, ...]) -> bool:
+    """Whether gradients have to flow: kernels have no backward pass."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
+    """Say once that a GPU which has kernels can't use them."""
+    if where.device == "cuda" and choice.backend == REFERENCE and choice.refusals:
+        listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
+        logger.warning("%s runs on PyTorch on %s (%s).", name, where, listed)
 
 
 def op(**backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:

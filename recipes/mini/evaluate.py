@@ -105,14 +105,14 @@ def _captions(e: Evaluation, indices: Sequence[int], templates: Sequence[str]) -
 
 def generation(e: Evaluation) -> dict[str, Any]:
     """Generated pictures against the real ones of the same captions, with and without the residual (the second claim)."""
-    indices = e.some("train")
-    real, captions = e.pictures.tensor(indices), _captions(e, indices, STYLED_TEMPLATES)
-    half = len(indices) // 2
-    scores: dict[str, Any] = {"pictures": len(indices), "real_halves": {"frechet": e.frechet(real[:half], real[half:])}}
+    both = e.some("train", 2 * e.count)
+    indices, others = both[: e.count], both[e.count :]  # Fréchet distances are between pictures of different captions
+    real, other, captions = (*map(e.pictures.tensor, (indices, others)), _captions(e, indices, STYLED_TEMPLATES))
+    scores: dict[str, Any] = {"pictures": len(indices), "real": {"frechet": e.frechet(real, other)}}
     shown = []
     for name, options in (("with_residual", {}), ("without_residual", {"num_inference_steps": 0})):
         drawn = e.draw(captions, **options)
-        scores[name] = {"frechet": e.frechet(drawn, real), "psnr_to_real": psnr(drawn, real).mean().item()} | e.judge(
+        scores[name] = {"frechet": e.frechet(drawn, other), "psnr_to_real": psnr(drawn, real).mean().item()} | e.judge(
             drawn, indices
         )
         shown.append(drawn)
@@ -134,11 +134,12 @@ def prompts(e: Evaluation) -> dict[str, Any]:
     """Known subjects in wordings that no training caption has."""
     indices = e.some("train")
     drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
-    write_grid(e.out / "wordings.png", [drawn[i : i + 12] for i in (0, 12, 24)])
+    write_grid(e.out / "wordings.png", list(drawn[: len(drawn) // 12 * 12].split(12))[:3])
     return {
         "pictures": len(indices),
         "drawn": e.judge(drawn, indices),
         "real": e.judge(e.pictures.tensor(indices), indices),
+        "real_held_out": e.judge(e.pictures.tensor(e.pictures.split("style")), e.pictures.split("style")),
         "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
     }
 
@@ -165,14 +166,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="hart-mini")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--count", type=int, default=384, help="pictures generated for a score")
+    parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     evaluation = Evaluation(args.data, args.out, args.model, count=args.count, seed=args.seed)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
-        results[name] = PARTS[name](evaluation)
+        settings = {"model": args.model, "count": args.count, "seed": args.seed}
+        results[name] = PARTS[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from model import AUTOENCODER
+from parts import TOKENIZER
 from torch import Tensor
 from training import Average, Log, Muon, Pictures, learning_rate, psnr, save, shuffled, write_grid
 
@@ -63,7 +64,7 @@ class Codebook:
 
     @torch.no_grad()
     def revive(self, vectors: Tensor, generator: torch.Generator) -> int:
-        """Begin rarely used codes anew at vectors [..., C, h, w] that are badly coded."""
+        """Begin rarely used codes anew at vectors drawn from [B, C, h, w]."""
         rare = (self.count < RARE).nonzero()[:, 0]
         if len(rare):
             self._replace(rare, _vectors(vectors), generator)
@@ -215,7 +216,7 @@ def main() -> None:
             average.swap()
     average.swap()
     rescale(autoencoder, pictures.tensor(train[::20]))
-    save(args.out / "tokenizer-final.pt", autoencoder.state_dict())
+    save(args.out / TOKENIZER, autoencoder.state_dict())
 
 
 if __name__ == "__main__":

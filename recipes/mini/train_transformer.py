@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from captions import PLAIN, STYLED_TEMPLATES, caption, fill
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
+from parts import TRANSFORMER_STATE, WORDS, assemble, learned, take_over
 from residual import diffusion_loss
-from text_encoder import build_text_encoder, build_tokenizer
+from text_encoder import build_tokenizer
 from torch import Tensor, nn
 from training import Average, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
@@ -113,7 +114,7 @@ def losses(
 
 
 def code_entropy(transformer: Transformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time: memory of 32 MB and more is slow to come by."""
+    """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time, so that logits take little memory."""
     at_once = max(1, LOGITS_AT_ONCE // codes.shape[1])
     parts = zip(*(x.split(at_once) for x in (hidden, modulation, codes)), strict=True)
     flat = [F.cross_entropy(transformer.head(h, m).flatten(0, 1), c.flatten(), reduction="none") for h, m, c in parts]
@@ -172,53 +173,59 @@ def optimizers(modules: Sequence[nn.Module], embeddings: Sequence[nn.Parameter],
     ]
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("data", type=Path)
+    result.add_argument("out", type=Path, help="has what train_tokenizer.py wrote")
+    result.add_argument("--steps", type=int, default=8000)
+    result.add_argument("--batch", type=int, default=32)
+    result.add_argument("--lr", type=float, default=1.5e-3)
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    result.add_argument(
+        "--start-from", metavar="MODEL", help="begin with a pipeline's weights and tokenizers, such as hart-mini's"
+    )
+    return result
+
+
+def begin(pictures: Pictures, out: Path, start_from: str | None) -> HartPipeline:
+    """The pipeline to train: new, on the tokenizer in `out`, or as a saved one is."""
+    begun = take_over(start_from, out) if start_from and not (out / TRANSFORMER_STATE).exists() else None
+    if not (out / WORDS).exists():
+        texts = [word for about in pictures.about for word in (about["name"], *about["keywords"])] * 2
+        texts += [fill(t, about["name"], about["style"]) for about in pictures.about[::7] for t in (*PLAIN, *STYLED_TEMPLATES)]
+        build_tokenizer(texts).save_pretrained(out / WORDS)
+    pipe = assemble(out)
+    initialise(pipe.transformer)
+    if begun is not None:
+        learned(pipe).load_state_dict(learned(begun).state_dict())
+    return pipe
+
+
 def main() -> None:
     """Train, with a checkpoint and a grid of samples every so often."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path, help="has the trained tokenizer.pt")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
-    parser.add_argument("--start-from", metavar="MODEL", help="begin with this pipeline's weights: hart-mini, or a folder")
-    args = parser.parse_args()
+    args = parser().parse_args()
     pictures, log = Pictures(args.data), Log(args.out / "transformer.jsonl")
     train = pictures.split("train")
-
     torch.manual_seed(args.seed)
-    autoencoder = Autoencoder(AUTOENCODER).eval().requires_grad_(False)
-    autoencoder.load_state_dict(torch.load(args.out / "tokenizer-final.pt", weights_only=True))
-    codes, latents = tokenize(autoencoder, pictures.tensor(train))
-    place = {picture: row for row, picture in enumerate(train)}
-    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
-    initialise(transformer)
-    texts = [word for about in pictures.about for word in (about["name"], *about["keywords"])] * 2
-    texts += [fill(t, about["name"], about["style"]) for about in pictures.about[::7] for t in (*PLAIN, *STYLED_TEMPLATES)]
-    text_encoder = build_text_encoder(build_tokenizer(texts))
-    text_encoder.model.requires_grad_(True)
-    whole = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder.model})
-    steps_apart = [text_encoder.model.embed_tokens.weight, transformer.head.linear.weight]
-    both, average = optimizers([whole], steps_apart, args.lr), Average(whole, 0.998)
-    stages = build_schedule(
-        TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
-    )
-    path, start = args.out / "transformer.pt", 0
-    if args.start_from and not path.exists():
-        begun = HartPipeline.from_pretrained(args.start_from, torch_dtype=torch.float32, device="cpu")
-        transformer.load_state_dict(begun.transformer.state_dict())
-        text_encoder.model.load_state_dict(begun.text_encoder.model.state_dict())
-        average = Average(whole, 0.998)
+    pipe = begin(pictures, args.out, args.start_from)
+    transformer, text_encoder, quantizer = pipe.transformer, pipe.text_encoder, pipe.autoencoder.quantizer
+    whole = learned(pipe).requires_grad_(True)
+    both = optimizers([whole], [text_encoder.model.embed_tokens.weight, transformer.head.linear.weight], args.lr)
+    average = Average(whole, 0.998)
+    path, start = args.out / TRANSFORMER_STATE, 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         whole.load_state_dict(state["model"])
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    text_encoder.tokenizer.save_pretrained(args.out / "text_tokenizer")
-    pipe = HartPipeline(transformer, autoencoder, text_encoder)
-    pipe.set_progress_bar_config(disable=True)
+    codes, latents = tokenize(pipe.autoencoder, pictures.tensor(train))
+    place = {picture: row for row, picture in enumerate(train)}
+    stages = build_schedule(
+        TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
+    )
     batches = shuffled(train, args.batch, args.seed, start)
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
@@ -231,7 +238,7 @@ def main() -> None:
         part = stages if step % FULL_EVERY == 0 else stages[:-1]
         split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
         context = text_encoder.hidden(tokens, mask)
-        found = losses(transformer, autoencoder.quantizer, part, context, mask, split, latents[rows], generator)
+        found = losses(transformer, quantizer, part, context, mask, split, latents[rows], generator)
         whole.zero_grad()
         found["loss"].backward()
         norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
@@ -244,7 +251,8 @@ def main() -> None:
             state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
             save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
             average.swap()
-            drawn = pipe(list(SAMPLES), seed=0, use_system_prompt=False, guidance_scale=3.0, output_type="pt").images * 2 - 1
+            pipe.to("cpu")  # forgets what it computed with the weights before
+            drawn = pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
             write_grid(args.out / f"samples-{step + 1:05d}.png", list(drawn.split(6)))
             average.swap()
 

@@ -97,7 +97,7 @@ def test_attention_splits_its_keys_where_queries_are_few():
         (((1, 2, 3, 32), (1, 2, 5, 32), (1, 2, 6, 32)), "don't fit each other"),
         (((1, 2, 3, 32), (1, 2, 5, 16), (1, 2, 5, 16)), "don't fit each other"),
         (((1, 2, 3, 32), (1, 2, 0, 32), (1, 2, 0, 32)), "don't fit each other"),
-        (((1, 1, 3, 512), (1, 1, 5, 512), (1, 1, 5, 512)), "at most 256"),
+        (((1, 1, 3, 512), (1, 1, 5, 512), (1, 1, 5, 512)), "at most 128"),
     ],
 )
 def test_attention_refuses(shapes, message):

@@ -97,6 +97,14 @@ def test_installed_package_has_what_it_needs(environment: Path, tmp_path: Path) 
     run(environment / "python", "-m", "pip", "check", cwd=tmp_path)
 
 
+def test_installed_command_draws_without_a_model_or_a_network(environment: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "cat.png"
+    run(environment / "hart-infer", "generate", "a cat", "--local-files-only", "--seed", "0", "-o", picture, cwd=tmp_path)
+    with Image.open(picture) as image:
+        image.load()
+        assert image.size == (96, 96)
+
+
 def test_installed_command_generates(environment: Path, tmp_path: Path) -> None:
     maker = ROOT / "benchmarks" / "random_checkpoint.py"
     checkpoint, picture = tmp_path / "checkpoint", tmp_path / "cat.png"

@@ -1,0 +1,46 @@
+"""The parts of a hart-mini in training, put together as the pipeline that will run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from model import AUTOENCODER, DEFAULTS, TRANSFORMER
+from text_encoder import build_text_encoder
+from torch import nn
+from training import save
+from transformers import PreTrainedTokenizerFast
+
+from hart_infer import HartPipeline
+from hart_infer.model.autoencoder import Autoencoder
+from hart_infer.model.transformer import Transformer
+
+TOKENIZER, TRANSFORMER_STATE, WORDS = "tokenizer-final.pt", "transformer.pt", "text_tokenizer"
+
+
+def assemble(out: Path) -> HartPipeline:
+    """The trained tokenizer in `out` with a transformer and a text encoder of random weights, fp32."""
+    autoencoder = Autoencoder(AUTOENCODER)
+    autoencoder.load_state_dict(torch.load(out / TOKENIZER, weights_only=True))
+    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    text_encoder = build_text_encoder(PreTrainedTokenizerFast.from_pretrained(out / WORDS))
+    pipe = HartPipeline(
+        transformer, autoencoder.eval().requires_grad_(False), text_encoder, name="hart-mini", defaults=DEFAULTS
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def learned(pipe: HartPipeline) -> nn.ModuleDict:
+    """What is trained on top of the tokenizer."""
+    assert pipe.text_encoder is not None
+    return nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder.model})
+
+
+def take_over(model: str, out: Path) -> HartPipeline:
+    """Load a saved pipeline, and write its tokenizers to `out`, from where `assemble` takes them."""
+    pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
+    assert pipe.text_encoder is not None
+    save(out / TOKENIZER, pipe.autoencoder.state_dict())
+    pipe.text_encoder.tokenizer.save_pretrained(out / WORDS)
+    return pipe
