@@ -183,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lr", type=float, default=1.5e-3)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
+    result.add_argument("--subjects", type=Path, help="train on these alone, one name per line (all of them)")
     result.add_argument(
         "--start-from", metavar="MODEL", help="begin with a pipeline's weights and tokenizers, such as hart-mini's"
     )
@@ -208,6 +209,9 @@ def main() -> None:
     args = parser().parse_args()
     pictures, log = Pictures(args.data), Log(args.out / "transformer.jsonl")
     train = pictures.split("train")
+    if args.subjects:
+        names = set(args.subjects.read_text(encoding="utf-8").splitlines())
+        train = [i for i in train if pictures.about[i]["name"] in names]
     torch.manual_seed(args.seed)
     pipe = begin(pictures, args.out, args.start_from)
     transformer, text_encoder, quantizer = pipe.transformer, pipe.text_encoder, pipe.autoencoder.quantizer

@@ -43,11 +43,17 @@ def test_the_first_backend_that_takes_it_is_chosen_and_the_others_say_why(declar
     assert list(choice.refusals) == ["cuda"] and "can't be imported" in choice.refusals["cuda"]
 
 
-def test_a_missing_kernel_falls_back_and_says_so(declared, caplog):
+def test_a_missing_kernel_falls_back_and_the_first_call_says_so(declared, caplog, monkeypatch):
+    where = Where("cuda", torch.float64, (9, 0))
+    monkeypatch.setattr(Where, "of", lambda x: where)
     with caplog.at_level(logging.WARNING):
-        choice = declared.choose(Where("cuda", torch.float64, (9, 0)))
-    assert choice.backend == "torch"
-    assert "double runs on PyTorch on cuda sm_90 in float64" in caplog.text and "torch.float64 is not supported" in caplog.text
+        assert declared.choose(where).backend == "torch"
+        assert not caplog.records, "asking is not using"
+        for _ in range(2):
+            assert declared(torch.ones(1, device="meta", dtype=torch.float64)).shape == (1,)
+    (record,) = caplog.records
+    assert "double runs on PyTorch on cuda sm_90 in float64" in record.message
+    assert "triton: torch.float64 is not supported" in record.message and "cuda: it can't be imported" in record.message
 
 
 def test_a_forced_backend_runs_or_fails(declared):
@@ -60,6 +66,14 @@ def test_a_forced_backend_runs_or_fails(declared):
     with use_backend("triton"), use_backend("torch"):
         assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
     assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
+
+
+def test_where_gradients_flow_the_reference_runs(declared):
+    x = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    with use_backend("triton"):
+        assert declared(x).item() == 2 and declared(x).requires_grad
+        with torch.no_grad():
+            assert declared(x).item() == 2.5
 
 
 def test_an_operation_without_the_forced_backend_is_not_concerned():

@@ -139,6 +139,22 @@ def test_rope_cache_widens_into_a_wider_cache():
     assert torch.equal(values, qkv[:, :, 2].transpose(1, 2).float())
 
 
+def test_rope_cache_refuses_what_does_not_fit():
+    qkv, table = torch.zeros(1, 3, 3, 2, 8), torch.zeros(1, 1, 3, 8)
+    slot = torch.zeros(1, 2, 3, 8)
+    with use_backend("triton"):
+        for keys, cos, gains, message in (
+            (torch.zeros(1, 2, 4, 8), table, None, "must be \\[1, 2, 3, 8\\]"),
+            (slot, torch.zeros(1, 1, 2, 8), None, "cos and sin must be"),
+            (slot, table.bfloat16(), None, "in torch.float32"),
+            (slot, table, torch.zeros(3), "gains must be \\[2\\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ops.rope_cache(qkv, cos, table, keys, slot, gains)
+        with pytest.raises(ValueError, match="swiglu: .* must be alike"):
+            ops.swiglu(torch.zeros(4), torch.zeros(3))
+
+
 @every_dtype
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 1025), (0, 5)], ids=str)
 def test_swiglu(shape, dtype):
