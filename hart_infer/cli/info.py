@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     for title in ("parameters", "schedule", "memory"):
         emit_table(_rows(report[title]), title=title)
     emit_table(_named(report["files"] or {"": "not on this machine"}), title="files")
-    for title in ("transformer", "autoencoder"):
+    for title in ("defaults", "transformer", "autoencoder"):
         emit_table(_named(report[title]), title=title)
     return 0
 
@@ -103,6 +103,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "schedule": _schedule(transformer, autoencoder),
         "memory": _memory(transformer, autoencoder, parts),
         "files": _files(checkpoint),
+        "defaults": checkpoint.defaults.to_dict(),
         "transformer": _flags(transformer.to_dict()),
         "autoencoder": _flags(autoencoder.to_dict()),
     }
