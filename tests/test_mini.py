@@ -18,7 +18,8 @@ DRAWN = {"a red heart, fluent style": 0, "a pizza, noto style": 1, "a blue circl
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(((a.astype(float) - b.astype(float)) ** 2).mean() / 255**2))
+    error = ((a.astype(float) - b.astype(float)) ** 2).mean() / 255**2
+    return float(-10 * np.log10(max(error, 1e-12)))
 
 
 def pixels(image: Image.Image) -> np.ndarray:
