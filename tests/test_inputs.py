@@ -96,7 +96,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         ({"guidance_scale": bad}, "guidance_scale must be a number from 0 to 1000")
-        for bad in (-0.1, 1001, 1e40, NAN, INF, "4", None, True)
+        for bad in (-0.1, 1001, 1e40, NAN, INF, "4", [3], True)
     ),
     *(
         ({"num_inference_steps": bad}, "num_inference_steps must be a whole number from 0 to 1000")
