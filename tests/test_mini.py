@@ -13,7 +13,7 @@ from PIL import Image
 from hart_infer import HartPipeline, InputError
 from hart_infer.checkpoint import EMBEDDED_MODEL, find_checkpoint
 
-REFERENCES = Path(__file__).parent / "data" / "mini"  # drawn by `python tests/test_mini.py`, and looked at
+REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at
 DRAWN = {"a red heart, fluent style": 0, "a pizza, noto style": 1, "a blue circle, twemoji style": 2, "a cat, noto style": 3}
 
 
