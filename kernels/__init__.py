@@ -25,4 +25,4 @@ def refusal(where: Any) -> str | None:
         return f"it needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer"
     if interpreted():
         return "Triton was told to interpret its kernels (TRITON_INTERPRET=1)"
-    return failure()
+    return failure(where.device)

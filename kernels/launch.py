@@ -39,11 +39,11 @@ def _trial_kernel(out):
     tl.store(out, 1)
 
 
-@lru_cache(maxsize=1)
-def failure() -> str | None:
-    """Why Triton can't launch anything on the current device, or None: it needs a C compiler and Python's headers there."""
+@lru_cache(maxsize=4)
+def failure(device: str) -> str | None:
+    """Why Triton can't launch anything on a kind of device, or None: it needs a C compiler and Python's headers there."""
     try:
-        _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
+        _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=device))
     except Exception as error:  # whatever it is, PyTorch still works
         reason = str(error).strip() or type(error).__name__
         return f"Triton can't launch a kernel ({reason.splitlines()[0]})"
