@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,7 +84,8 @@ class Choice(Generic[P, R]):
 class Op(Generic[P, R]):
     """An operation; calling it runs the backend chosen for its first argument's device and dtype.
 
-    Where gradients have to flow that is the reference, which alone has a backward pass.
+    Where gradients have to flow that is the reference, which alone has a backward pass. `torch.compile` sees one opaque
+    operation, `torch.ops.hart_infer.<name>`, whose shapes the reference tells; on the CPU it sees the reference.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend]) -> None:
@@ -92,14 +93,23 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
+        self.traced: Callable[P, R] = reference
         self.backends = {name: backends[name] for name in BACKENDS if name in backends}
         self._chosen: dict[tuple[torch.device, torch.dtype, str | None], Choice[P, R]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend."""
         x: Any = args[0]
+        if _is_learning(args):
+            return self.reference(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.reference(*args, **kwargs) if x.device.type == "cpu" else self.traced(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        x: Any = args[0]
         forced = _forced.get()
-        if (forced is None and x.device.type == "cpu") or _is_learning(args):
+        if forced is None and x.device.type == "cpu":
             return self.reference(*args, **kwargs)
         choice = self._chosen.get((x.device, x.dtype, forced))
         if choice is None:
@@ -109,6 +119,13 @@ class Op(Generic[P, R]):
             return choice.function(*args, **kwargs)
         with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
             return choice.function(*args, **kwargs)
+
+    def register(self, mutates: Sequence[str]) -> None:
+        """Make it known to PyTorch's dispatcher; `mutates` are the arguments that it writes to."""
+        schema = torch.library.infer_schema(self.reference, mutates_args=mutates)
+        traced = torch.library.custom_op(f"hart_infer::{self.name}", self._run, mutates_args=mutates, schema=schema)
+        traced.register_fake(self.reference)
+        self.traced = traced
 
     def choose(self, where: Where) -> Choice[P, R]:
         """What runs there now."""
@@ -145,11 +162,12 @@ def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
         logger.warning("%s runs on PyTorch on %s (%s).", name, where, listed)
 
 
-def op(**backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declare an operation: decorates its reference, names its kernels."""
+def op(*, mutates: Sequence[str] = (), **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an operation: decorates its reference, names its kernels, and the arguments `mutates` that it writes to."""
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
         declared = Op(reference, backends)
+        declared.register(mutates)
         OPS[declared.name] = declared
         return declared
 

@@ -101,3 +101,33 @@ def test_every_kernel_that_is_declared_exists():
         assert getattr(ops, operation.name) is operation and operation.__doc__
         for backend in operation.backends.values():
             assert callable(backend.function())
+
+
+def test_compilers_know_every_operation():
+    """Schema, fake implementation and the arguments written to, checked by PyTorch's own test."""
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
+    table, slots = torch.randn(1, 1, 3, 8), torch.randn(2, 1, 2, 3, 8)
+    calls = {
+        "attention": ((q, k, v), {"scale": 0.3}),
+        "rope_cache": ((torch.randn(1, 3, 3, 2, 8), table, table, *slots.clone(), None), {}),
+        "swiglu": ((q, q + 1), {}),
+    }
+    assert set(calls) == set(OPS)
+    for name, (args, options) in calls.items():
+        torch.library.opcheck(OPS[name].traced, args, options)
+
+
+def test_compiled_code_on_a_gpu_holds_one_operation_and_no_break():
+    found = []
+
+    def backend(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
+    compiled = torch.compile(lambda *args: ops.attention.traced(*args, scale=0.3) + 1, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), ops.attention(q, k, v, scale=0.3) + 1)
+    assert found[0] == "hart_infer.attention.default" and len(found) == 2
+    found.clear()
+    torch.compile(lambda *args: ops.attention(*args, scale=0.3), backend=backend, fullgraph=True)(q, k, v)
+    assert found and "hart_infer" not in " ".join(found), "on the CPU the compiler sees into the reference"
