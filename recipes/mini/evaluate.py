@@ -1,6 +1,6 @@
 """Measure a hart-mini: reconstruction, generation with and without the residual, prompts, styles, unseen pairs.
 
-    python recipes/mini/evaluate.py DATA OUT [--model hart-mini] [--only reconstruction prompts ...]
+    python recipes/mini/evaluate.py DATA OUT --subjects recipes/mini/vocabulary.txt [--only reconstruction prompts ...]
 
 Needs OUT/classifier.pt (classifier.py). Writes OUT/results.json and, for the eye, OUT/*.png.
 """
@@ -31,9 +31,9 @@ BATCH = 16
 class Evaluation:
     """A pipeline, the pictures, and the judge."""
 
-    def __init__(self, data: Path, out: Path, model: str, *, count: int, seed: int) -> None:
-        """`count`: how many pictures are generated for a score."""
-        self.pictures, self.out, self.count, self.seed = Pictures(data), out, count, seed
+    def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, *, count: int, seed: int) -> None:
+        """`count`: how many pictures are generated for a score; `subjects` as for `Pictures`."""
+        self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
         self.pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier: Classifier = load_classifier(out / "classifier.pt", self.pictures)
@@ -78,7 +78,7 @@ class Evaluation:
 
 def reconstruction(e: Evaluation) -> dict[str, Any]:
     """Held-out pictures through the tokenizer: hybrid against the codes alone (the paper's first claim)."""
-    indices = e.pictures.split("style", "subject")
+    indices = [i for i, about in enumerate(e.pictures.about) if about["split"] != "train"]  # of every subject
     pixels, scores, shown = e.pictures.tensor(indices), {"pictures": len(indices)}, []
     for mode in ("hybrid", "discrete"):
         rebuilt = e.pipe.reconstruct(pixels / 2 + 0.5, mode) * 2 - 1
@@ -135,12 +135,14 @@ def prompts(e: Evaluation) -> dict[str, Any]:
     indices = e.some("train")
     drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
     write_grid(e.out / "wordings.png", list(drawn[: len(drawn) // 12 * 12].split(12))[:3])
+    names = {e.pictures.about[i]["name"] for i in e.pictures.split("train")}
     return {
         "pictures": len(indices),
         "drawn": e.judge(drawn, indices),
         "real": e.judge(e.pictures.tensor(indices), indices),
         "real_held_out": e.judge(e.pictures.tensor(e.pictures.split("style")), e.pictures.split("style")),
-        "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
+        "drawn_for_others": e.judge(drawn, indices[1:] + indices[:1]),
+        "chance": {"subject": 1 / len(names), "subject_in_five": 5 / len(names), "style": 1 / len(STYLE_NAMES)},
     }
 
 
@@ -165,11 +167,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="hart-mini")
+    parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    evaluation = Evaluation(args.data, args.out, args.model, count=args.count, seed=args.seed)
+    evaluation = Evaluation(args.data, args.subjects, args.out, args.model, count=args.count, seed=args.seed)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:

@@ -4,7 +4,7 @@
 
 Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
 modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
-in every second step: nothing before depends on it, and it learns faster. Resumes from OUT/transformer.pt; without one,
+in every second step (--full-every): nothing before depends on it. Give it every step towards the end. Resumes from OUT/transformer.pt; without one,
 --start-from continues a saved pipeline's weights, such as hart-mini's own.
 """
 
@@ -34,7 +34,6 @@ from hart_infer.model.transformer import Modulation, Transformer
 from hart_infer.schedule import Stage, build_schedule
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
-FULL_EVERY = 2  # steps: the others leave the last scale and its residual out
 LOGITS_AT_ONCE = 1500  # rows of 4096
 CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
 SAMPLES = (
@@ -185,7 +184,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lr", type=float, default=1.5e-3)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
-    result.add_argument("--subjects", type=Path, help="train on these alone, one name per line (all of them)")
+    result.add_argument("--full-every", type=int, default=2, help="steps: the others leave the last scale and its residual out")
+    result.add_argument("--subjects", type=Path, help="learn these alone, one name per line (all of them)")
     result.add_argument(
         "--start-from", metavar="MODEL", help="begin with a pipeline's weights and tokenizers, such as hart-mini's"
     )
@@ -209,11 +209,8 @@ def begin(pictures: Pictures, out: Path, start_from: str | None) -> HartPipeline
 def main() -> None:
     """Train, with a checkpoint and a grid of samples every so often."""
     args = parser().parse_args()
-    pictures, log = Pictures(args.data), Log(args.out / "transformer.jsonl")
+    pictures, log = Pictures(args.data, args.subjects), Log(args.out / "transformer.jsonl")
     train = pictures.split("train")
-    if args.subjects:
-        names = set(args.subjects.read_text(encoding="utf-8").splitlines())
-        train = [i for i in train if pictures.about[i]["name"] in names]
     torch.manual_seed(args.seed)
     pipe = begin(pictures, args.out, args.start_from)
     transformer, text_encoder, quantizer = pipe.transformer, pipe.text_encoder, pipe.autoencoder.quantizer
@@ -241,7 +238,7 @@ def main() -> None:
         captions = [caption(pictures.about[i], random) for i in chosen]
         tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
         rows = torch.tensor([place[i] for i in chosen])
-        part = stages if step % FULL_EVERY == 0 else stages[:-1]
+        part = stages if step % args.full_every == 0 else stages[:-1]
         split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
         context = text_encoder.hidden(tokens, mask)
         found = losses(transformer, quantizer, part, context, mask, split, latents[rows], generator)

@@ -109,14 +109,15 @@ class Log:
 class Pictures:
     """The pictures and names that `data.py` wrote."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is data.py's."""
+    def __init__(self, folder: Path, subjects: Path | None = None) -> None:
+        """`folder` is data.py's; `subjects` a file of names, one per line, to which `split` keeps (all of them)."""
         self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
         self.about: list[dict[str, Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+        self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else (a["name"] for a in self.about))
 
     def split(self, *splits: str) -> list[int]:
-        """Indices of the pictures of these splits."""
-        return [i for i, about in enumerate(self.about) if about["split"] in splits]
+        """Indices of the pictures of these splits and of the chosen subjects."""
+        return [i for i, about in enumerate(self.about) if about["split"] in splits and about["name"] in self.names]
 
     def tensor(self, indices: list[int]) -> Tensor:
         """[N, 3, SIDE, SIDE] fp32 in -1..1."""
