@@ -4,8 +4,8 @@
 
 Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
 modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
-in every second step (--full-every): nothing before depends on it. Give it every step towards the end. Resumes from OUT/transformer.pt; without one,
---start-from continues a saved pipeline's weights, such as hart-mini's own.
+in every second step (--full-every): nothing before depends on it. Resumes from OUT/transformer.pt; without one, --start-from
+continues a saved pipeline's weights, such as hart-mini's own.
 """
 
 from __future__ import annotations
