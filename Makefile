@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # What decides whether the installed environment is still the right one.
 BUILD_FILES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test slow package lint format types clean
+.PHONY: demo test slow gpu package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
+
+gpu: $(VENV)/.installed-dev  # on a machine with a CUDA device; writes figures to $HART_INFER_RESULTS or benchmarks/results
+	$(BIN)/python -m pytest tests/gpu tests/ops tests/golden/test_kernels.py $(PYTEST_ARGS)
 
 package: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m packaging $(PYTEST_ARGS)

@@ -171,14 +171,14 @@ def recorded_inputs(model: Model, trace: Trace) -> list[Tensor]:
 def feed_transformer(model: Model, trace: Trace, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Modulation]:
     """Hidden states [2B, L, D] of scale 0 and of one scale per input, both guidance halves, and the modulation."""
     transformer, config = model.transformer, model.transformer.config
-    start, hidden = prefill(transformer, *both_halves(trace), model.stages[0])
+    start, hidden = prefill(transformer, *(x.to(transformer.device) for x in both_halves(trace)), model.stages[0])
     cache = KVCache(config, model.stages, rows=len(hidden), dtype=transformer.dtype, device=transformer.device)
     cache.keys[:, :, :, : config.context_token] = start.keys
     cache.values[:, :, :, : config.context_token] = start.values
     result = [hidden]
     for stage, latent in zip(model.stages[1:], inputs, strict=False):
         table = image_table(stage.side, model.stages[-1].side, start.last_position, config.head_dim, transformer.dtype)
-        x = transformer.embed_tokens(latent, stage.index).repeat(2, 1, 1)
+        x = transformer.embed_tokens(latent.to(transformer.device), stage.index).repeat(2, 1, 1)
         result.append(transformer(x, start.modulation, table, cache, stage))
     return result, start.modulation
 

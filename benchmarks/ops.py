@@ -1,0 +1,191 @@
+"""Time every operation by every backend that takes it, at the shapes of a model's last scale.
+
+    python benchmarks/ops.py --model hart-mini
+    python benchmarks/ops.py --model released --device cuda --dtype bf16 --out benchmarks/results/ops_released_bf16.json
+
+Every operation of `hart_infer.ops` is declared here once: its inputs, and its arithmetic where that is what limits it. The bytes
+that must move are those of its tensors, inputs and outputs each once. A GPU in `PEAKS` also gets the share of its roofline:
+the least time that these bytes and operations could take over the time measured. A CPU has the reference alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Vendors' data sheets: bytes/s of memory, dense 16-bit tensor-core and plain fp32 operations/s.
+PEAKS = {
+    "A100-SXM4-80GB": (2.039e12, 312e12, 19.5e12),
+    "A100-SXM4-40GB": (1.555e12, 312e12, 19.5e12),
+    "H100 80GB HBM3": (3.35e12, 989e12, 67e12),
+    "H200": (4.8e12, 989e12, 67e12),
+    "L4": (0.3e12, 121e12, 30.3e12),
+    "RTX 4090": (1.008e12, 165e12, 82.6e12),
+}
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a model's last scale looks like to an operation; two rows, one per guidance half."""
+
+    heads: int
+    head_dim: int
+    side: int  # of the last scale
+    keys: int  # context and all scales
+    mlp: int
+    diffusion_width: int
+    codes: int
+    channels: int
+    decoder_channels: int
+    image: int
+    rows: int = 2
+
+    @property
+    def tokens(self) -> int:
+        """Of the last scale."""
+        return self.side**2
+
+    @property
+    def width(self) -> int:
+        """Of the transformer."""
+        return self.heads * self.head_dim
+
+
+MODELS = {
+    "hart-mini": Shapes(8, 32, 12, 24 + 247, 1024, 192, 4096, 16, 16, 96),
+    "released": Shapes(24, 64, 64, 300 + 9451, 4096, 1024, 4096, 32, 160, 1024),
+}
+
+
+class Inputs:
+    """Random tensors on a device, in a dtype."""
+
+    def __init__(self, shapes: Shapes, device: str, dtype: torch.dtype) -> None:
+        """The same numbers every time."""
+        self.shapes, self.device, self.dtype = shapes, device, dtype
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype)
+
+    def tokens(self) -> Tensor:
+        """Hidden states [R, L, D]."""
+        return self(self.shapes.rows, self.shapes.tokens, self.shapes.width)
+
+
+def attention(x: Inputs) -> Call:
+    """The last scale's queries over all keys."""
+    s = x.shapes
+    q, k, v = (x(s.rows, s.heads, n, s.head_dim) for n in (s.tokens, s.keys, s.keys))
+    return (q, k, v), {"scale": 0.25 * s.head_dim**-0.5}
+
+
+def rope_cache(x: Inputs) -> Call:
+    """Into the last scale's place in the cache."""
+    s = x.shapes
+    table = x(s.rows, 1, s.tokens, s.head_dim)
+    cache = x(2, s.rows, s.heads, s.keys, s.head_dim)[:, :, :, -s.tokens :]
+    return (x(s.rows, s.tokens, 3, s.heads, s.head_dim), table, table, *cache), {}
+
+
+def swiglu(x: Inputs) -> Call:
+    """The MLP's gate."""
+    shape = (x.shapes.rows, x.shapes.tokens, x.shapes.mlp)
+    return (x(*shape), x(*shape)), {}
+
+
+CASES: dict[str, Callable[[Inputs], Call]] = {case.__name__: case for case in (attention, rope_cache, swiglu)}
+
+
+def operations_of(name: str, s: Shapes) -> float:
+    """Multiplications and additions, where they and not the bytes may be the limit."""
+    return 4.0 * s.rows * s.heads * s.tokens * s.keys * s.head_dim if name == "attention" else 0.0
+
+
+def bytes_of(call: Call, result: Any) -> int:
+    """Of all tensors in and out, each once."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    return sum(x.nbytes for x in (*call[0], *call[1].values(), *outputs) if isinstance(x, Tensor))
+
+
+def timed(function: Callable[[], Any], device: str, seconds: float) -> list[float]:
+    """Seconds of each of many calls; on CUDA by events, with the L2 cache emptied between."""
+    function()
+    if device.startswith("cuda"):
+        from triton.testing import do_bench
+
+        return [t / 1e3 for t in do_bench(function, warmup=25, rep=int(seconds * 1e3), return_mode="all")]
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per operation and backend."""
+    from hart_infer.errors import BackendError
+    from hart_infer.ops.registry import BACKENDS, OPS, REFERENCE, use_backend
+
+    inputs = Inputs(MODELS[args.model], args.device, DTYPES[args.dtype])
+    peaks = next((peak for name, peak in PEAKS.items() if name in measure.machine(args.device)["device"]), None)
+    for name, case in CASES.items():
+        call = case(inputs) if args.only in name else None
+        for backend in (b for b in BACKENDS if b == REFERENCE or b in OPS[name].backends) if call else ():
+            try:
+                with torch.inference_mode(), use_backend(backend):
+                    moved = bytes_of(call, OPS[name](*call[0], **call[1]))
+                    times = timed(lambda: OPS[name](*call[0], **call[1]), args.device, args.seconds)
+            except BackendError:
+                continue
+            row = {"op": name, "backend": backend, "seconds": measure.spread(times), "calls": len(times), "bytes": moved}
+            if peaks:
+                flops = peaks[2] if args.dtype == "fp32" else peaks[1]
+                least = max(moved / peaks[0], operations_of(name, inputs.shapes) / flops)
+                row["roofline_share"] = least / row["seconds"]["median"]
+            yield row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time, print and write; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="hart-mini")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each operation and backend")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    measure.check_out(args.out)
+    found = []
+    for row in rows(args):
+        found.append(row)
+        seconds, share = row["seconds"], row.get("roofline_share")
+        print(
+            f"{row['op']:<28}{row['backend']:<8}{seconds['median'] * 1e3:10.4f} ms "
+            f"({seconds['p20'] * 1e3:.4f} to {seconds['p80'] * 1e3:.4f})  {row['bytes'] / 1e6:10.2f} MB"
+            + (f"  {share:.0%} of the roofline" if share else ""),
+            flush=True,
+        )
+    if args.out:
+        settings = {"model": args.model, "device": args.device, "dtype": args.dtype}
+        result = {"benchmark": "ops", "machine": measure.machine(args.device), "settings": settings, "ops": found}
+        measure.write_json(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What only a GPU can tell: memory errors in the kernels, and figures for benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import ROOT
+
+
+def sanitizer() -> str | None:
+    """CUDA's checker of memory accesses, if it is installed."""
+    beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)
+
+
+def benchmark(script: str, out: Path, *arguments: str) -> dict:
+    """Run a benchmark; its record."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments, "--device", "cuda", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_kernels_are_clean(tool):
+    program = sanitizer()
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    tests = [str(ROOT / "tests" / "ops"), "-q", "-x", "-k", "sanitized", "-p", "no:cacheprovider"]
+    command = [program, "--tool", tool, "--error-exitcode", "97", "--target-processes", "all", sys.executable, "-m", "pytest"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a pool hides what is out of bounds
+    done = subprocess.run([*command, *tests], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("model", ["hart-mini", "released"])
+def test_time_of_every_operation(results, model, dtype):
+    found = benchmark("ops.py", results / f"ops_{model}_{dtype}.json", "--model", model, "--dtype", dtype, "--seconds", "0.1")
+    assert {row["op"] for row in found["ops"] if row["backend"] != "torch"}
+
+
+def test_latency_of_hart_mini(results):
+    name = torch.cuda.get_device_name().replace(" ", "-")
+    out = results / f"end_to_end_hart-mini_{name}.json"
+    found = benchmark("end_to_end.py", out, "--checkpoint", "hart-mini", "--text-encoder", "tiny", "--dtype", "bf16")
+    assert found["seconds"]["median"] > 0
+
+
+def test_latency_of_a_random_model_of_the_released_size(results):
+    name = torch.cuda.get_device_name().replace(" ", "-")
+    found = benchmark("end_to_end.py", results / f"end_to_end_1024_{name}.json", "--size", "1024", "--dtype", "bf16")
+    assert found["seconds"]["median"] > 0
