@@ -3,14 +3,15 @@
     python benchmarks/ops.py --model hart-mini
     python benchmarks/ops.py --model released --device cuda --dtype bf16 --out benchmarks/results/ops_released_bf16.json
 
-Every operation of `hart_infer.ops` is declared here once: its inputs, and its arithmetic where that is what limits it. The bytes
-that must move are those of its tensors, inputs and outputs each once. A GPU in `PEAKS` also gets the share of its roofline:
+Every operation of `hart_infer.ops` is declared here once: its inputs, and its arithmetic where that is what limits it. The
+bytes that must move are those of its tensors, inputs and outputs each once. A GPU in `PEAKS` also gets the share of its roofline:
 the least time that these bytes and operations could take over the time measured. A CPU has the reference alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -143,12 +144,14 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     inputs = Inputs(MODELS[args.model], args.device, DTYPES[args.dtype])
     peaks = next((peak for name, peak in PEAKS.items() if name in measure.machine(args.device)["device"]), None)
     for name, case in CASES.items():
-        call = case(inputs) if args.only in name else None
-        for backend in (b for b in BACKENDS if b == REFERENCE or b in OPS[name].backends) if call else ():
+        if args.only not in name:
+            continue
+        call = case(inputs)
+        run = functools.partial(OPS[name], *call[0], **call[1])
+        for backend in (b for b in BACKENDS if b == REFERENCE or b in OPS[name].backends):
             try:
                 with torch.inference_mode(), use_backend(backend):
-                    moved = bytes_of(call, OPS[name](*call[0], **call[1]))
-                    times = timed(lambda: OPS[name](*call[0], **call[1]), args.device, args.seconds)
+                    moved, times = bytes_of(call, run()), timed(run, args.device, args.seconds)
             except BackendError:
                 continue
             row = {"op": name, "backend": backend, "seconds": measure.spread(times), "calls": len(times), "bytes": moved}
