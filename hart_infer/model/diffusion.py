@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..sampling import Draws
-from .layers import Linear, SinusoidEmbedding, guide
+from .layers import Linear, SinusoidEmbedding
 
 TRAIN_STEPS = 1000
 LATENT_SCALE = 0.6  # the sample is in units of 1 / 0.6 of the latent
@@ -139,12 +140,17 @@ class ResidualDiffusion(nn.Module):
         """One denoising step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] embedded, conditional rows first."""
         timestep = torch.tensor([step.timestep], device=x.device)
         eps, variance = self(x, timestep, condition)
-        if len(eps) > len(x):
-            eps, variance = guide(eps, guidance), variance[: len(x)]
-        x0 = (step.x0_from_x * x - step.x0_from_noise * eps).clamp_(-1, 1)
-        mean = step.mean_from_x0 * x0 + step.mean_from_x * x
-        if not step.adds_noise:
-            return mean
-        share = (variance + 1) / 2
-        log_variance = share * step.log_variance_max + (1 - share) * step.log_variance_min
-        return mean + (0.5 * log_variance).exp() * noise
+        return ops.diffusion_step(
+            x,
+            eps,
+            variance,
+            noise,
+            guidance=guidance,
+            x0_from_x=step.x0_from_x,
+            x0_from_noise=step.x0_from_noise,
+            mean_from_x0=step.mean_from_x0,
+            mean_from_x=step.mean_from_x,
+            log_variance_min=step.log_variance_min,
+            log_variance_max=step.log_variance_max,
+            adds_noise=step.adds_noise,
+        )
