@@ -4,8 +4,8 @@
     python benchmarks/ops.py --model released --device cuda --dtype bf16 --out benchmarks/results/ops_released_bf16.json
 
 Every operation of `hart_infer.ops` is declared here once: its inputs, and its arithmetic where that is what limits it. The
-bytes that must move are those of its tensors, inputs and outputs each once. A GPU in `PEAKS` also gets the share of its roofline:
-the least time that these bytes and operations could take over the time measured. A CPU has the reference alone.
+bytes that must move are those of its tensors, inputs and outputs each once. A GPU in `PEAKS` also gets the share of its
+roofline: the least time that these bytes and operations could take over the time measured. A CPU has the reference alone.
 """
 
 from __future__ import annotations
