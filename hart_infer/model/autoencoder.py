@@ -15,12 +15,22 @@ from .layers import Conv2d
 from .quantizer import Quantizer, Tokens
 from .tiling import tiled
 
+NORM_EPS = 1e-6
 BLOCKS_PER_LEVEL = 2  # residual blocks of an encoder level; the decoder has one more
 Mode = Literal["discrete", "hybrid"]
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """A group norm, and SiLU behind it unless told otherwise, through `ops.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int, *, silu: bool = True) -> None:
+        """`channels` in `groups` groups."""
+        super().__init__(groups, channels, eps=NORM_EPS)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> the same shape."""
+        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
 
 
 class ResnetBlock(nn.Module):
@@ -29,16 +39,16 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         """The shortcut is a 1x1 convolution where the channels change."""
         super().__init__()
-        self.norm1 = _norm(channels, groups)
+        self.norm1 = GroupNorm(channels, groups)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, groups)
+        self.norm2 = GroupNorm(out_channels, groups)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, h, w] -> [B, out_channels, h, w]."""
-        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
-        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.norm2(hidden))
         return self.shortcut(x) + hidden
 
 
@@ -48,7 +58,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         """1x1 convolutions in and out."""
         super().__init__()
-        self.norm = _norm(channels, groups)
+        self.norm = GroupNorm(channels, groups, silu=False)
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 
@@ -96,8 +106,7 @@ def _middle(channels: int, groups: int) -> dict[str, nn.Module]:
 
 
 def _out(channels: int, out_channels: int, groups: int) -> dict[str, nn.Module]:
-    conv_out = Conv2d(channels, out_channels, 3, padding=1)
-    return {"norm_out": _norm(channels, groups), "silu_out": nn.SiLU(inplace=True), "conv_out": conv_out}
+    return {"norm_out": GroupNorm(channels, groups), "conv_out": Conv2d(channels, out_channels, 3, padding=1)}
 
 
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:

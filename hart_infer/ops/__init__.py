@@ -2,9 +2,25 @@
 
 from .attention import attention
 from .diffusion_step import diffusion_step
+from .group_norm_silu import group_norm_silu
+from .layer_norm_modulate import gated_layer_norm_modulate, layer_norm_modulate
 from .products import conv2d, linear
-from .rms_norm import rms_norm
+from .rms_norm import add_rms_norm, rms_norm, rms_norm_modulate, rms_norm_quantized
 from .rope_cache import rope_cache
 from .swiglu import swiglu
 
-__all__ = ["attention", "conv2d", "diffusion_step", "linear", "rms_norm", "rope_cache", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "conv2d",
+    "diffusion_step",
+    "gated_layer_norm_modulate",
+    "group_norm_silu",
+    "layer_norm_modulate",
+    "linear",
+    "rms_norm",
+    "rms_norm_modulate",
+    "rms_norm_quantized",
+    "rope_cache",
+    "swiglu",
+]

@@ -23,7 +23,7 @@ def diffusion_step(
     log_variance_max: float,
     adds_noise: bool,
 ) -> Tensor:
-    """x_t -> x_{t-1}, both [N, C] fp32: the posterior mean and, if the step `adds_noise`, the network's share of `noise` [N, C].
+    """x_t -> x_{t-1}, both [N, C] fp32: the posterior mean and, if the step `adds_noise`, `noise` [N, C] of the right size.
 
     `eps` and `variance` are the network's, [N, C], or [2N, C] with the unconditional half behind: guidance acts on eps, the
     variance is the conditional half's own. The constants are a `DiffusionStep`'s.

@@ -1,8 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, against fp64: odd sizes, strided and poisoned memory, every dtype.
-
-A kernel's error is at most twice PyTorch's own in that dtype (or half a unit in the last place, where
-PyTorch's happens to be less).
-"""
+"""The transformer's Triton kernels, interpreted on the CPU, against fp64: odd sizes, strided memory, every dtype."""
 
 from __future__ import annotations
 
@@ -11,45 +7,12 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.ops.registry import use_backend
-from tests.ops.interpreter import repair
+from tests.ops.checks import check, every_dtype, strided
 
 pytest.importorskip("triton")
-repair()
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that no kernel has written holds NaN."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(self: Tensor, *size, **options) -> Tensor:
-        made = empty(self, *size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same numbers as a view into a larger tensor of NaN, padded in front and behind in every dimension but the last."""
-    around = x.new_full([n + 3 for n in x.shape[:-1]] + [x.shape[-1]], torch.nan)
-    view = around[tuple(slice(1, 1 + n) for n in x.shape[:-1])]
-    return view.copy_(x)
-
-
-def check(found: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """`found` is as near to `exact`, fp64, as twice the reference's distance."""
-    assert found.dtype == reference.dtype and found.shape == exact.shape
-    assert found.isfinite().all()
-    floor = torch.finfo(found.dtype).eps * exact.abs().max().item() / 2
-    assert (found.double() - exact).abs().max() <= max(2 * (reference.double() - exact).abs().max().item(), floor)
-
-
 SHAPES = [  # rows, heads, queries, keys, head width: one query, ragged tails, one block, many blocks, splits and none
     (2, 3, 1, 1, 32),
     (1, 2, 1, 301, 64),

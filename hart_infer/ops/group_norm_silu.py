@@ -1,0 +1,18 @@
+"""Group norm and, behind it, SiLU: what stands before every convolution of the autoencoder."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import Backend, op
+
+
+@op(triton=Backend("..kernels.group_norm_silu:group_norm_silu"))
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:
+    """Normalise `x` [B, C, h, w] within each of `groups` groups of channels; `weight`, `bias` [C]; then, with `silu`, SiLU.
+
+    Statistics are taken in fp32; the norm is rounded to x's dtype before SiLU.
+    """
+    normed = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(normed, inplace=True) if silu else normed

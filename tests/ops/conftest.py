@@ -1,0 +1,26 @@
+"""Poisoned memory and a repaired interpreter, for every test of an operation."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.interpreter import repair
+
+with suppress(ImportError):  # without Triton its tests are skipped
+    repair()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that no kernel has written holds NaN."""
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *size, **options) -> Tensor:
+        made = empty(self, *size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
