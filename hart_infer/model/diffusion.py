@@ -74,8 +74,18 @@ def diffusion_schedule(steps: int) -> tuple[DiffusionStep, ...]:
     )
 
 
+Update = tuple[Tensor, Tensor]  # what a block adds to its input, and the gate that multiplies it, [N, width] each
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, update: Update | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the last block's update, if there is one; the sum, and its modulated norm."""
+    if update is None:
+        return x, ops.layer_norm_modulate(x, norm.weight, norm.bias, scale, shift, norm.eps)
+    return ops.gated_layer_norm_modulate(x, *update, norm.weight, norm.bias, scale, shift, norm.eps)
+
+
 class ResidualBlock(nn.Module):
-    """x + gate * MLP(modulated LayerNorm(x))."""
+    """x + gate * MLP(modulated LayerNorm(x)); the sum is left to the next norm, which reads it anyway."""
 
     def __init__(self, width: int) -> None:
         """`width` in, out and inside."""
@@ -85,11 +95,11 @@ class ResidualBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x, activated [N, width] -> [N, width]; `activated` is SiLU of the condition."""
+    def forward(self, x: Tensor, update: Update | None, activated: Tensor) -> tuple[Tensor, Update]:
+        """x [N, width] and the last block's update -> their sum and this block's; `activated` is SiLU of the condition."""
         shift, scale, gate = self.modulation(activated).chunk(3, dim=-1)
-        hidden = self.norm(x) * (1 + scale) + shift
-        return x + gate * self.fc2(F.silu(self.fc1(hidden)))
+        x, hidden = _normed(self.norm, x, update, scale, shift)
+        return x, (self.fc2(F.silu(self.fc1(hidden))), gate)
 
 
 class ResidualDiffusion(nn.Module):
@@ -116,10 +126,12 @@ class ResidualDiffusion(nn.Module):
         activated = F.silu(self.time_embed(timestep) + condition)
         hidden = self.input_proj(x.to(condition.dtype))
         hidden = hidden.repeat(len(condition) // len(hidden), 1)
+        update: Update | None = None
         for block in self.blocks:
-            hidden = block(hidden, activated)
+            hidden, update = block(hidden, update, activated)
         shift, scale = self.out_modulation(activated).chunk(2, dim=-1)
-        noise, variance = self.out_proj(self.out_norm(hidden) * (1 + scale) + shift).float().chunk(2, dim=-1)
+        _, normed = _normed(self.out_norm, hidden, update, scale, shift)
+        noise, variance = self.out_proj(normed).float().chunk(2, dim=-1)
         return noise, variance
 
     def sample(self, condition: Tensor, *, images: int, guidance: float, steps: int, draws: Draws) -> Tensor:

@@ -23,6 +23,14 @@ class RMSNorm(nn.Module):
         """[..., width] -> [..., width], dtype kept."""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def after(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + update, its norm), [..., width] each."""
+        return ops.add_rms_norm(x, update, self.weight, self.eps)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
+        return ops.rms_norm_modulate(x, self.weight, scale, shift, self.eps)
+
 
 class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""

@@ -121,11 +121,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, six: Tensor | None, table: Table, cache: KVCache, layer: int, stage: Stage) -> Tensor:
         """x [R, L, D] -> [R, L, D]."""
         if six is None:
-            x = x + self.attn(self.norm(x), table, cache, layer, stage)
-            return x + self.mlp(self.norm(x))
+            x, normed = self.norm.after(x, self.attn(self.norm(x), table, cache, layer, stage))
+            return x + self.mlp(normed)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six[:, :, None].unbind(1)  # [R, 1, D] each
-        x = x + gamma1 * self.attn(self.norm(x) * (1 + scale1) + shift1, table, cache, layer, stage)
-        return x + gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+        x = x + gamma1 * self.attn(self.norm.modulated(x, scale1, shift1), table, cache, layer, stage)
+        return x + gamma2 * self.mlp(self.norm.modulated(x, scale2, shift2))
 
 
 class Head(nn.Module):
@@ -146,7 +146,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:
         """hidden [R, L, D], modulation [R, 2, D] -> logits [R, L, V] fp32."""
         scale, shift = modulation[:, :, None].unbind(1)
-        normed = self.norm(hidden.float()) * (1 + scale) + shift
+        normed = self.norm.modulated(hidden.float(), scale, shift)
         return self.linear(normed.to(self.linear.weight.dtype)).float()
 
 

@@ -1,0 +1,24 @@
+"""The door to the compiled CUDA kernels of `csrc/`: it checks arguments, then calls the library that installing may have built."""
+
+from __future__ import annotations
+
+from .library import describe, refusal
+from .norms import (
+    add_rms_norm,
+    gated_layer_norm_modulate,
+    layer_norm_modulate,
+    rms_norm,
+    rms_norm_modulate,
+    rms_norm_quantized,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "describe",
+    "gated_layer_norm_modulate",
+    "layer_norm_modulate",
+    "refusal",
+    "rms_norm",
+    "rms_norm_modulate",
+    "rms_norm_quantized",
+]
