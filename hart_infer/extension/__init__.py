@@ -1,4 +1,4 @@
-"""The door to the compiled CUDA kernels of `csrc/`: it checks arguments, then calls the library that installing may have built."""
+"""The door to the compiled CUDA kernels of `csrc/`: checks arguments, then calls the library that an installation may hold."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ def _layer_norm(
         written = None if update is None else _rows(total)
         addresses = [None if vector is None else vector.data_ptr() for vector in (weight, bias)]
         library().launch(
-            "layer_norm_modulate", x, View.of(rows), View.of(update), View.of(gate), *addresses, View.of(scaled), View.of(shifted),
-            View.of(written), View.of(_rows(out)), Shape(*rows.shape), eps, DTYPES[x.dtype],
+            "layer_norm_modulate", x, View.of(rows), View.of(update), View.of(gate), *addresses, View.of(scaled),
+            View.of(shifted), View.of(written), View.of(_rows(out)), Shape(*rows.shape), eps, DTYPES[x.dtype],
         )  # fmt: skip
     return total, out
 
