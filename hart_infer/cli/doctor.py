@@ -88,7 +88,9 @@ def _cpu() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {"built_for_cuda": torch.version.cuda or NO}
+    from ..extension import describe
+
+    found: dict[str, Any] = {"built_for_cuda": torch.version.cuda or NO, "compiled_kernels": describe()}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -88,7 +88,8 @@ def load() -> Library | str:
     try:
         return Library(FILE)
     except (OSError, AttributeError) as error:
-        return f"the compiled extension can't be used ({error}; {HOW})"
+        reason = str(error).replace(f"{FILE.parent}/", "")  # not where it lies: reports get posted
+        return f"the compiled extension can't be used ({reason}; {HOW})"
 
 
 def library() -> Library:
