@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .model.layers import MANY_ROWS, guide
+from .model.layers import MANY_ROWS
 from .model.quantizer import Quantizer
 from .model.rope import context_table, image_table
 from .model.transformer import Modulation, Transformer
-from .sampling import Draws, Settings, sample_scale
+from .sampling import Draws, Settings, check_codes, sample_scale
 from .schedule import Stage
 from .text import PromptEmbeds
 
@@ -158,11 +158,7 @@ def generate(
             hidden, modulation = _run_scale(transformer, latent, stage, rows, cache, last_side), rows.modulation.head
         if stage.is_last:
             del cache  # most of the memory, before the largest logits and the diffusion want theirs
-        logits = transformer.head(hidden, modulation)
-        if len(logits) > batch:
-            logits = guide(logits, stage.guidance(settings.guidance_scale))
-        indices, embedding = sample_scale(logits, codebook, stage, draws, settings)
-        del logits
+        indices, embedding = sample_scale(transformer.head(hidden, modulation), codebook, stage, draws, settings)
         if stage.is_last and settings.diffusion_steps:
             embedding = embedding + transformer.diffusion.sample(
                 transformer.residual_condition(hidden, codebook[indices]),
@@ -173,6 +169,8 @@ def generate(
             )
         embedding = embedding.transpose(1, 2).reshape(batch, -1, stage.side, stage.side)
         f_hat = f_hat + (embedding if stage.phi is None else quantizer.enlarge(embedding, stage.phi))
+        if stage.is_last:
+            check_codes(indices, draws)
         yield ScaleOutput(stage, indices, f_hat)
 
 

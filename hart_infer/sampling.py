@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import InputError, WeightsError
 from .inputs import check_float, check_int
+from .model.layers import guide
 from .schedule import Stage
 
 FP64_DRAWS = 2**20  # at once, to bound their memory
 MAX_GUIDANCE = 1000.0  # far more than makes a picture, far less than overflows the logits
+NOT_FINITE = (
+    "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
+    "torch_dtype=torch.bfloat16 or torch.float32."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +56,19 @@ class Draws:
     noise, one for the residual diffusion. A seed covers `images_per_seed` consecutive images, 1 unless a recorded batch
     is replayed, so an image's draws do not depend on the batch it is in. Draws happen on `device` (a CPU generator gives
     the same numbers whatever device computes) and are moved to where they are used.
+
+    On a CUDA device only the residual's noise comes from generators. Codes and Gumbel noise are a function of the seed, the
+    scale, the token and the code (`ops.guided_sample`): no GPU and no version of PyTorch draws others.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str, *, images_per_seed: int = 1) -> None:
         """Seed both generators of every image (or group of images)."""
         self.device = torch.device(device)
         self.images = len(seeds) * images_per_seed
+        if self.device.type == "cuda" and images_per_seed > 1:
+            raise InputError("A recorded batch is replayed with draws on the CPU; give device='cpu'.")
+        signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+        self.seeds = torch.tensor(signed, dtype=torch.int64, device=self.device)  # the bits of the seeds
         self._codes = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         self._diffusion = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
@@ -65,10 +78,7 @@ class Draws:
         Raises WeightsError where they are not finite.
         """
         if not probabilities.sum().isfinite():
-            raise WeightsError(
-                "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
-                "torch_dtype=torch.bfloat16 or torch.float32."
-            )
+            raise WeightsError(NOT_FINITE)
         batch, length, vocabulary = probabilities.shape
         rows = probabilities.to(self.device).reshape(len(self._codes), -1, vocabulary)
         drawn = [
@@ -136,11 +146,29 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 
 def sample_scale(logits: Tensor, codebook: Tensor, stage: Stage, draws: Draws, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Draw one scale's codes from guided `logits` [B, L, V] fp32, which are overwritten.
+    """Guide the `logits` [2B, L, V] fp32 of a scale, or take [B, L, V], which are overwritten, as they are; draw its codes.
 
     Returns the indices [B, L] and the embeddings to go on with [B, L, C]: the Gumbel-softmax mixture of the codebook
     with `more_smooth`, else the drawn codes' own (released `autoregressive_infer_cfg`). The index is drawn first.
+
+    Raises WeightsError for logits that are not finite; where a CUDA device draws, `check_codes` does so later.
     """
+    guidance = stage.guidance(settings.guidance_scale)
+    if draws.device.type == "cuda":
+        return ops.guided_sample(
+            logits,
+            codebook,
+            draws.seeds.to(logits.device),
+            torch.full((1,), stage.index, device=logits.device),
+            guidance=guidance,
+            top_k=stage.top_k,
+            top_p=settings.top_p,
+            gain=stage.logit_gain,
+            temperature=stage.temperature,
+            mixes=settings.more_smooth,
+        )
+    if len(logits) > draws.images:
+        logits = guide(logits, guidance)
     filtered = filter_logits(logits, top_k=stage.top_k, top_p=settings.top_p)
     indices = draws.multinomial(filtered.softmax(dim=-1))
     if not settings.more_smooth:
@@ -148,3 +176,13 @@ def sample_scale(logits: Tensor, codebook: Tensor, stage: Stage, draws: Draws, s
     noisy = draws.gumbel(filtered).add_(filtered.mul_(stage.logit_gain)).div_(stage.temperature)
     # One product per image, as released: a flattened one rounds differently, and 1 / tau amplifies that scale by scale.
     return indices, noisy.softmax(dim=-1) @ codebook[None]
+
+
+def check_codes(indices: Tensor, draws: Draws) -> None:
+    """Raise WeightsError if the last scale's `indices` [B, L] say that logits were not finite.
+
+    Codes that a CUDA device draws are -1 then, at that scale and, as embeddings are NaN with them, at all later ones; asking
+    once for each picture waits for the device once.
+    """
+    if draws.device.type == "cuda" and bool((indices < 0).any()):
+        raise WeightsError(NOT_FINITE)

@@ -3,6 +3,7 @@
 from .attention import attention
 from .diffusion_step import diffusion_step
 from .group_norm_silu import group_norm_silu
+from .guided_sample import guided_sample
 from .layer_norm_modulate import gated_layer_norm_modulate, layer_norm_modulate
 from .products import conv2d, linear
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_modulate, rms_norm_quantized
@@ -16,6 +17,7 @@ __all__ = [
     "diffusion_step",
     "gated_layer_norm_modulate",
     "group_norm_silu",
+    "guided_sample",
     "layer_norm_modulate",
     "linear",
     "rms_norm",

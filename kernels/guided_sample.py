@@ -1,0 +1,198 @@
+"""Guidance, top-k, top-p, the draw of a code and the Gumbel mixture, in two launches and without a sort.
+
+The first finds each token's threshold, its row of logits in registers, by building the threshold's bits from the highest
+down. The second reads the logits once more, a few tokens and codes at a time, runs the race, and mixes the codebook by an
+online softmax.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import refusal as refusal
+
+LOG2E = math.log2(math.e)
+MAX_VOCABULARY = 16384  # a row that registers hold
+TOKENS, CODES = 16, 64  # a tile of the second launch
+
+
+@triton.jit
+def _guided(logits, place, valid, x_half, with_guidance, guidance, GUIDED: tl.constexpr):
+    """Logits in fp32, -inf where there are none; `with_guidance` is 1 + guidance."""
+    x = tl.load(logits + place, mask=valid, other=float("-inf")).to(tl.float32)
+    if GUIDED:
+        x = with_guidance * x - guidance * tl.load(logits + x_half + place, mask=valid, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _ordered(x):
+    """Unsigned integers in the order of the fp32 `x`; both zeros are one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _unordered(image):
+    """The fp32 numbers of `_ordered`'s integers."""
+    bits = (image ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def threshold_kernel(
+    logits, thresholds,  # [B, L]: the lowest logit that stays
+    x_half, x_image, x_token, vocabulary, with_guidance, guidance, top_k, removable,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token. The largest integer that top_k codes reach; then the largest below which at most `removable`, 1 - p, lies."""
+    image, token = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    code = tl.arange(0, BLOCK)
+    place = image * x_image + token.to(tl.int64) * x_token + code
+    x = _guided(logits, place, code < vocabulary, x_half, with_guidance, guidance, GUIDED)
+    ordered = _ordered(x)
+    lowest = tl.full([], 0, tl.uint32)
+    if TOP_K:
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            reached = tl.sum(((ordered >= (lowest | bit)) & (code < vocabulary)).to(tl.int32), 0)
+            lowest = tl.where(reached >= top_k, lowest | bit, lowest)
+            bit = bit >> 1
+    if TOP_P:
+        best = tl.max(x, 0)
+        weight = tl.where(ordered >= lowest, tl.exp(x - best), 0.0)
+        allowed = removable * tl.sum(weight, 0)
+        raised = tl.full([], 0, tl.uint32)
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            below = tl.sum(tl.where(ordered < (raised | bit), weight, 0.0), 0)
+            raised = tl.where(below <= allowed, raised | bit, raised)
+            bit = bit >> 1
+        lowest = tl.maximum(lowest, tl.minimum(raised, _ordered(best)))
+    tl.store(thresholds + image * tl.num_programs(0) + token, _unordered(lowest))
+
+
+@triton.jit
+def _gumbel(word):
+    """Standard Gumbel noise of 32 random bits, as `hart_infer/ops/philox.py` makes it."""
+    uniform = ((word >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def draw_kernel(
+    logits, codebook, seeds, offset, thresholds, indices, embeddings,
+    x_half, x_image, x_token, tokens, vocabulary, channels, with_guidance, guidance, gain, rate,
+    GUIDED: tl.constexpr, FILTERED: tl.constexpr, MIXES: tl.constexpr,
+    TOKENS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A few tokens of one image; `rate` is log2(e) / temperature, WIDTH the next power of two of `channels`."""
+    image = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    known = token < tokens
+    lane = tl.arange(0, WIDTH)
+    seed, drawn = tl.load(seeds + image), tl.load(offset)
+    low, high = (drawn & 0xFFFFFFFF).to(tl.uint32), (drawn >> 32).to(tl.uint32)
+    lowest = tl.full([TOKENS], float("-inf"), tl.float32)
+    if FILTERED:
+        lowest = tl.load(thresholds + image * tokens + token, mask=known, other=0.0)
+    row = image * x_image + token.to(tl.int64) * x_token
+    failed = tl.zeros([TOKENS], tl.int32)
+    best = tl.full([TOKENS], float("-inf"), tl.float32)
+    winner = tl.full([TOKENS], -1, tl.int32)
+    largest = tl.full([TOKENS], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS], tl.float32)
+    mixture = tl.zeros([TOKENS, WIDTH], tl.float32)
+    for start in range(0, vocabulary, CODES):
+        code = start + tl.arange(0, CODES)
+        valid = known[:, None] & (code[None, :] < vocabulary)
+        x = _guided(logits, row[:, None] + code[None, :], valid, x_half, with_guidance, guidance, GUIDED)
+        failed = tl.maximum(failed, tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 1))
+        kept = valid & (x >= lowest[:, None])
+        race, mixing, _, _ = tl.philox(seed, code[None, :].to(tl.uint32), token[:, None].to(tl.uint32), low, high)
+        score = tl.where(kept, x + _gumbel(race), float("-inf"))
+        score, place = tl.max(score, 1, return_indices=True)
+        winner = tl.where(score > best, start + place, winner)
+        best = tl.maximum(best, score)
+        if MIXES:
+            noisy = tl.where(kept, x * gain + _gumbel(mixing), float("-inf"))
+            larger = tl.maximum(largest, tl.max(noisy, 1))
+            base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing is kept so far
+            weight = tl.exp2((noisy - base[:, None]) * rate)
+            shrink = tl.exp2((largest - base) * rate)
+            total = total * shrink + tl.sum(weight, 1)
+            in_table = (code[:, None] < vocabulary) & (lane[None, :] < channels)
+            table = tl.load(codebook + code[:, None] * channels + lane[None, :], mask=in_table, other=0.0)
+            mixture = tl.dot(weight, table, mixture * shrink[:, None], input_precision="ieee")
+            largest = larger
+    winner = tl.where(failed > 0, -1, winner)
+    if MIXES:
+        mixture = mixture / tl.where(total > 0.0, total, 1.0)[:, None]
+    else:
+        in_table = (winner[:, None] >= 0) & (lane[None, :] < channels)
+        mixture = tl.load(codebook + winner[:, None] * channels + lane[None, :], mask=in_table, other=0.0)
+    mixture = tl.where(winner[:, None] < 0, float("nan"), mixture)
+    place = image * tokens + token
+    tl.store(indices + place, winner.to(tl.int64), mask=known)
+    in_out = known[:, None] & (lane[None, :] < channels)
+    tl.store(embeddings + place[:, None] * channels + lane[None, :], mixture, mask=in_out)
+
+
+def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
+    """Raise ValueError for what doesn't fit."""
+    if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
+        shapes = f"{list(logits.shape)} and {list(codebook.shape)}"
+        raise ValueError(f"guided_sample: logits and codebook must be [B or 2B, L, V] and [V, C], not {shapes}.")
+    if logits.shape[2] > MAX_VOCABULARY:
+        raise ValueError(f"guided_sample: there are {logits.shape[2]} codes; at most {MAX_VOCABULARY} are supported.")
+    if codebook.dtype != torch.float32:
+        raise ValueError(f"guided_sample: the codebook must be float32, not {codebook.dtype}.")
+    if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(logits) not in (len(seeds), 2 * len(seeds)):
+        raise ValueError(f"guided_sample: seeds must be int64, one for each image, not {list(seeds.shape)} {seeds.dtype}.")
+    if offset.dtype != torch.int64 or offset.numel() != 1:
+        raise ValueError(f"guided_sample: offset must be one int64, not {list(offset.shape)} {offset.dtype}.")
+
+
+def guided_sample(
+    logits: Tensor,
+    codebook: Tensor,
+    seeds: Tensor,
+    offset: Tensor,
+    *,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    gain: float,
+    temperature: float,
+    mixes: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the reference in `hart_infer/ops/guided_sample.py`."""
+    _check(logits, codebook, seeds, offset)
+    (rows, tokens, vocabulary), channels, images = logits.shape, codebook.shape[1], len(seeds)
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    indices = logits.new_empty(images, tokens, dtype=torch.int64)
+    embeddings = logits.new_empty(images, tokens, channels, dtype=torch.float32)
+    if not indices.numel():
+        return indices, embeddings
+    guided, cuts = rows > images, (0 < top_k < vocabulary, top_p > 0)
+    strides = (images * logits.stride(0), logits.stride(0), logits.stride(1))
+    thresholds = logits.new_empty(images, tokens, dtype=torch.float32) if any(cuts) else embeddings
+    if any(cuts):
+        block = triton.next_power_of_2(vocabulary)
+        threshold_kernel[(tokens, images)](
+            logits, thresholds, *strides, vocabulary, 1 + guidance, guidance, top_k, 1 - top_p,
+            GUIDED=guided, TOP_K=cuts[0], TOP_P=cuts[1], BLOCK=block,
+            num_warps=max(4, min(block // 1024, 16)), enable_fp_fusion=False,  # both launches have to round alike
+        )  # fmt: skip
+    draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
+        logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,
+        *strides, tokens, vocabulary, channels, 1 + guidance, guidance, gain, LOG2E / temperature,
+        GUIDED=guided, FILTERED=any(cuts), MIXES=mixes,
+        TOKENS=TOKENS, CODES=CODES, WIDTH=max(16, triton.next_power_of_2(channels)), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return indices, embeddings

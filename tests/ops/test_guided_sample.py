@@ -1,0 +1,238 @@
+"""Guidance, filters, draws and mixture: the reference against fp64 and probability, the Triton kernel against both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hart_infer import ops
+from hart_infer.errors import InputError, WeightsError
+from hart_infer.ops.philox import gumbel, philox
+from hart_infer.ops.registry import use_backend
+from hart_infer.sampling import Draws, Settings, check_codes, filter_logits, sample_scale
+from hart_infer.schedule import build_schedule
+from tests.ops.checks import check, every_dtype, strided
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+OPTIONS: dict[str, Any] = {"guidance": 2.5, "top_k": 9, "top_p": 0.0, "gain": 1.3, "temperature": 0.4, "mixes": True}
+KNOWN = [  # counter, key, words: Random123's known answers for philox4x32-10
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+@triton.jit
+def words_kernel(counter, seed, out):
+    """The four words that a kernel sees."""
+    c = [tl.load(counter + i).to(tl.uint32) for i in tl.static_range(4)]
+    words = tl.philox(tl.load(seed), c[0], c[1], c[2], c[3])
+    for i in tl.static_range(4):
+        tl.store(out + i, words[i].to(tl.int64))
+
+
+def bits(key: tuple[int, int]) -> Tensor:
+    """A key as int64 holds it."""
+    value = key[0] | key[1] << 32
+    return torch.tensor([value - 2**64 if value >= 2**63 else value])
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_philox_gives_the_known_answers(counter, key, words):
+    found = philox(tuple(torch.tensor([c]) for c in counter), bits(key))
+    assert tuple(word.item() for word in found) == words
+    found = torch.zeros(4, dtype=torch.int64)
+    words_kernel[(1,)](torch.tensor(counter), bits(key), found)
+    assert tuple(found.tolist()) == words
+
+
+def test_noise_is_finite_for_every_word():
+    assert gumbel(torch.tensor([0, 511, 512, 2**31, 2**32 - 512, 2**32 - 1])).isfinite().all()
+
+
+def exact(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Everything in fp64, but for the draws' 23 bits."""
+    conditional, unconditional = logits.double().chunk(2) if len(logits) > len(seeds) else (logits.double(),) * 2
+    x = (1 + options["guidance"]) * conditional - options["guidance"] * unconditional
+    x = filter_logits(x, top_k=options["top_k"], top_p=options["top_p"])
+    token, code = torch.arange(x.shape[1])[:, None], torch.arange(x.shape[2])
+    noise = []
+    for seed in seeds:
+        words = philox((code, token, offset & 0xFFFFFFFF, offset >> 32), seed)
+        noise.append([-(-(((word >> 9).double() + 0.5) * 2**-23).log()).log() for word in words[:2]])
+    race, mixing = (torch.stack(part) for part in zip(*noise, strict=True))
+    weights = ((x * options["gain"] + mixing) / options["temperature"]).softmax(-1)
+    return (x + race).argmax(-1), weights @ codebook.double()
+
+
+def inputs(images: int, length: int, vocabulary: int, channels: int, halves: int = 2) -> tuple[Tensor, ...]:
+    torch.manual_seed(length + vocabulary)
+    logits, codebook = torch.randn(halves * images, length, vocabulary) * 2, torch.randn(vocabulary, channels)
+    return logits, codebook, torch.tensor([7, -1, 2**40 + 3])[:images], torch.tensor([2**33 + 5])
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [  # images, tokens, codes, channels, halves
+        ((1, 1, 1, 1, 1), {"top_k": 0}),
+        ((2, 17, 50, 4, 2), {}),
+        ((1, 3, 130, 20, 2), {"top_k": 40, "top_p": 0.8, "temperature": 0.02}),
+        ((1, 5, 64, 32, 1), {"top_k": 0, "top_p": 0.6, "guidance": 0.0}),
+        ((3, 2, 33, 5, 2), {"top_k": 0}),
+    ],
+    ids=str,
+)
+def test_kernel_and_reference_draw_alike_and_mix_as_exactly(shape, changes, dtype):
+    logits, codebook, seeds, offset = inputs(*shape)
+    logits, options = strided(logits.to(dtype)), OPTIONS | changes
+    with use_backend("triton"):
+        indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **options)
+    reference = ops.guided_sample(logits, codebook, seeds, offset, **options)
+    best, mixture = exact(logits, codebook, seeds, offset, options)
+    assert torch.equal(indices, reference[0]) and torch.equal(indices, best)
+    check(embeddings, reference[1], mixture)
+
+
+@both_backends
+def test_without_mixing_the_code_comes_as_itself(backend):
+    given = inputs(2, 5, 50, 4)
+    with use_backend(backend):
+        indices, embeddings = ops.guided_sample(*given, **OPTIONS | {"mixes": False})
+        mixed, _ = ops.guided_sample(*given, **OPTIONS)
+    assert torch.equal(indices, mixed) and torch.equal(embeddings, given[1][indices])
+
+
+@both_backends
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 49, 50, 60])
+def test_what_stays_is_what_the_filter_leaves(top_k, top_p, backend):
+    logits, _, seeds, offset = inputs(1, 3, 50, 1, 1)
+    options = OPTIONS | {"top_k": top_k, "top_p": top_p, "temperature": 5.0}
+    with use_backend(backend):
+        _, weights = ops.guided_sample(logits, torch.eye(50), seeds, offset, **options)
+    assert torch.equal(weights > 0, filter_logits(logits.clone(), top_k=top_k, top_p=top_p).isfinite())
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("row", "options", "kept"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], {"top_k": 0, "top_p": 0.5}, [True] * 4),  # the filter would keep two of them
+        ([1.0, 1.0, 0.0, 0.0], {"top_k": 1, "top_p": 0.01}, [True, True, False, False]),
+        ([3.0, 0.0, -0.0, -1.0], {"top_k": 2}, [True, True, True, False]),
+        ([3.0, -0.0, 0.0, -1.0], {"top_k": 2}, [True, True, True, False]),
+        ([-1.0, -torch.inf, -3.0, -2.0], {"top_k": 3}, [True, False, True, True]),
+        ([-1.0, -torch.inf, -torch.inf, -torch.inf], {"top_k": 2, "top_p": 1.0}, [True, False, False, False]),
+    ],
+)
+def test_equal_logits_stay_or_go_together(row, options, kept, backend):
+    options = OPTIONS | {"temperature": 5.0} | options
+    with use_backend(backend):
+        _, weights = ops.guided_sample(torch.tensor([[row]]), torch.eye(4), torch.tensor([1]), torch.tensor([0]), **options)
+    assert (weights > 0).tolist() == [[kept]]
+
+
+@both_backends
+def test_an_image_depends_on_its_seed_and_on_the_offset_alone(backend):
+    logits, codebook, seeds, offset = inputs(3, 4, 50, 4, 1)
+    logits = logits[:1].expand(3, -1, -1)
+    with use_backend(backend):
+        together = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS)
+        for i in range(3):
+            alone = ops.guided_sample(logits[:1], codebook, seeds[i : i + 1], offset, **OPTIONS)
+            assert torch.equal(together[0][i : i + 1], alone[0])
+            torch.testing.assert_close(together[1][i : i + 1], alone[1], rtol=1e-5, atol=1e-5)
+        later = ops.guided_sample(logits, codebook, seeds, offset + 1, **OPTIONS)
+    assert not torch.equal(together[0][0], together[0][1]) and not torch.equal(together[0], later[0])
+
+
+def test_codes_are_drawn_with_their_probabilities_and_apart_from_the_mixture():
+    """Chi-square of 20 000 draws, and of the pairs of a drawn code and the heaviest of its mixture."""
+    row = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -8.0])
+    options = OPTIONS | {"top_k": 6, "gain": 1.0, "temperature": 1e-3}
+    indices, weights = ops.guided_sample(
+        row.expand(1, 20000, 7), torch.eye(7), torch.tensor([11]), torch.tensor([3]), **options
+    )
+    expected = row[:6].double().softmax(-1)
+    counts = indices.flatten().bincount(minlength=7).double()
+    assert counts[6] == 0, "top-k removed it"
+    assert ((counts[:6] - 20000 * expected) ** 2 / (20000 * expected)).sum() < 25.7, "1 in 10 000, 5 degrees of freedom"
+    pairs = (indices * 7 + weights.argmax(-1)).flatten().bincount(minlength=49).double().view(7, 7)[:6, :6]
+    together = 20000 * expected[:, None] * expected
+    assert ((pairs - together) ** 2 / together).sum() < 73.1, "1 in 10 000 or rarer, 35 degrees of freedom"
+
+
+@both_backends
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_without_a_softmax_are_flagged_and_stay_alone(value, backend):
+    logits, codebook, seeds, offset = inputs(1, 4, 50, 4, 1)
+    logits[0, 1, 49], logits[0, 2] = value, -torch.inf
+    for mixes in (True, False):
+        with use_backend(backend):
+            indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS | {"mixes": mixes})
+        assert (indices == -1).tolist() == [[False, True, True, False]]
+        assert embeddings.isnan().all(-1).tolist() == [[False, True, True, False]]
+        assert embeddings.isfinite().all(-1).tolist() == [[True, False, False, True]]
+
+
+def test_what_does_not_fit_is_refused():
+    logits, codebook, seeds, offset = inputs(2, 3, 50, 4)
+    with use_backend("triton"):
+        for given, message in (
+            ((logits[0], codebook, seeds, offset), "must be \\[B or 2B, L, V\\]"),
+            ((logits, codebook[1:], seeds, offset), "\\[V, C\\], not \\[4, 3, 50\\] and \\[49, 4\\]"),
+            ((logits, codebook.half(), seeds, offset), "codebook must be float32"),
+            ((logits[:3], codebook, seeds, offset), "one for each image"),
+            ((logits, codebook, seeds.int(), offset), "seeds must be int64"),
+            ((logits, codebook, seeds, offset.float()), "offset must be one int64"),
+            ((logits, codebook, seeds, seeds), "offset must be one int64"),
+            ((torch.zeros(2, 1, 16385), torch.zeros(16385, 1), seeds, offset), "at most 16384"),
+        ):
+            with pytest.raises(ValueError, match=f"guided_sample: .*{message}"):
+                ops.guided_sample(*given, **OPTIONS)
+
+
+@pytest.fixture
+def on_cuda() -> Draws:
+    """Draws as a CUDA device makes them, on a machine without one."""
+    draws = Draws([3, 2**64 - 1], "cpu")
+    draws.device = torch.device("cuda")
+    return draws
+
+
+@both_backends
+@pytest.mark.parametrize("more_smooth", [False, True])
+def test_a_scale_on_a_gpu_is_this_operation(on_cuda, more_smooth, backend):
+    stage = build_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4, top_k=7)[2]
+    logits, codebook, _, _ = inputs(2, 9, 50, 4)
+    settings = Settings(guidance_scale=3.0, top_p=0.9, more_smooth=more_smooth)
+    with use_backend(backend):
+        found = sample_scale(logits, codebook, stage, on_cuda, settings)
+    expected = ops.guided_sample(
+        logits, codebook, torch.tensor([3, -1]), torch.tensor([2]),
+        guidance=2.0, top_k=7, top_p=0.9, gain=5 / 3, temperature=0.27 * (1 - 0.95 * 2 / 3), mixes=more_smooth,
+    )  # fmt: skip
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_is_asked_for_failed_codes_in_the_end(on_cuda):
+    check_codes(torch.tensor([[0, 4]]), on_cuda)
+    with pytest.raises(WeightsError, match="not finite"):
+        check_codes(torch.tensor([[0, -1]]), on_cuda)
+
+
+def test_a_recorded_batch_is_replayed_on_the_cpu():
+    with pytest.raises(InputError, match="replayed with draws on the CPU"):
+        Draws([7], "cuda", images_per_seed=3)
