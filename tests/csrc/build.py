@@ -27,9 +27,10 @@ def obstacle() -> str | None:
     return None if headers() else "csrc/ is tested with CUDA's headers, which are not here (CUDA_HOME, PATH, /usr/local/cuda)"
 
 
-def compile_host(output: Path, *options: str) -> Path:
-    """All of csrc/ into `output`."""
+def compile_host(output: Path, *options: str, driver: Path | None = None) -> Path:
+    """All of csrc/ into `output`, with a `driver` into a program."""
     sources = sorted(path for path in CSRC.iterdir() if path.suffix in (".cu", ".cpp"))
+    sources += [driver] if driver else []
     folders = [f"-I{folder}" for folder in (CSRC / "include", HERE, headers())]
     command = ["g++", *FLAGS, '-DHART_TARGETS="host"', *folders, "-include", "cuda_host_shim.h", *options, "-x", "c++"]
     done = subprocess.run([*command, *map(str, sources), "-o", str(output)], capture_output=True, text=True, check=False)
