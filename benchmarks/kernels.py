@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ CAPABILITIES = (80, 86, 89, 90)
 TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+ALIGNED = re.compile(r"_(row|head|token|part|split|half|image|pixel|channel)$|^(width|vocabulary|channels|pixels|per_slab)$")
 MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)")
 
 
@@ -45,50 +46,121 @@ class Case:
     kernel: Any
     types: dict[str, str]  # of pointers and floats; the rest are 32-bit integers
     constants: dict[str, Any]
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 3
+    fusion: bool = True  # of products and sums
 
     def source(self) -> ASTSource:
         """For the compiler; pointers and strides are multiples of 16, as the launchers' almost always are."""
         names = self.kernel.arg_names
         kinds = {name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names}
-        aligned = [n for n in names if kinds[n].startswith("*") or re.search(r"_(row|head|token|part|split)$|^width$", n)]
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        aligned = [n for n in names if kinds[n].startswith("*") or ALIGNED.search(n)]
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if kinds[name] != "constexpr"}
         return ASTSource(fn=self.kernel, signature=kinds, constexprs=self.constants, attrs=attributes)
+
+
+def module(name: str) -> Any:
+    """A module of kernels."""
+    return importlib.import_module(f"hart_infer.kernels.{name}")
+
+
+def attention_cases(dtype: str) -> Iterator[Case]:
+    """The released model's heads, hart-mini's, wide ones; one query and many; all keys, and two ranges of them."""
+    attention = module("attention")
+    for head_dim, queries, ranged in (
+        (64, 4096, False),
+        (64, 4096, True),
+        (64, 1, False),
+        (32, 144, False),
+        (128, 4096, False),
+    ):
+        for split in (False, True) if queries == 1 else (False,):
+            tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
+            types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
+            types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
+            constants = {"HEAD_DIM": head_dim, "WIDTH": head_dim, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
+            constants |= {"SPLIT": split, "RANGED": bool(ranged), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+            name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}{' split' * split}{' ranges' * ranged}"
+            yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages)
+
+
+def merge_cases() -> Iterator[Case]:
+    """The parts of attention with split keys."""
+    types = dict.fromkeys(("parts", "maxima", "sums"), "*fp32") | {"out": "*bf16"}
+    constants = {"HEAD_DIM": 64, "WIDTH": 64, "SPLITS": 16}
+    yield Case("attention merge bf16 d64 16 splits", module("attention").merge_kernel, types, constants)
+
+
+def rope_cache_cases(dtype: str) -> Iterator[Case]:
+    """The released model's heads, and hart-mini's."""
+    for heads, head_dim in ((24, 64), (8, 32)):
+        types = dict.fromkeys(("qkv", "cos", "sin", "gains", "q_out", "k_out", "v_out"), f"*{dtype}")
+        constants = {"HALF": head_dim // 2, "LANES": head_dim // 2, "HEADS": triton.next_power_of_2(heads), "NORMALISED": False}
+        kernel = module("rope_cache").rope_cache_kernel
+        yield Case(f"rope_cache {dtype} {heads}x{head_dim}", kernel, types, constants, fusion=False)
+
+
+def swiglu_cases(dtype: str) -> Iterator[Case]:
+    """Any width."""
+    swiglu = module("swiglu")
+    types = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
+    yield Case(f"swiglu {dtype}", swiglu.swiglu_kernel, types, {"BLOCK": swiglu.BLOCK})
+
+
+def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
+    """The released decoder's widest and its largest level, in both memory formats."""
+    norm = module("group_norm_silu")
+    results = dict.fromkeys(("means", "squares", "group_means", "group_scales"), "*fp32")
+    for last, tiles in ((True, norm.CHANNELS_LAST), (False, norm.CHANNELS_FIRST)):
+        tile = {"PIXELS": tiles.rows, "CHANNELS": tiles.columns, "x_channel" if last else "x_pixel": 1}
+        name = f"{dtype} channels {'last' if last else 'first'}"
+        yield Case(f"group_norm_silu slab {name}", norm.slab_kernel, results | {"x": f"*{dtype}"}, tile, tiles.warps)
+        types = results | dict.fromkeys(("x", "out", "weight", "bias"), f"*{dtype}")
+        for per_group in (5, 20):
+            constants = tile | {"PER_GROUP": per_group, "SILU": True}
+            yield Case(f"group_norm_silu apply {name} {32 * per_group}", norm.apply_kernel, types, constants, tiles.warps)
+    for per_group, slabs in ((5, 256), (20, 256)) if dtype == "fp32" else ():
+        constants = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "SLABS": slabs}
+        yield Case(f"group_norm_silu merge {per_group}x{slabs}", norm.merge_kernel, results | {"eps": "fp32"}, constants)
+
+
+def guided_sample_cases(dtype: str) -> Iterator[Case]:
+    """The released vocabulary, and the largest that is supported."""
+    sample = module("guided_sample")
+    numbers = dict.fromkeys(("with_guidance", "guidance", "removable", "gain", "rate"), "fp32")
+    types = numbers | {"logits": f"*{dtype}", "indices": "*i64", "seeds": "*i64", "offset": "*i64"}
+    types |= dict.fromkeys(("codebook", "thresholds", "embeddings"), "*fp32")
+    for vocabulary in (4096, sample.MAX_VOCABULARY):
+        for top_p in (False, True):
+            constants = {"GUIDED": True, "TOP_K": True, "TOP_P": top_p, "BLOCK": vocabulary}
+            name = f"guided_sample threshold {dtype} {vocabulary}{' top-p' * top_p}"
+            yield Case(name, sample.threshold_kernel, types, constants, sample.warps_for(vocabulary), fusion=False)
+    for mixes in (True, False):
+        constants = {"GUIDED": True, "FILTERED": True, "MIXES": mixes}
+        constants |= {"TOKENS": sample.TOKENS, "CODES": sample.CODES, "WIDTH": 32}
+        yield Case(f"guided_sample draw {dtype}{' mixes' * mixes}", sample.draw_kernel, types, constants, fusion=False)
+
+
+def diffusion_step_cases() -> Iterator[Case]:
+    """The released latent's channels."""
+    step = module("diffusion_step")
+    numbers = ("with_guidance", "guidance", "x0_from_x", "x0_from_noise", "mean_from_x0", "mean_from_x")
+    types = dict.fromkeys((*numbers, "log_variance_min", "log_variance_max"), "fp32")
+    types |= dict.fromkeys(("x", "eps", "variance", "noise", "out"), "*fp32")
+    constants = {"CHANNELS": 32, "GUIDED": True, "ADDS_NOISE": True, "BLOCK": step.BLOCK}
+    yield Case("diffusion_step 32", step.diffusion_step_kernel, types, constants, fusion=False)
 
 
 def cases() -> Iterator[Case]:
     """Every kernel, in the shapes of the released model and of hart-mini."""
-    attention = importlib.import_module("hart_infer.kernels.attention")
-    rope_cache = importlib.import_module("hart_infer.kernels.rope_cache")
-    swiglu = importlib.import_module("hart_infer.kernels.swiglu")
-    tensors = ("q", "k", "v", "out")
     for dtype in TYPES:
-        for head_dim, queries in ((64, 4096), (64, 1), (32, 144), (128, 4096)):
-            for split in (False, True) if queries == 1 else (False,):
-                tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
-                types = (
-                    dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32") | {"scale_log2": "fp32"}
-                )
-                types["out"] = "*fp32" if split else types["out"]
-                constants = {"HEAD_DIM": head_dim, "WIDTH": head_dim, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
-                constants |= {"SPLIT": split, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-                name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}{' split' if split else ''}"
-                yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages)
-        for heads, head_dim in ((24, 64), (8, 32)):
-            types = dict.fromkeys(("qkv", "cos", "sin", "gains", "q_out", "k_out", "v_out"), f"*{dtype}")
-            constants = {
-                "HALF": head_dim // 2,
-                "LANES": head_dim // 2,
-                "HEADS": triton.next_power_of_2(heads),
-                "NORMALISED": False,
-            }
-            yield Case(f"rope_cache {dtype} {heads}x{head_dim}", rope_cache.rope_cache_kernel, types, constants, 4, 3)
-        types = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
-        yield Case(f"swiglu {dtype}", swiglu.swiglu_kernel, types, {"BLOCK": swiglu.BLOCK}, 4, 3)
-    types = dict.fromkeys(("parts", "maxima", "sums"), "*fp32") | {"out": "*bf16"}
-    constants = {"HEAD_DIM": 64, "WIDTH": 64, "SPLITS": 16}
-    yield Case("attention merge bf16 d64 16 splits", attention.merge_kernel, types, constants, 4, 3)
+        yield from attention_cases(dtype)
+        yield from rope_cache_cases(dtype)
+        yield from swiglu_cases(dtype)
+        yield from group_norm_silu_cases(dtype)
+        yield from guided_sample_cases(dtype)
+    yield from merge_cases()
+    yield from diffusion_step_cases()
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -102,7 +174,7 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": case.fusion}
     with contextlib.redirect_stdout(log):
         kernel = triton.compile(case.source(), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -126,6 +198,16 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     }
 
 
+def triton_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each case whose name contains `only`, and each capability."""
+    for case in cases():
+        for capability in capabilities if only in case.name else ():
+            yield compiled(case, capability)
+
+
+SOURCES = (triton_rows,)  # of rows; each takes a part of the kernel's name and the capabilities
+
+
 def main() -> int:
     """Compile, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,16 +216,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
-    for case in cases():
-        for capability in args.capability if args.only in case.name else ():
-            row = compiled(case, capability)
-            rows.append(row)
-            matrix = " ".join(f"{op} {count}" for op, count in row["matrix"].items())
-            print(
-                f"{case.name:<40}sm_{capability}  {row['registers']:>3} registers  {row['shared_bytes']:>6} B shared  "
-                f"{row['spilled_bytes']} B spilled  {row['loads_128']}/{row['loads']} loads of 128 bit  {matrix}",
-                flush=True,
-            )
+    for row in (row for source in SOURCES for row in source(args.only, args.capability)):
+        rows.append(row)
+        matrix = " ".join(f"{op} {count}" for op, count in row["matrix"].items())
+        print(
+            f"{row['kernel']:<46}sm_{row['capability']}  {row['registers']:>3} registers  {row['shared_bytes']:>6} B shared  "
+            f"{row['spilled_bytes']} B spilled  {row['loads_128']}/{row['loads']} loads of 128 bit  {matrix}",
+            flush=True,
+        )
     if args.out:
         result = {"benchmark": "kernels", "triton": triton.__version__, "kernels": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,11 +32,14 @@ def attention_kernel(
     q, k, v, out, maxima, sums,  # out, and with splits its fp32 parts, one per split; maxima, sums [splits, R * H, L]
     scale_log2,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_split, out_row, out_head, out_token,
-    heads, queries, keys, keys_per_split,
+    heads, queries, keys, keys_per_split, first_keys, jump, bonus,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RANGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one row and head against one split of its keys; WIDTH is HEAD_DIM's next power of two."""
+    """One block of queries of one row and head against one split of its keys; WIDTH is HEAD_DIM's next power of two.
+
+    RANGED: of the `keys`, those behind the `first_keys` lie `jump` tokens further on; the first ones' scores get `bonus`.
+    """
     row_head = tl.program_id(1)
     row = (row_head // heads).to(tl.int64)
     head = (row_head % heads).to(tl.int64)
@@ -53,16 +57,21 @@ def attention_kernel(
     last = tl.minimum(first + keys_per_split, keys)
     for start in range(first, last, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
+        where = place
+        if RANGED:
+            where += tl.where(place < first_keys, 0, jump)
         in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
-        key = tl.load(k + place[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
+        key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
         score = tl.dot(query, key, input_precision=PRECISION) * scale_log2
+        if RANGED:
+            score += tl.where(place < first_keys, bonus, 0.0)[None, :]
         score = tl.where(place[None, :] < last, score, float("-inf"))
         larger = tl.maximum(largest, tl.max(score, 1))
         weight = tl.exp2(score - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weight, 1)
         in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
-        value = tl.load(v + place[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
+        value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
         sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
         largest = larger
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
@@ -109,17 +118,44 @@ def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
     return max(1, min(wanted, keys // (4 * block), 64))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """q [R, H, L, d], k and v [R, H, N, d] of any strides -> [R, L, H * d]."""
-    rows, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim or not keys:
+def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
+    """Raise ValueError for what doesn't fit."""
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
         raise ValueError(f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} don't fit each other.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"attention: the head width is {head_dim}; at most {MAX_HEAD_DIM} is supported.")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"attention: the head width is {q.shape[3]}; at most {MAX_HEAD_DIM} is supported.")
+    if multiplicity < 1:
+        raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
+
+
+def _in_ranges(k: Tensor, v: Tensor, ranges: Sequence[int] | None) -> tuple[Tensor, Tensor, int, int, int]:
+    """k and v from the first attended key on, how many keys are attended to, how many first, and how far the others jump.
+
+    Two ranges are read where they lie; more are copied together.
+    """
+    if ranges is None:
+        return k, v, k.shape[2], k.shape[2], 0
+    pairs = list(zip(ranges[::2], ranges[1::2], strict=False))
+    if not pairs or len(ranges) % 2 or not all(0 <= start < stop <= k.shape[2] for start, stop in pairs):
+        raise ValueError(f"attention: ranges {list(ranges)} must be pairs of a start and a stop within {k.shape[2]} keys.")
+    keys, first = sum(stop - start for start, stop in pairs), pairs[0][1] - pairs[0][0]
+    if len(pairs) > 2:
+        k, v = (torch.cat([x[:, :, start:stop] for start, stop in pairs], dim=2) for x in (k, v))
+        return k, v, keys, first, 0
+    k, v = (x[:, :, pairs[0][0] :] for x in (k, v))
+    return k, v, keys, first, pairs[-1][0] - pairs[0][1] if len(pairs) > 1 else 0
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
+) -> Tensor:
+    """As the reference in `hart_infer/ops/attention.py`; q, k and v of any strides."""
+    _check(q, k, v, multiplicity)
+    rows, heads, queries, head_dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    k, v, keys, first_keys, jump = _in_ranges(k, v, ranges)
     out = q.new_empty(rows, queries, heads * head_dim)
     tiles = config_for(q.itemsize, head_dim, queries)
     blocks = triton.cdiv(queries, tiles.rows)
@@ -136,8 +172,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     attention_kernel[(blocks, rows * heads, splits)](
         q, k, v, parts, maxima, sums, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part_strides,
-        heads, queries, keys, per_split,
-        HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns, SPLIT=splits > 1,
+        heads, queries, keys, per_split, first_keys, jump, math.log2(multiplicity),
+        HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns,
+        SPLIT=splits > 1, RANGED=ranges is not None,  # without, a multiplicity counts for every key alike
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:

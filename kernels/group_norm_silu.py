@@ -120,7 +120,7 @@ def slabs_for(pixels: int, tile: int, per_group: int, programs: int, processors:
 
 def _laid_out(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     """`x` without gaps, memory of the same form for the result, and whether the channels come last."""
-    if not x.is_contiguous() and (x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1):
+    if not x.is_contiguous() and x.stride(1) == 1:
         batch, channels, height, width = x.shape
         out = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
         return x.contiguous(memory_format=torch.channels_last), out, True

@@ -143,6 +143,11 @@ def draw_kernel(
     tl.store(embeddings + place[:, None] * channels + lane[None, :], mixture, mask=in_out)
 
 
+def warps_for(block: int) -> int:
+    """Of the first launch: at most 32 numbers of the row for a thread."""
+    return max(4, min(block // 1024, 16))
+
+
 def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
     """Raise ValueError for what doesn't fit."""
     if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
@@ -187,7 +192,7 @@ def guided_sample(
         threshold_kernel[(tokens, images)](
             logits, thresholds, *strides, vocabulary, 1 + guidance, guidance, top_k, 1 - top_p,
             GUIDED=guided, TOP_K=cuts[0], TOP_P=cuts[1], BLOCK=block,
-            num_warps=max(4, min(block // 1024, 16)), enable_fp_fusion=False,  # both launches have to round alike
+            num_warps=warps_for(block), enable_fp_fusion=False,  # both launches have to round alike
         )  # fmt: skip
     draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
         logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,10 @@ from .registry import Backend, op
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:
     """Normalise `x` [B, C, h, w] within each of `groups` groups of channels; `weight`, `bias` [C]; then, with `silu`, SiLU.
 
-    Statistics are taken in fp32; the norm is rounded to x's dtype before SiLU.
+    Statistics are taken in fp32; the norm is rounded to x's dtype before SiLU. The result is laid out as `x` is: channels
+    last or first.
     """
-    normed = F.group_norm(x, groups, weight, bias, eps)
+    last = not x.is_contiguous() and x.stride(1) == 1
+    normed = F.group_norm(x, groups, weight, bias, eps)  # on a GPU always channels first
+    normed = normed.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return F.silu(normed, inplace=True) if silu else normed

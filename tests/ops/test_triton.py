@@ -47,6 +47,62 @@ def test_attention_with_huge_scores_and_strides_along_the_width():
     torch.testing.assert_close(found.double(), exact.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-4)
 
 
+RANGES = [  # of 90 keys or more: one, a window, backwards and overlapping, three, which are copied
+    [3, 80],
+    [0, 1, 40, 90],
+    [50, 70, 5, 55],
+    [0, 10, 20, 21, 40, 90],
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("multiplicity", [1, 300])
+@pytest.mark.parametrize("ranges", RANGES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 3, 90, 32), (2, 1, 20, 700, 24)], ids=str)
+def test_attention_to_ranges_of_the_keys(shape, ranges, multiplicity, dtype):
+    """Against fp64 attention to a copy in which the first range's keys stand there as often as they count."""
+    rows, heads, queries, keys, width = shape
+    torch.manual_seed(sum(shape))
+    q, k, v = (strided(torch.randn(rows, heads, n, width).to(dtype)) for n in (queries, keys, keys))
+    ranges = ranges[:-1] + [keys if ranges[-1] == 90 else ranges[-1]]
+    options = {"scale": 0.3, "multiplicity": multiplicity, "ranges": ranges}
+    with use_backend("triton"):
+        found = ops.attention(q, k, v, **options)
+    index = torch.cat([torch.arange(a, b) for a, b in zip(ranges[::2], ranges[1::2], strict=True)])
+    index = torch.cat([index[: ranges[1] - ranges[0]].repeat(multiplicity - 1), index])
+    k, v = k[:, :, index].double(), v[:, :, index].double()
+    exact = (torch.softmax(q.double() @ k.transpose(-1, -2) * 0.3, dim=-1) @ v).transpose(1, 2).flatten(2)
+    plain = F.scaled_dot_product_attention(q, k.to(dtype), v.to(dtype), scale=0.3).transpose(1, 2).flatten(2)
+    check(found, plain, exact)
+
+
+def test_attention_counts_and_ranges_alike_without_a_kernel():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (5, 40, 40))
+    repeated = [torch.cat([x[:, :, 4:7].repeat(1, 1, 9, 1), x[:, :, 10:]], dim=2) for x in (k, v)]
+    found = ops.attention(q, k, v, scale=0.3, multiplicity=9, ranges=[4, 7, 10, 40])
+    torch.testing.assert_close(found, ops.attention(q, *repeated, scale=0.3))
+    assert torch.equal(ops.attention(q, k, v, scale=0.3, multiplicity=9), ops.attention(q, k, v, scale=0.3))
+    assert torch.equal(ops.attention(q, k, v, scale=0.3, ranges=[0, 40]), ops.attention(q, k, v, scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranges": []}, "must be pairs"),
+        ({"ranges": [0, 3, 4]}, "must be pairs"),
+        ({"ranges": [2, 2]}, "must be pairs"),
+        ({"ranges": [-1, 2]}, "must be pairs"),
+        ({"ranges": [0, 2, 3, 6]}, "within 5 keys"),
+        ({"multiplicity": 0}, "multiplicity must be at least 1, not 0"),
+    ],
+)
+def test_attention_refuses_ranges_that_are_not_there(options, message):
+    q, k, v = (torch.zeros(1, 2, n, 16) for n in (3, 5, 5))
+    with use_backend("triton"), pytest.raises(ValueError, match=f"attention: .*{message}"):
+        ops.attention(q, k, v, scale=1.0, **options)
+
+
 def test_attention_splits_its_keys_where_queries_are_few():
     kernel = importlib.import_module("hart_infer.kernels.attention")
     assert kernel.splits_for(programs=2, keys=64, block=64, processors=108) == 1, "no part without work"
