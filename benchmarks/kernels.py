@@ -119,9 +119,11 @@ def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
         for per_group in (5, 20):
             constants = tile | {"PER_GROUP": per_group, "SILU": True}
             yield Case(f"group_norm_silu apply {name} {32 * per_group}", norm.apply_kernel, types, constants, tiles.warps)
-    for per_group, slabs in ((5, 256), (20, 256)) if dtype == "fp32" else ():
-        constants = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "SLABS": slabs}
-        yield Case(f"group_norm_silu merge {per_group}x{slabs}", norm.merge_kernel, results | {"eps": "fp32"}, constants)
+    for per_group in (5, 20) if dtype == "fp32" else ():
+        width = triton.next_power_of_2(per_group)
+        constants = {"PER_GROUP": per_group, "WIDTH": width, "SLABS": norm.MERGED // width}
+        name = f"group_norm_silu merge {per_group}x{norm.MERGED // width}"
+        yield Case(name, norm.merge_kernel, results | {"eps": "fp32"}, constants, warps=8)
 
 
 def guided_sample_cases(dtype: str) -> Iterator[Case]:

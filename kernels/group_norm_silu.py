@@ -16,7 +16,7 @@ from .launch import Config, multiprocessors
 
 CHANNELS_LAST = Config(64, 64, warps=8, stages=2)  # pixels x channels of a tile; columns are neighbours in memory
 CHANNELS_FIRST = Config(512, 8, warps=8, stages=2)  # here rows are
-MERGED = 8192  # slabs times channels of a group, at most, that one program merges
+MERGED = 4096  # slabs times channels of a group, at most, that one program merges
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     )  # fmt: skip
     merge_kernel[(groups, batch)](
         means, squares, group_means, group_scales, pixels, channels, per_slab, slabs, eps,
-        PER_GROUP=per_group, WIDTH=triton.next_power_of_2(per_group), SLABS=triton.next_power_of_2(slabs), num_warps=4,
+        PER_GROUP=per_group, WIDTH=triton.next_power_of_2(per_group), SLABS=triton.next_power_of_2(slabs), num_warps=8,
     )  # fmt: skip
     apply_kernel[(triton.cdiv(pixels, tiles.rows), blocks, batch)](
         x, out, weight.contiguous(), bias.contiguous(), group_means, group_scales, *strides, pixels, channels, groups,
