@@ -176,6 +176,14 @@ def test_rows_may_begin_anywhere(dtype):
     torch.testing.assert_close(by_kernel(ops.rms_norm, transposed, weight[:8], EPS), ops.rms_norm(transposed, weight[:8], EPS))
 
 
+@every_dtype
+@pytest.mark.parametrize("width", [1, 7, 33, 255])
+def test_a_single_row_has_any_width(width, dtype):
+    """No stride tells that its end is not the end of a pack."""
+    x, weight = numbers(width, dtype=dtype), numbers(width, dtype=dtype, seed=1)
+    torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm(x, weight, EPS))
+
+
 def test_rows_may_be_four_billion_bytes_apart():
     apart = 2**31 + 8
     x = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 64), (apart, 1))  # most of it is never touched

@@ -1,0 +1,166 @@
+"""Faults to plant, one at a time, and for each the test that has to find it.
+
+A row of another file or language needs nothing else: `file` is any of the checkout's under hart_infer/, kernels/ or csrc/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `before`, which stands in `file` once, by `after`; then `test` fails."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+def cuda(name: str, header: str, before: str, after: str, test: str) -> Mutation:
+    """In a device header."""
+    return Mutation(name, f"csrc/include/{header}.cuh", before, after, f"tests/csrc/test_norms.py::{test}")
+
+
+def triton(name: str, module: str, before: str, after: str, test: str) -> Mutation:
+    """In a Triton kernel."""
+    return Mutation(name, f"kernels/{module}.py", before, after, f"tests/ops/test_triton.py::{test}")
+
+
+MUTATIONS = [
+    cuda(
+        "no barrier before the warps' sums are read",
+        "reduce",
+        "    __syncthreads();\n    value = lane",
+        "    value = lane",
+        "test_rms_norm[1000-float32]",
+    ),
+    cuda(
+        "no barrier before the warps' sums are written again",
+        "reduce",
+        "    __syncthreads();  // the next exchange writes there again\n",
+        "",
+        "test_the_order_of_threads_does_not_matter[1000-reverse]",
+    ),
+    cuda(
+        "shuffles that leave half of a warp out",
+        "reduce",
+        "float warp_sum(float value) {\n#pragma unroll\n    for (int distance = WARP / 2;",
+        "float warp_sum(float value) {\n#pragma unroll\n    for (int distance = WARP / 4;",
+        "test_rms_norm[1000-float32]",
+    ),
+    cuda(
+        "nothing beyond what is held in registers",
+        "rows",
+        "for (; column < width; column += step) {",
+        "for (; column + step < width; column += step) {",
+        "test_rms_norm[9001-float32]",
+    ),
+    cuda(
+        "one column too few",
+        "rows",
+        "if (column < width) {",
+        "if (column + 1 < width) {",
+        "test_rms_norm[7-float32]",
+    ),
+    cuda(
+        "groups taken for rows",
+        "rows",
+        "group = blockIdx.x / rows, row = blockIdx.x % rows",
+        "group = blockIdx.x % rows, row = blockIdx.x / rows",
+        "test_groups_share_a_modulation_or_have_their_own",
+    ),
+    cuda(
+        "offsets of 32 bits",
+        "rows",
+        "row * view.row;",
+        "int(row * view.row);",
+        "test_rows_may_be_four_billion_bytes_apart",
+    ),
+    Mutation(
+        "packs beyond the end of a row",
+        "csrc/rms_norm.cu",
+        "shape.width % VEC == 0 &&",
+        "",
+        "tests/csrc/test_norms.py::test_a_single_row_has_any_width[33-bfloat16]",
+    ),
+    cuda(
+        "not rounded before the weight",
+        "rms_norm",
+        "product<T>(product<T>(values[i], factor), weights[i])",
+        "product<T>(values[i] * factor, weights[i])",
+        "test_rms_norm[1000-bfloat16]",
+    ),
+    cuda(
+        "a sum that is not rounded before its norm",
+        "rms_norm",
+        "values[i] = sum<T>(values[i], more[i])",
+        "values[i] = values[i] + more[i]",
+        "test_add_rms_norm[1000-bfloat16]",
+    ),
+    cuda(
+        "1 + scale rounded to the wrong dtype",
+        "rms_norm",
+        "sum<P>(1.f, scales[i])",
+        "sum<T>(1.f, scales[i])",
+        "test_rms_norm_modulate_of_an_input_wider_than_its_parameters[256-torch.bfloat16]",
+    ),
+    cuda(
+        "the mean square for the variance",
+        "layer_norm_modulate",
+        "(values[i] - mean) * (values[i] - mean)",
+        "values[i] * values[i]",
+        "test_layer_norm_modulate[affine-1000-bfloat16]",
+    ),
+    cuda(
+        "a gate that the update does not pass",
+        "layer_norm_modulate",
+        "product<T>(gates[i], more[i])",
+        "more[i]",
+        "test_gated_layer_norm_modulate[256-float32]",
+    ),
+    cuda(
+        "the largest number for the largest magnitude",
+        "rms_norm_quantized",
+        "fabsf(values[i])",
+        "values[i]",
+        "test_rms_norm_quantized[int8-1000-float32]",
+    ),
+    triton(
+        "one angle per pair",
+        "rope_cache",
+        "(second * cos_second)",
+        "(second * cos_first)",
+        "test_rope_cache[(2, 5, 3, 24)-plain-float32]",
+    ),
+    triton(
+        "a value one slot further in the cache",
+        "rope_cache",
+        "v_out + row * v_row + head * v_head + token * v_token",
+        "v_out + row * v_row + head * v_head + (token + 1) * v_token",
+        "test_rope_cache[(2, 5, 3, 24)-plain-float32]",
+    ),
+    triton(
+        "the last block of keys left out",
+        "attention",
+        "range(first, last, BLOCK_K)",
+        "range(first, last - BLOCK_K + 1, BLOCK_K)",
+        "test_attention[(1, 1, 70, 333, 64)-float32]",
+    ),
+    triton(
+        "the last key left out",
+        "attention",
+        "last = tl.minimum(first + keys_per_split, keys)",
+        "last = tl.minimum(first + keys_per_split, keys - 1)",
+        "test_attention[(1, 2, 16, 64, 24)-float32]",
+    ),
+    Mutation(
+        "a reference that rounds once",
+        "hart_infer/ops/rms_norm.py",
+        "(wide * scale).to(x.dtype) * weight",
+        "(wide * scale * weight).to(x.dtype)",
+        "tests/model/test_layers.py::test_rms_norm_rounds_before_the_weight",
+    ),
+]
