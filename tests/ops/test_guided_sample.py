@@ -236,3 +236,29 @@ def test_a_gpu_is_asked_for_failed_codes_in_the_end(on_cuda):
 def test_a_recorded_batch_is_replayed_on_the_cpu():
     with pytest.raises(InputError, match="replayed with draws on the CPU"):
         Draws([7], "cuda", images_per_seed=3)
+
+
+def test_a_gpu_s_draws_make_whole_pictures(pipe, monkeypatch):
+    """As a GPU would draw, with the residual left out: its noise needs a generator on the GPU."""
+    made, head = Draws.__init__, pipe.transformer.head.forward
+
+    def on_cuda(self, seeds, device):
+        made(self, seeds, device)
+        self.device = torch.device("cuda")
+
+    monkeypatch.setattr(Draws, "__init__", on_cuda)
+    options = {"num_inference_steps": 0, "output_type": "latent"}
+    both, first, other = (
+        pipe("a cat", seed=seed, num_images_per_prompt=n, **options).images for seed, n in ((3, 2), (3, 1), (4, 1))
+    )
+    assert both.isfinite().all() and torch.equal(both, torch.cat([first, other])) and not torch.equal(first, other)
+    scales = iter(range(99))
+
+    def broken(hidden, modulation):
+        logits = head(hidden, modulation)
+        return logits.fill_(torch.nan) if next(scales) == 1 else logits
+
+    monkeypatch.setattr(pipe.transformer.head, "forward", broken)
+    with pytest.raises(WeightsError, match="not finite"):
+        pipe("a cat", seed=3, **options)
+    assert next(scales) == len(pipe.transformer.config.patch_nums), "asked once, in the end"
