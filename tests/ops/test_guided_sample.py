@@ -10,54 +10,15 @@ from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.errors import InputError, WeightsError
-from hart_infer.ops.philox import gumbel, philox
+from hart_infer.ops.philox import philox
 from hart_infer.ops.registry import use_backend
 from hart_infer.sampling import Draws, Settings, check_codes, filter_logits, sample_scale
 from hart_infer.schedule import build_schedule
 from tests.ops.checks import check, every_dtype, strided
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-
+pytest.importorskip("triton")
 OPTIONS: dict[str, Any] = {"guidance": 2.5, "top_k": 9, "top_p": 0.0, "gain": 1.3, "temperature": 0.4, "mixes": True}
-KNOWN = [  # counter, key, words: Random123's known answers for philox4x32-10
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-@triton.jit
-def words_kernel(counter, seed, out):
-    """The four words that a kernel sees."""
-    c = [tl.load(counter + i).to(tl.uint32) for i in tl.static_range(4)]
-    words = tl.philox(tl.load(seed), c[0], c[1], c[2], c[3])
-    for i in tl.static_range(4):
-        tl.store(out + i, words[i].to(tl.int64))
-
-
-def bits(key: tuple[int, int]) -> Tensor:
-    """A key as int64 holds it."""
-    value = key[0] | key[1] << 32
-    return torch.tensor([value - 2**64 if value >= 2**63 else value])
-
-
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
-def test_philox_gives_the_known_answers(counter, key, words):
-    found = philox(tuple(torch.tensor([c]) for c in counter), bits(key))
-    assert tuple(word.item() for word in found) == words
-    found = torch.zeros(4, dtype=torch.int64)
-    words_kernel[(1,)](torch.tensor(counter), bits(key), found)
-    assert tuple(found.tolist()) == words
-
-
-def test_noise_is_finite_for_every_word():
-    assert gumbel(torch.tensor([0, 511, 512, 2**31, 2**32 - 512, 2**32 - 1])).isfinite().all()
 
 
 def exact(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
