@@ -11,6 +11,7 @@ roofline: the least time that these bytes and operations could take over the tim
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import time
@@ -33,6 +34,7 @@ PEAKS = {
     "L4": (0.3e12, 121e12, 30.3e12),
     "RTX 4090": (1.008e12, 165e12, 82.6e12),
 }
+EPS = 1e-6
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -50,6 +52,7 @@ class Shapes:
     channels: int
     decoder_channels: int
     image: int
+    norm_groups: int
     rows: int = 2
 
     @property
@@ -64,8 +67,8 @@ class Shapes:
 
 
 MODELS = {
-    "hart-mini": Shapes(8, 32, 12, 24 + 247, 1024, 192, 4096, 16, 16, 96),
-    "released": Shapes(24, 64, 64, 300 + 9451, 4096, 1024, 4096, 32, 160, 1024),
+    "hart-mini": Shapes(8, 32, 12, 24 + 247, 1024, 192, 4096, 16, 16, 96, 8),
+    "released": Shapes(24, 64, 64, 300 + 9451, 4096, 1024, 4096, 32, 160, 1024, 32),
 }
 
 
@@ -107,7 +110,84 @@ def swiglu(x: Inputs) -> Call:
     return (x(*shape), x(*shape)), {}
 
 
-CASES: dict[str, Callable[[Inputs], Call]] = {case.__name__: case for case in (attention, rope_cache, swiglu)}
+def _weight(x: Inputs) -> Tensor:
+    return x(x.shapes.width)
+
+
+def rms_norm(x: Inputs) -> Call:
+    """Before attention, where nothing was added yet."""
+    return (x.tokens(), _weight(x), EPS), {}
+
+
+def add_rms_norm(x: Inputs) -> Call:
+    """Before the MLP."""
+    return (x.tokens(), x.tokens(), _weight(x), EPS), {}
+
+
+def rms_norm_modulate(x: Inputs) -> Call:
+    """Before the head; one scale and shift per row."""
+    row = x(x.shapes.rows, 1, x.shapes.width)
+    return (x.tokens(), _weight(x), row, row, EPS), {}
+
+
+def rms_norm_quantized(x: Inputs) -> Call:
+    """The norm in int8."""
+    return (x.tokens(), _weight(x), EPS, torch.int8), {}
+
+
+def _diffusion_rows(x: Inputs, count: int) -> list[Tensor]:
+    shape = (x.shapes.rows * x.shapes.tokens, x.shapes.diffusion_width)
+    return [x(*shape) for _ in range(count)]
+
+
+def layer_norm_modulate(x: Inputs) -> Call:
+    """The residual diffusion's first norm."""
+    rows, scale, shift = _diffusion_rows(x, 3)
+    return (rows, rows[0], rows[1], scale, shift, EPS), {}
+
+
+def gated_layer_norm_modulate(x: Inputs) -> Call:
+    """Its later norms."""
+    rows, update, gate, scale, shift = _diffusion_rows(x, 5)
+    return (rows, update, gate, rows[0], rows[1], scale, shift, EPS), {}
+
+
+def diffusion_step(x: Inputs) -> Call:
+    """One step behind its network, guided."""
+    from hart_infer.model.diffusion import diffusion_schedule
+
+    step = dataclasses.asdict(diffusion_schedule(8)[0])
+    del step["timestep"]
+    count, channels = x.shapes.tokens, x.shapes.channels
+    now, noise = (x(count, channels, dtype=torch.float32) for _ in range(2))
+    eps, variance = (x(2 * count, channels, dtype=torch.float32) for _ in range(2))
+    return (now, eps, variance, noise), {"guidance": 4.5, **step}
+
+
+def guided_sample(x: Inputs) -> Call:
+    """The last scale's codes, guided, top-k 300, mixed."""
+    s = x.shapes
+    logits, codebook = x(2, s.tokens, s.codes, dtype=torch.float32), x(s.codes, s.channels, dtype=torch.float32)
+    seeds, offset = (torch.tensor([n], device=x.device) for n in (7, 0))
+    options = {"guidance": 4.5, "top_k": 300, "top_p": 0.0, "gain": 1.9, "temperature": 0.03, "mixes": True}
+    return (logits, codebook, seeds, offset), options
+
+
+def group_norm_silu(x: Inputs) -> Call:
+    """The decoder's last level."""
+    s = x.shapes
+    layout = torch.contiguous_format if x.dtype == torch.float32 else torch.channels_last
+    picture = x(1, s.decoder_channels, s.image, s.image).contiguous(memory_format=layout)
+    return (picture, x(s.decoder_channels), x(s.decoder_channels), s.norm_groups, EPS), {}
+
+
+CASES: dict[str, Callable[[Inputs], Call]] = {
+    case.__name__: case
+    for case in (
+        attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
+        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, group_norm_silu,
+    )
+}  # fmt: skip
 
 
 def operations_of(name: str, s: Shapes) -> float:

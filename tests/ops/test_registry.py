@@ -107,8 +107,21 @@ def test_compilers_know_every_operation():
     """Schema, fake implementation and the arguments written to, checked by PyTorch's own test."""
     q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
     table, slots = torch.randn(1, 1, 3, 8), torch.randn(2, 1, 2, 3, 8)
+    rows, row, width = torch.randn(3, 8), torch.randn(1, 1, 8), torch.randn(8)
+    step = {"guidance": 1.5, "x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
+    step |= {"log_variance_min": -3.0, "log_variance_max": -1.0, "adds_noise": True}
+    drawn = {"guidance": 1.5, "top_k": 4, "top_p": 0.9, "gain": 1.2, "temperature": 0.3, "mixes": True}
     calls = {
-        "attention": ((q, k, v), {"scale": 0.3}),
+        "add_rms_norm": ((rows, rows + 1, width, 1e-6), {}),
+        "attention": ((q, k, v), {"scale": 0.3, "multiplicity": 3, "ranges": [0, 1, 2, 5]}),
+        "diffusion_step": ((rows, *torch.randn(2, 6, 8), rows), step),
+        "gated_layer_norm_modulate": ((rows, rows + 1, rows, width, None, rows, rows, 1e-6), {}),
+        "group_norm_silu": ((torch.randn(1, 4, 2, 3), torch.ones(4), torch.zeros(4), 2, 1e-6), {"silu": True}),
+        "guided_sample": ((torch.randn(2, 3, 9), torch.randn(9, 4), torch.tensor([5]), torch.tensor([0])), drawn),
+        "layer_norm_modulate": ((rows, width, width, rows, rows, 1e-6), {}),
+        "rms_norm": ((rows, width, 1e-6), {}),
+        "rms_norm_modulate": ((rows[None], width, row, row, 1e-6), {}),
+        "rms_norm_quantized": ((rows, width, 1e-6, torch.int8), {}),
         "rope_cache": ((torch.randn(1, 3, 3, 2, 8), table, table, *slots.clone(), None), {}),
         "swiglu": ((q, q + 1), {}),
     }
