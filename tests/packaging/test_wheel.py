@@ -21,13 +21,13 @@ LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pyc
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command that sees nothing of this environment or the Hub, and return what it printed."""
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    """Run a command that sees nothing of this environment or the Hub but `variables`, and return what it printed."""
     env = {name: value for name, value in os.environ.items() if name not in LEAKS}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=env | {"HF_HUB_OFFLINE": "1"},
+        env=env | {"HF_HUB_OFFLINE": "1"} | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -40,10 +40,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel as a release would be: from the sdist, out of a copy that holds no earlier build."""
+    """Build the wheel as a release would be: from the sdist, out of a copy that holds no earlier build, without CUDA."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_BEHIND)
-    run(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source", cwd=folder)
+    command = (sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source")
+    run(*command, cwd=folder, HART_INFER_BUILD_CUDA="0")
     (built,) = (folder / "dist").glob("*.whl")
     return built
 
@@ -65,9 +66,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         wheel.name.rsplit("-", 3)[0] + ".dist-info",
     }
     files = (path for path in (ROOT / "hart_infer").rglob("*") if path.is_file())
-    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts and path.suffix != ".so"}
     expected |= {f"hart_infer/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert expected <= names
+    assert not any(name.endswith(".so") for name in names)
 
 
 def test_wheel_needs_no_compiler_and_states_its_licence(wheel: Path) -> None:

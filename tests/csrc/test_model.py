@@ -1,0 +1,40 @@
+"""The model's modules with the CUDA norms, compiled for the CPU, in place of PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hart_infer.model.diffusion import ResidualDiffusion
+from hart_infer.ops.registry import use_backend
+from tests.model.test_transformer import ADAPTIVE, PLAIN, build, run
+
+pytestmark = pytest.mark.usefixtures("on_host")
+
+
+@pytest.mark.parametrize("config", [PLAIN, ADAPTIVE], ids=["plain", "adaptive"])
+def test_a_transformer(config):
+    """As near to fp64 as with PyTorch's norms: depth multiplies what each of them rounds."""
+    context = torch.randn(1, config.context_token, config.context_dim, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True, True, True, False, False, False]])
+
+    def outputs(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        with use_backend(backend):
+            transformer = build(config).to(dtype)
+            start, hidden = run(transformer, context.to(dtype), mask)
+            return hidden, transformer.head(hidden, start.modulation.head)
+
+    exact = outputs("torch", torch.float64)
+    found, expected = (
+        [(x - y).norm() for x, y in zip(outputs(b, torch.float32), exact, strict=True)] for b in ("cuda", "torch")
+    )
+    assert all(0 < x <= 2 * y for x, y in zip(found, expected, strict=True))
+
+
+def test_a_residual_diffusion():
+    torch.manual_seed(0)
+    network = ResidualDiffusion(channels=4, condition_dim=32, width=16, depth=3).requires_grad_(False)
+    arguments = (torch.randn(5, 4), torch.tensor([571]), torch.randn(10, 16))
+    expected = network(*arguments)
+    with use_backend("cuda"):
+        torch.testing.assert_close(network(*arguments), expected)
