@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # What decides whether the installed environment is still the right one.
 BUILD_FILES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test slow gpu package lint format types clean
+.PHONY: demo test slow gpu kernels package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -25,7 +25,10 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
 
 gpu: $(VENV)/.installed-dev  # on a machine with a CUDA device; writes figures to $HART_INFER_RESULTS or benchmarks/results
-	$(BIN)/python -m pytest tests/gpu tests/ops tests/golden/test_kernels.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/gpu tests/ops tests/csrc/test_norms.py tests/golden/test_kernels.py $(PYTEST_ARGS)
+
+kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where one is worse than on record
+	$(BIN)/python benchmarks/kernels.py --capability 80 90 --compare benchmarks/results/kernels.json
 
 package: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m packaging $(PYTEST_ARGS)

@@ -1,38 +1,31 @@
-"""Compile every CUDA kernel of csrc/ for several GPUs, without one, and say what the compiler made of it.
+"""The CUDA kernels of csrc/, compiled for several GPUs without one; `kernels.py` shows what came out.
 
-    python benchmarks/cuda_kernels.py --out benchmarks/results/cuda_kernels.json
-
-Registers, shared memory, spilled bytes and 128-bit loads, from nvcc's report and the disassembled binaries. These are static
-facts, not timings. Needs nvcc, and nvdisasm: the toolkit's, or that in Triton's package.
+Needs nvcc, and nvdisasm: the toolkit's, or that in Triton's package.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from binaries import instructions
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-CAPABILITIES = (80, 86, 89, 90, 100)
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", "a": "int8", "NS_6Float8E": "fp8"}
 REPORT = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)'.*?(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers"
     r"(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE)
-MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)")
+WARPS = 3  # of a block, for the released width of 1536: 16 elements a thread (csrc/include/launch.cuh)
 
 
 def tool(name: str) -> str:
@@ -70,26 +63,23 @@ def compiled(source: Path, capability: int) -> list[dict[str, Any]]:
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         listing = subprocess.run([tool("nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
     bodies = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", listing, re.MULTILINE | re.DOTALL))
-    return [row(report, capability, Counter(INSTRUCTION.findall(bodies[report["symbol"]]))) for report in REPORT.finditer(log)]
+    return [row(report, capability, bodies[report["symbol"]]) for report in REPORT.finditer(log)]
 
 
-def row(report: re.Match[str], capability: int, counts: Counter[str]) -> dict[str, Any]:
+def row(report: re.Match[str], capability: int, listing: str) -> dict[str, Any]:
     """With the keys of `benchmarks/kernels.py`."""
-    loads = {op: n for op, n in counts.items() if op.startswith(("LDG", "LDGSTS"))}
     return {
         "kernel": name_of(report["symbol"]),
         "capability": capability,
+        "warps": WARPS,
         "registers": int(report["registers"]),
         "shared_bytes": int(report["shared"] or 0),
         "spilled_bytes": int(report["spilled"]),
-        "matrix": dict(sorted(Counter(match[0] for op in counts.elements() if (match := MATRIX.match(op))).items())),
-        "loads_128": sum(n for op, n in loads.items() if ".128" in op),
-        "loads": sum(loads.values()),
-        "instructions": sum(counts.values()),
+        **instructions(listing),
     }
 
 
-def rows(capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
+def rows(capabilities: Sequence[int]) -> list[dict[str, Any]]:
     """Every kernel on every GPU."""
     jobs = [(source, capability) for capability in capabilities for source in sorted(CSRC.glob("*.cu"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -97,26 +87,11 @@ def rows(capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
         return [kernel for kernels in found for kernel in kernels]
 
 
-def main() -> int:
-    """Compile, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    kernels = rows(args.capability)
-    for kernel in kernels:
-        print(
-            f"{kernel['kernel']:<48}sm_{kernel['capability']:<4}{kernel['registers']:>3} registers  "
-            f"{kernel['shared_bytes']:>4} B shared  {kernel['spilled_bytes']} B spilled  "
-            f"{kernel['loads_128']}/{kernel['loads']} loads of 128 bit  {kernel['instructions']} instructions"
-        )
-    if args.out:
-        version = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
-        release = re.search(r"release ([\d.]+)", version)
-        result = {"benchmark": "cuda_kernels", "cuda": release and release[1], "kernels": kernels}
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def version() -> str | None:
+    """Of CUDA, or None without nvcc."""
+    try:
+        told = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        return None
+    release = re.search(r"release ([\d.]+)", told)
+    return release and release[1]

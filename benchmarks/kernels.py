@@ -1,168 +1,35 @@
-"""Compile every Triton kernel for several GPUs, without one, and say what the compiler made of it.
+"""Compile every kernel for several GPUs, without one, and say what the compilers made of it.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels.json
+    python benchmarks/kernels.py --out benchmarks/results/kernels.json --table docs/kernels.md
+    python benchmarks/kernels.py --capability 80 90 --compare benchmarks/results/kernels.json
 
-Registers, shared memory, spilled bytes, matrix instructions and 128-bit loads, from the compiled binaries. These are static
-facts, not timings. Needs triton 3.6 or newer, whose package brings the assembler and the disassembler; no CUDA, no driver.
+Registers, shared memory, spilled bytes, occupancy, matrix instructions and 128-bit loads, from the compiled binaries: static
+facts, not timings. The Triton kernels need triton 3.6 or newer, whose package brings assembler and disassembler; the CUDA
+ones nvcc, and are left out without it. --compare fails where a kernel is worse than on record.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel can't be compiled
-
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import cuda_kernels
+from binaries import instructions, occupancy
+from kernel_cases import Case, cases, triton
+from triton.backends.compiler import GPUTarget
 
 CAPABILITIES = (80, 86, 89, 90)
-TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-ALIGNED = re.compile(r"_(row|head|token|part|split|half|image|pixel|channel)$|^(width|vocabulary|channels|pixels|per_slab)$")
-MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with the constants and the types of one use."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]  # of pointers and floats; the rest are 32-bit integers
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    fusion: bool = True  # of products and sums
-
-    def source(self) -> ASTSource:
-        """For the compiler; pointers and strides are multiples of 16, as the launchers' almost always are."""
-        names = self.kernel.arg_names
-        kinds = {name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names}
-        aligned = [n for n in names if kinds[n].startswith("*") or ALIGNED.search(n)]
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if kinds[name] != "constexpr"}
-        return ASTSource(fn=self.kernel, signature=kinds, constexprs=self.constants, attrs=attributes)
-
-
-def module(name: str) -> Any:
-    """A module of kernels."""
-    return importlib.import_module(f"hart_infer.kernels.{name}")
-
-
-def attention_cases(dtype: str) -> Iterator[Case]:
-    """The released model's heads, hart-mini's, wide ones; one query and many; all keys, and two ranges of them."""
-    attention = module("attention")
-    for head_dim, queries, ranged in (
-        (64, 4096, False),
-        (64, 4096, True),
-        (64, 1, False),
-        (32, 144, False),
-        (128, 4096, False),
-    ):
-        for split in (False, True) if queries == 1 else (False,):
-            tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
-            types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
-            types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
-            constants = {"HEAD_DIM": head_dim, "WIDTH": head_dim, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
-            constants |= {"SPLIT": split, "RANGED": bool(ranged), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-            name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}{' split' * split}{' ranges' * ranged}"
-            yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages)
-
-
-def merge_cases() -> Iterator[Case]:
-    """The parts of attention with split keys."""
-    types = dict.fromkeys(("parts", "maxima", "sums"), "*fp32") | {"out": "*bf16"}
-    constants = {"HEAD_DIM": 64, "WIDTH": 64, "SPLITS": 16}
-    yield Case("attention merge bf16 d64 16 splits", module("attention").merge_kernel, types, constants)
-
-
-def rope_cache_cases(dtype: str) -> Iterator[Case]:
-    """The released model's heads, and hart-mini's."""
-    for heads, head_dim in ((24, 64), (8, 32)):
-        types = dict.fromkeys(("qkv", "cos", "sin", "gains", "q_out", "k_out", "v_out"), f"*{dtype}")
-        constants = {"HALF": head_dim // 2, "LANES": head_dim // 2, "HEADS": triton.next_power_of_2(heads), "NORMALISED": False}
-        kernel = module("rope_cache").rope_cache_kernel
-        yield Case(f"rope_cache {dtype} {heads}x{head_dim}", kernel, types, constants, fusion=False)
-
-
-def swiglu_cases(dtype: str) -> Iterator[Case]:
-    """Any width."""
-    swiglu = module("swiglu")
-    types = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
-    yield Case(f"swiglu {dtype}", swiglu.swiglu_kernel, types, {"BLOCK": swiglu.BLOCK})
-
-
-def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
-    """The released decoder's widest and its largest level, in both memory formats."""
-    norm = module("group_norm_silu")
-    results = dict.fromkeys(("means", "squares", "group_means", "group_scales"), "*fp32")
-    for last, tiles in ((True, norm.CHANNELS_LAST), (False, norm.CHANNELS_FIRST)):
-        tile = {"PIXELS": tiles.rows, "CHANNELS": tiles.columns, "x_channel" if last else "x_pixel": 1}
-        name = f"{dtype} channels {'last' if last else 'first'}"
-        yield Case(f"group_norm_silu slab {name}", norm.slab_kernel, results | {"x": f"*{dtype}"}, tile, tiles.warps)
-        types = results | dict.fromkeys(("x", "out", "weight", "bias"), f"*{dtype}")
-        for per_group in (5, 20):
-            constants = tile | {"PER_GROUP": per_group, "SILU": True}
-            yield Case(f"group_norm_silu apply {name} {32 * per_group}", norm.apply_kernel, types, constants, tiles.warps)
-    for per_group in (5, 20) if dtype == "fp32" else ():
-        width = triton.next_power_of_2(per_group)
-        constants = {"PER_GROUP": per_group, "WIDTH": width, "SLABS": norm.MERGED // width}
-        name = f"group_norm_silu merge {per_group}x{norm.MERGED // width}"
-        yield Case(name, norm.merge_kernel, results | {"eps": "fp32"}, constants, warps=8)
-
-
-def guided_sample_cases(dtype: str) -> Iterator[Case]:
-    """The released vocabulary, and the largest that is supported."""
-    sample = module("guided_sample")
-    numbers = dict.fromkeys(("with_guidance", "guidance", "removable", "gain", "rate"), "fp32")
-    types = numbers | {"logits": f"*{dtype}", "indices": "*i64", "seeds": "*i64", "offset": "*i64"}
-    types |= dict.fromkeys(("codebook", "thresholds", "embeddings"), "*fp32")
-    for vocabulary in (4096, sample.MAX_VOCABULARY):
-        for top_p in (False, True):
-            constants = {"GUIDED": True, "TOP_K": True, "TOP_P": top_p, "BLOCK": vocabulary}
-            name = f"guided_sample threshold {dtype} {vocabulary}{' top-p' * top_p}"
-            yield Case(name, sample.threshold_kernel, types, constants, sample.warps_for(vocabulary), fusion=False)
-    for mixes in (True, False):
-        constants = {"GUIDED": True, "FILTERED": True, "MIXES": mixes}
-        constants |= {"TOKENS": sample.TOKENS, "CODES": sample.CODES, "WIDTH": 32}
-        yield Case(f"guided_sample draw {dtype}{' mixes' * mixes}", sample.draw_kernel, types, constants, fusion=False)
-
-
-def diffusion_step_cases() -> Iterator[Case]:
-    """The released latent's channels."""
-    step = module("diffusion_step")
-    numbers = ("with_guidance", "guidance", "x0_from_x", "x0_from_noise", "mean_from_x0", "mean_from_x")
-    types = dict.fromkeys((*numbers, "log_variance_min", "log_variance_max"), "fp32")
-    types |= dict.fromkeys(("x", "eps", "variance", "noise", "out"), "*fp32")
-    constants = {"CHANNELS": 32, "GUIDED": True, "ADDS_NOISE": True, "BLOCK": step.BLOCK}
-    yield Case("diffusion_step 32", step.diffusion_step_kernel, types, constants, fusion=False)
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel, in the shapes of the released model and of hart-mini."""
-    for dtype in TYPES:
-        yield from attention_cases(dtype)
-        yield from rope_cache_cases(dtype)
-        yield from swiglu_cases(dtype)
-        yield from group_norm_silu_cases(dtype)
-        yield from guided_sample_cases(dtype)
-    yield from merge_cases()
-    yield from diffusion_step_cases()
+BEGIN, END = "<!-- begin: benchmarks/kernels.py -->", "<!-- end -->"
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -183,20 +50,17 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = RESOURCES.search(tool("cuobjdump", "--dump-resource-usage", file.name))
-        counts = Counter(INSTRUCTION.findall(tool("nvdisasm", "-c", file.name)))
+        listing = tool("nvdisasm", "-c", file.name)
     spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
-    assert usage is not None
+    assert usage is not None and spilled is not None
     return {
         "kernel": case.name,
         "capability": capability,
         "warps": case.warps,
         "registers": int(usage[1]),
         "shared_bytes": kernel.metadata.shared,
-        "spilled_bytes": int(spilled[1]) if spilled else None,
-        "matrix": dict(sorted(Counter(match[0] for op in counts.elements() if (match := MATRIX.match(op))).items())),
-        "loads_128": sum(n for op, n in counts.items() if op.startswith(("LDG", "LDGSTS")) and ".128" in op),
-        "loads": sum(n for op, n in counts.items() if op.startswith(("LDG", "LDGSTS"))),
-        "instructions": sum(counts.values()),
+        "spilled_bytes": int(spilled[1]),
+        **instructions(listing),
     }
 
 
@@ -207,29 +71,108 @@ def triton_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, An
             yield compiled(case, capability)
 
 
-SOURCES = (triton_rows,)  # of rows; each takes a part of the kernel's name and the capabilities
+def cuda_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The same of csrc/; none where nvcc is missing."""
+    try:
+        yield from (row for row in cuda_kernels.rows(capabilities) if only in row["kernel"])
+    except FileNotFoundError as error:
+        print(f"without the CUDA kernels: {error}", file=sys.stderr)
+
+
+SOURCES: dict[str, Callable[[str, Sequence[int]], Iterator[dict[str, Any]]]] = {"triton": triton_rows, "cuda": cuda_rows}
+
+
+def versions(sources: Sequence[str]) -> dict[str, str | None]:
+    """Of the compilers, whose work this is."""
+    found = {"triton": triton.__version__, "cuda": cuda_kernels.version()}
+    return {name: found[name] for name in sources}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    return (
+        f"{row['kernel']:<46}sm_{row['capability']:<4}{row['registers']:>3} registers {row['shared_bytes']:>6} B shared "
+        f"{row['spilled_bytes']} B spilled  {row['occupancy']:>4.0%} occupied  {row['loads_128']}/{row['loads']} wide loads"
+        + "".join(f"  {op} {count}" for op, count in row["matrix"].items())
+    )
+
+
+def worse(row: dict[str, Any], before: dict[str, Any]) -> str | None:
+    """What got worse since `before`, or None."""
+    if row["spilled_bytes"] > before["spilled_bytes"]:
+        return f"spills {row['spilled_bytes']} bytes, not {before['spilled_bytes']}"
+    if row["occupancy"] < before["occupancy"]:
+        return f"occupies {row['occupancy']:.0%}, not {before['occupancy']:.0%} ({row['registers']} registers)"
+    if row["loads_128"] / max(row["loads"], 1) < before["loads_128"] / max(before["loads"], 1):
+        return f"has {row['loads_128']} of {row['loads']} loads of 128 bits, not {before['loads_128']} of {before['loads']}"
+    if set(before["matrix"]) - set(row["matrix"]):
+        return f"has no {', '.join(set(before['matrix']) - set(row['matrix']))}"
+    return None
+
+
+def regressions(rows: Sequence[dict[str, Any]], record: dict[str, Any], compilers: dict[str, str | None]) -> list[str]:
+    """Sentences about the rows that got worse, or are not on record. Another compiler's work is not compared."""
+    known = {(row["source"], row["kernel"], row["capability"]): row for row in record["kernels"]}
+    found = []
+    for row in rows:
+        if compilers[row["source"]] != record["compilers"].get(row["source"]):
+            continue
+        before = known.get((row["source"], row["kernel"], row["capability"]))
+        reason = "is not on record" if before is None else worse(row, before)
+        if reason:
+            found.append(f"{row['kernel']} on sm_{row['capability']} {reason}")
+    return found
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Registers, occupancy and matrix instructions, for the table."""
+    if row is None:
+        return ""
+    return ", ".join([str(row["registers"]), f"{row['occupancy']:.0%}", *row["matrix"]])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a line per kernel."""
+    targets = sorted({row["capability"] for row in rows})
+    lines = ["| kernel | warps | spilled | 128-bit loads | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
+    lines.append("|---" * (4 + len(targets)) + "|")
+    by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
+    for name, on in by_kernel.items():
+        last = on[max(on)]
+        spilled = max(row["spilled_bytes"] for row in on.values())
+        cells = " | ".join(cell(on.get(target)) for target in targets)
+        lines.append(f"| {name} | {last['warps']} | {spilled} | {last['loads_128']} of {last['loads']} | {cells} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Compile, print and write."""
+    """Compile, print, compare and write; 1 where something got worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--source", nargs="*", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--compare", type=Path, help="a record; fail where a kernel is worse")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--table", type=Path, help="Markdown file whose table to replace")
     args = parser.parse_args()
-    rows = []
-    for row in (row for source in SOURCES for row in source(args.only, args.capability)):
-        rows.append(row)
-        matrix = " ".join(f"{op} {count}" for op, count in row["matrix"].items())
-        print(
-            f"{row['kernel']:<46}sm_{row['capability']}  {row['registers']:>3} registers  {row['shared_bytes']:>6} B shared  "
-            f"{row['spilled_bytes']} B spilled  {row['loads_128']}/{row['loads']} loads of 128 bit  {matrix}",
-            flush=True,
-        )
+    rows, compilers = [], versions(args.source)
+    for name in args.source:
+        for row in SOURCES[name](args.only, args.capability):
+            sizes = {key: row[key] for key in ("warps", "registers", "shared_bytes")}
+            rows.append({"source": name, **row, "occupancy": occupancy(row["capability"], **sizes)})
+            print(line(rows[-1]), flush=True)
     if args.out:
-        result = {"benchmark": "kernels", "triton": triton.__version__, "kernels": rows}
+        result = {"benchmark": "kernels", "compilers": compilers, "kernels": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    if args.table:
+        text = args.table.read_text(encoding="utf-8")
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        args.table.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    found = regressions(rows, json.loads(args.compare.read_text(encoding="utf-8")), compilers) if args.compare else []
+    print("\n".join(found), file=sys.stderr, end="\n" if found else "")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The kernels of csrc/ on the CPU, behind the door that they have in the package."""
+"""The kernels of csrc/ behind the door that they have in the package: on the CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from hart_infer.extension import library
 from hart_infer.ops.registry import OPS
@@ -21,8 +22,13 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
 
 
 @pytest.fixture
-def on_host(host_library: library.Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`use_backend("cuda")` runs the kernels on CPU tensors."""
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`use_backend("cuda")` runs the kernels: the package's where there is a GPU, else on CPU tensors."""
+    if torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield
+        return
+    host_library = request.getfixturevalue("host_library")
     monkeypatch.setattr(library, "load", lambda: host_library)
     for operation in OPS.values():
         monkeypatch.setattr(operation, "_chosen", {})

@@ -1,8 +1,9 @@
-"""Poisoned memory and a repaired interpreter, for every test of an operation."""
+"""Where an operation's tests run, poisoned memory, and a repaired interpreter."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from tests.ops.interpreter import repair
 
 with suppress(ImportError):  # without Triton its tests are skipped
     repair()
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu() -> Iterator[None]:
+    """Where there is one, tensors are made there and the kernels are compiled; elsewhere Triton interprets them."""
+    with torch.device("cuda") if torch.cuda.is_available() else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
