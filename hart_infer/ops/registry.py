@@ -22,6 +22,7 @@ REFERENCE = "torch"
 BACKENDS = ("cuda", "triton", REFERENCE)  # in the order of preference
 logger = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
+_told: set[str] = set()
 OPS: dict[str, Op[Any, Any]] = {}
 
 
@@ -156,10 +157,11 @@ def _is_learning(args: tuple[Any, ...]) -> bool:
 
 
 def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
-    """Say once that a GPU which has kernels can't use them."""
-    if where.device == "cuda" and choice.backend == REFERENCE and choice.refusals:
-        listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
-        logger.warning("%s runs on PyTorch on %s (%s).", name, where, listed)
+    """Say that a GPU which has kernels can't use them: each reason once, whatever operations share it."""
+    listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
+    if where.device == "cuda" and choice.backend == REFERENCE and listed and listed not in _told:
+        _told.add(listed)
+        logger.warning("%s and operations like it run on PyTorch on %s (%s).", name, where, listed)
 
 
 def op(*, mutates: Sequence[str] = (), **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
