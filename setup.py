@@ -59,7 +59,10 @@ def compile_kernels(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [nvcc, "-O3", "-std=c++17", "--threads=0", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [*options, f'-DHART_TARGETS="{names}"', f"-I{ROOT / 'csrc' / 'include'}", *map(str, sources), "-o", str(output)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise NoKernels(f"nvcc can't be run: {error}") from None
     if done.returncode:
         output.unlink(missing_ok=True)
         detail = done.stdout if os.environ.get("HART_INFER_BUILD_CUDA") == "1" else done.stdout.strip().rpartition("\n")[2]

@@ -53,6 +53,7 @@ def attention_cases(dtype: str) -> Iterator[Case]:
         (64, 1, False),
         (32, 144, False),
         (128, 4096, False),
+        (128, 1, True),
     ):
         for split in (False, True) if queries == 1 else (False,):
             tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
@@ -73,11 +74,12 @@ def merge_cases() -> Iterator[Case]:
 
 def rope_cache_cases(dtype: str) -> Iterator[Case]:
     """The released model's heads, and hart-mini's."""
-    for heads, head_dim in ((24, 64), (8, 32)):
+    for heads, head_dim, normalised in ((24, 64, False), (8, 32, False), (24, 64, True)):
         types = dict.fromkeys(("qkv", "cos", "sin", "gains", "q_out", "k_out", "v_out"), f"*{dtype}")
-        constants = {"HALF": head_dim // 2, "LANES": head_dim // 2, "HEADS": triton.next_power_of_2(heads), "NORMALISED": False}
+        constants = {"HALF": head_dim // 2, "LANES": head_dim // 2, "HEADS": triton.next_power_of_2(heads)}
+        name = f"rope_cache {dtype} {heads}x{head_dim}{' normalised' * normalised}"
         kernel = module("rope_cache").rope_cache_kernel
-        yield Case(f"rope_cache {dtype} {heads}x{head_dim}", kernel, types, constants, fusion=False)
+        yield Case(name, kernel, types, constants | {"NORMALISED": normalised}, fusion=False)
 
 
 def swiglu_cases(dtype: str) -> Iterator[Case]:
@@ -99,6 +101,8 @@ def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
         for per_group in (5, 20):
             constants = tile | {"PER_GROUP": per_group, "SILU": True}
             yield Case(f"group_norm_silu apply {name} {32 * per_group}", norm.apply_kernel, types, constants, tiles.warps)
+    one = {"PER_GROUP": 4, "WIDTH": 4, "SLABS": 1, "pixels": 1, "slabs": 1}  # ones are compiled in
+    yield Case(f"group_norm_silu merge {dtype} of one pixel", norm.merge_kernel, results | {"eps": "fp32"}, one, warps=8)
     for per_group in (5, 20) if dtype == "fp32" else ():
         width = triton.next_power_of_2(per_group)
         constants = {"PER_GROUP": per_group, "WIDTH": width, "SLABS": norm.MERGED // width}
@@ -117,10 +121,11 @@ def guided_sample_cases(dtype: str) -> Iterator[Case]:
             constants = {"GUIDED": True, "TOP_K": True, "TOP_P": top_p, "BLOCK": vocabulary}
             name = f"guided_sample threshold {dtype} {vocabulary}{' top-p' * top_p}"
             yield Case(name, sample.threshold_kernel, types, constants, sample.warps_for(vocabulary), fusion=False)
-    for mixes in (True, False):
-        constants = {"GUIDED": True, "FILTERED": True, "MIXES": mixes}
+    for mixes, guided in ((True, True), (False, True), (True, False)):
+        constants = {"GUIDED": guided, "FILTERED": guided, "MIXES": mixes}
         constants |= {"TOKENS": sample.TOKENS, "CODES": sample.CODES, "WIDTH": 32}
-        yield Case(f"guided_sample draw {dtype}{' mixes' * mixes}", sample.draw_kernel, types, constants, fusion=False)
+        name = f"guided_sample draw {dtype}{' mixes' * mixes}{' plain' * (not guided)}"
+        yield Case(name, sample.draw_kernel, types, constants, fusion=False)
 
 
 def diffusion_step_cases() -> Iterator[Case]:

@@ -111,11 +111,16 @@ def worse(row: dict[str, Any], before: dict[str, Any]) -> str | None:
 
 
 def regressions(rows: Sequence[dict[str, Any]], record: dict[str, Any], compilers: dict[str, str | None]) -> list[str]:
-    """Sentences about the rows that got worse, or are not on record. Another compiler's work is not compared."""
+    """Sentences about the rows that got worse, or are not on record; another compiler's work is not compared, which is told."""
+    same = {name for name, version in compilers.items() if version and version == record["compilers"].get(name)}
+    for name in sorted(set(compilers) - same):
+        print(f"not compared: {name} (on record {record['compilers'].get(name)}, here {compilers[name]})", file=sys.stderr)
+    if not same:
+        return ["Nothing could be compared."]
     known = {(row["source"], row["kernel"], row["capability"]): row for row in record["kernels"]}
     found = []
     for row in rows:
-        if compilers[row["source"]] != record["compilers"].get(row["source"]):
+        if row["source"] not in same:
             continue
         before = known.get((row["source"], row["kernel"], row["capability"]))
         reason = "is not on record" if before is None else worse(row, before)

@@ -20,7 +20,7 @@ import torch
 from architecture import PRESETS
 from random_checkpoint import write_checkpoint
 
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy")
 SIZES = {preset.size: name for name, preset in PRESETS.items()}
 
 
@@ -42,6 +42,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_field("/proc/meminfo", "MemTotal"),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "hart_infer": hart_infer.__version__,
         **{name: _version(name) for name in PACKAGES},

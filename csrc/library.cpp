@@ -4,7 +4,7 @@
 #define HART_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised with every change of a launcher's arguments; hart_infer/extension/library.py expects one value.
-HART_EXPORT int hart_infer_interface() { return 1; }
+HART_EXPORT int hart_infer_interface() { return 2; }
 
 // "80 86 90+PTX", the GPUs that it was built for, or "host" for the tests' build.
 HART_EXPORT const char* hart_infer_targets() { return HART_TARGETS; }

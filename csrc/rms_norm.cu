@@ -18,6 +18,14 @@ int run(const RmsNorm& call, const Shape& shape, void* stream) {
 }  // namespace
 }  // namespace hart
 
+// Whether the driver and the current GPU take the library's code: one kernel is looked up, which loads it.
+HART_EXPORT int hart_infer_trial() {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, hart::rms_norm_kernel<float, float, 1>);
+    if (error != cudaSuccess) cudaGetLastError();
+    return static_cast<int>(error);
+}
+
 // `dtype` is that of x, update, total and out; `parameters` that of weight, scale and shift: the same, or any
 // if x is fp32.
 HART_EXPORT int hart_infer_rms_norm(hart::View x, hart::View update, const void* weight, hart::View scale,

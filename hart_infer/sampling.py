@@ -57,8 +57,8 @@ class Draws:
     is replayed, so an image's draws do not depend on the batch it is in. Draws happen on `device` (a CPU generator gives
     the same numbers whatever device computes) and are moved to where they are used.
 
-    On a CUDA device only the residual's noise comes from generators. Codes and Gumbel noise are a function of the seed, the
-    scale, the token and the code (`ops.guided_sample`): no GPU and no version of PyTorch draws others.
+    On a CUDA device only the residual's noise comes from generators. The noise that decides codes and mixtures is a function of
+    the seed, the scale, the token and the code (`ops.guided_sample`): no GPU and no version of PyTorch has other numbers.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str, *, images_per_seed: int = 1) -> None:

@@ -157,6 +157,8 @@ def attention(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     k, v, keys, first_keys, jump = _in_ranges(k, v, ranges)
     out = q.new_empty(rows, queries, heads * head_dim)
+    if not out.numel():
+        return out
     tiles = config_for(q.itemsize, head_dim, queries)
     blocks = triton.cdiv(queries, tiles.rows)
     splits = splits_for(blocks * rows * heads, keys, tiles.columns, multiprocessors(q.device))

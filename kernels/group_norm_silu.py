@@ -14,8 +14,8 @@ from torch import Tensor
 from . import refusal as refusal
 from .launch import Config, multiprocessors
 
-CHANNELS_LAST = Config(64, 64, warps=8, stages=2)  # pixels x channels of a tile; columns are neighbours in memory
-CHANNELS_FIRST = Config(512, 8, warps=8, stages=2)  # here rows are
+CHANNELS_LAST = Config(64, 64, warps=8)  # pixels x channels of a tile; columns are neighbours in memory
+CHANNELS_FIRST = Config(512, 8, warps=8)  # here rows are
 MERGED = 4096  # slabs times channels of a group, at most, that one program merges
 
 
@@ -70,7 +70,7 @@ def merge_kernel(
     count = tl.where(valid, tl.minimum(per_slab, pixels - slab * per_slab), 0).to(tl.float64)
     mean = tl.load(means + place, mask=valid, other=0.0).to(tl.float64)
     square = tl.load(squares + place, mask=valid, other=0.0).to(tl.float64)
-    total = PER_GROUP * pixels.to(tl.float64)
+    total = tl.full([], PER_GROUP, tl.float64) * pixels  # no method of `pixels`: a 1 is compiled in, as a plain number
     merged = tl.sum(tl.sum(mean * count, 1), 0) / total
     distance = mean - merged
     variance = tl.sum(tl.sum(square + count * distance * distance, 1), 0) / total
@@ -134,6 +134,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
     if weight.shape != (x.shape[1],) or bias.shape != weight.shape:
         shapes = f"{list(weight.shape)} and {list(bias.shape)}"
         raise ValueError(f"group_norm_silu: weight and bias must be [{x.shape[1]}], not {shapes}.")
+    if not x.device == weight.device == bias.device:
+        raise ValueError(f"group_norm_silu: x, weight and bias are on {x.device}, {weight.device} and {bias.device}.")
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,17 +15,12 @@ INTERPRETED = 4  # multiprocessors that the interpreter pretends to have
 
 @dataclass(frozen=True)
 class Config:
-    """A kernel's tile and how it is compiled."""
+    """A kernel's tile, `rows` x `columns` elements, and how it is compiled."""
 
     rows: int
     columns: int
     warps: int
-    stages: int
-
-    def __init__(self, rows: int, columns: int, *, warps: int, stages: int) -> None:
-        """`rows` x `columns` elements a tile."""
-        for name, value in (("rows", rows), ("columns", columns), ("warps", warps), ("stages", stages)):
-            object.__setattr__(self, name, value)
+    stages: int = 3  # of software pipelining: Triton's own default
 
 
 @lru_cache(maxsize=16)
@@ -52,4 +48,5 @@ def failure(device: str) -> str | None:
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels on CPU tensors instead of compiling them (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+    knobs = getattr(triton, "knobs", None)  # older versions know the variable alone
+    return bool(knobs.runtime.interpret) if knobs else os.environ.get("TRITON_INTERPRET", "0") == "1"

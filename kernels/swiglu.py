@@ -28,11 +28,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As the reference in `hart_infer/ops/swiglu.py`."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must be alike.")
+    if gate.device != up.device:
+        raise ValueError(f"swiglu: gate and up are on {gate.device} and {up.device}.")
+    if not gate.numel():
+        return gate.new_empty(gate.shape)
     width = gate.shape[-1]
     rows = [x.reshape(-1, width) for x in (gate, up)]
     rows = [x if x.stride(1) == 1 else x.contiguous() for x in rows]
     out = gate.new_empty(gate.shape)
-    if out.numel():
-        grid = (len(rows[0]), triton.cdiv(width, BLOCK))
-        swiglu_kernel[grid](*rows, out, rows[0].stride(0), rows[1].stride(0), width, BLOCK=BLOCK, num_warps=4)
+    grid = (len(rows[0]), triton.cdiv(width, BLOCK))
+    swiglu_kernel[grid](*rows, out, rows[0].stride(0), rows[1].stride(0), width, BLOCK=BLOCK, num_warps=4)
     return out

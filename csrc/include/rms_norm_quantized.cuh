@@ -40,7 +40,10 @@ __global__ void __launch_bounds__(MAX_THREADS) rms_norm_quantized_kernel(RmsNorm
 #pragma unroll
         for (int i = 0; i < VEC; ++i) largest = fmaxf(largest, fabsf(values[i]));
     });
-    const float scale = fmaxf(__fdiv_rn(block_max(largest), Largest<Q>::value), FLT_MIN);
+    // fmaxf drops NaN; a row with NaN or infinity has a factor that is no positive number.
+    const float largest_of_row = block_max(largest);
+    const float scale =
+        factor > 0.f ? fmaxf(__fdiv_rn(largest_of_row, Largest<Q>::value), FLT_MIN) : nanf("");
     if (threadIdx.x == 0) call.scales[blockIdx.x] = scale;
     Q* out = row_of<Q>(call.out, call.rows);
     const auto reload = [&](float (&values)[VEC], int column) {

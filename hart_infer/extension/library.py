@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 FILE = Path(__file__).resolve().parents[1] / "_kernels.so"
-INTERFACE = 1  # as csrc/library.cpp says; other arguments, another number
+INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
 HOST = "host"  # the tests' build, whose kernels run on CPU tensors
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,6 +71,12 @@ class Library:
         if code:
             raise BackendError(f"The CUDA kernel {name} could not be launched: {self._c.hart_infer_error(code).decode()}.")
 
+    @lru_cache(maxsize=1)  # noqa: B019 - there is one library
+    def failure(self) -> str | None:
+        """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does."""
+        code = self._c.hart_infer_trial()
+        return self._c.hart_infer_error(code).decode() if code else None
+
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether it was built for such a GPU: for its generation, or as PTX for an older one."""
         for major, minor, ptx in re.findall(r"(\d+)(\d)(\+PTX)?", self.targets):
@@ -113,7 +119,8 @@ def refusal(where: Any) -> str | None:
         return "CUDA kernels run on NVIDIA GPUs"
     if not loaded.runs_on(where.capability):
         return f"the compiled extension was built for {loaded.targets} (HART_INFER_CUDA_ARCHS)"
-    return None
+    failure = loaded.failure()
+    return f"the compiled extension can't be used ({failure})" if failure else None
 
 
 def describe() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import DTYPES, Shape, View, library
+from .library import ACTIVATIONS, DTYPES, Shape, View, library
 
 MOST_ROWS = 2**31 - 1
 MOST_COLUMNS = 2**30
@@ -70,7 +70,7 @@ def _rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(x + update, the norm of it); x itself where there is no update. Parameters may be narrower than an fp32 x."""
     _check_size(name, x)
-    parameters = weight.dtype if x.dtype == torch.float32 and weight.dtype in DTYPES else x.dtype
+    parameters = weight.dtype if x.dtype == torch.float32 and weight.dtype in ACTIVATIONS else x.dtype
     weight = _vector(name, "weight", weight, x, parameters)
     update = _like(name, "update", update, x, x.dtype, shared=False)
     scale = _like(name, "scale", scale, x, parameters)

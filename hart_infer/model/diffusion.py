@@ -150,7 +150,7 @@ class ResidualDiffusion(nn.Module):
 
     def step(self, x: Tensor, step: DiffusionStep, condition: Tensor, guidance: float, noise: Tensor) -> Tensor:
         """One denoising step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] embedded, conditional rows first."""
-        timestep = torch.tensor([step.timestep], device=x.device)
+        timestep = torch.full((1,), step.timestep, device=x.device)
         eps, variance = self(x, timestep, condition)
         return ops.diffusion_step(
             x,

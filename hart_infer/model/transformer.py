@@ -198,7 +198,7 @@ class Transformer(nn.Module):
 
     def embed_level(self, index: int) -> Tensor:
         """Level embedding [D] of scale `index` (0: the context as a whole)."""
-        embedding: Tensor = self.level_embed(torch.tensor([index], device=self.device))
+        embedding: Tensor = self.level_embed(torch.full((1,), index, device=self.device))
         return embedding[0]
 
     def embed_tokens(self, latent: Tensor, index: int) -> Tensor:

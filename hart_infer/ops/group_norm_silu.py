@@ -9,7 +9,7 @@ from torch import Tensor
 from .registry import Backend, op
 
 
-@op(triton=Backend("..kernels.group_norm_silu:group_norm_silu"))
+@op(keeps_layout=True, triton=Backend("..kernels.group_norm_silu:group_norm_silu"))
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:
     """Normalise `x` [B, C, h, w] within each of `groups` groups of channels; `weight`, `bias` [C]; then, with `silu`, SiLU.
 

@@ -24,6 +24,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int
     if widens(x):
         return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
     if x.device.type == "cuda" and x.dtype == torch.float32:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
             return F.conv2d(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)

@@ -121,11 +121,17 @@ class Op(Generic[P, R]):
         with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
             return choice.function(*args, **kwargs)
 
-    def register(self, mutates: Sequence[str]) -> None:
-        """Make it known to PyTorch's dispatcher; `mutates` are the arguments that it writes to."""
+    def register(self, mutates: Sequence[str], keeps_layout: bool) -> None:
+        """Make it known to PyTorch's dispatcher; the arguments are `op`'s."""
+
+        def laid_out(run: Callable[P, R]) -> Callable[P, R]:
+            """Compilers need to know strides: the kernels' results are contiguous, so the reference's have to be."""
+            return run if keeps_layout else lambda *args, **kwargs: _contiguous(run(*args, **kwargs))
+
         schema = torch.library.infer_schema(self.reference, mutates_args=mutates)
-        traced = torch.library.custom_op(f"hart_infer::{self.name}", self._run, mutates_args=mutates, schema=schema)
-        traced.register_fake(self.reference)
+        name = f"hart_infer::{self.name}"
+        traced = torch.library.custom_op(name, laid_out(self._run), mutates_args=mutates, schema=schema)
+        traced.register_fake(laid_out(self.reference))
         self.traced = traced
 
     def choose(self, where: Where) -> Choice[P, R]:
@@ -164,12 +170,20 @@ def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
         logger.warning("%s and operations like it run on PyTorch on %s (%s).", name, where, listed)
 
 
-def op(*, mutates: Sequence[str] = (), **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declare an operation: decorates its reference, names its kernels, and the arguments `mutates` that it writes to."""
+def _contiguous(result: Any) -> Any:
+    """A tensor, or each of a tuple."""
+    return tuple(x.contiguous() for x in result) if isinstance(result, tuple) else result.contiguous()
+
+
+def op(*, mutates: Sequence[str] = (), keeps_layout: bool = False, **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare an operation: decorates its reference, and names its kernels.
+
+    It writes to the arguments `mutates`. Its kernels' results are contiguous, or with `keeps_layout` laid out as the reference's.
+    """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
         declared = Op(reference, backends)
-        declared.register(mutates)
+        declared.register(mutates, keeps_layout)
         OPS[declared.name] = declared
         return declared
 

@@ -29,7 +29,8 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Around one: a mean that is not zero tells the variance from the mean square."""
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1).to(dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return (drawn + 1).to(torch.get_default_device(), dtype)
 
 
 def length(width: int) -> int:
@@ -66,7 +67,7 @@ def compare(found: Tensor, reference: Tensor, exact: Tensor) -> None:
 def test_rms_norm(width, dtype):
     x, weight = strided(numbers(2, length(width), width, dtype=dtype)), numbers(width, dtype=dtype, seed=1)
     exact = rms(x.double()) * weight.double()
-    compare(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm(x, weight, EPS), exact)
+    compare(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm.reference(x, weight, EPS), exact)
 
 
 @every_dtype
@@ -76,7 +77,7 @@ def test_add_rms_norm(width, dtype):
     weight = numbers(width, dtype=dtype, seed=2)
     total, normed = by_kernel(ops.add_rms_norm, x, update, weight, EPS)
     assert torch.equal(total, x + update)
-    compare(normed, ops.add_rms_norm(x, update, weight, EPS)[1], rms(total.double()) * weight.double())
+    compare(normed, ops.add_rms_norm.reference(x, update, weight, EPS)[1], rms(total.double()) * weight.double())
 
 
 @every_dtype
@@ -87,7 +88,7 @@ def test_rms_norm_modulate(width, dtype):
     weight = numbers(width, dtype=dtype, seed=2)
     exact = rms(x.double()) * weight.double() * (1 + scale.double()) + shift.double()
     arguments = (x, weight, scale, shift, EPS)
-    compare(by_kernel(ops.rms_norm_modulate, *arguments), ops.rms_norm_modulate(*arguments), exact)
+    compare(by_kernel(ops.rms_norm_modulate, *arguments), ops.rms_norm_modulate.reference(*arguments), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -97,7 +98,7 @@ def test_rms_norm_modulate_of_an_input_wider_than_its_parameters(width, dtype):
     x = strided(numbers(2, length(width), width, dtype=torch.float32))
     weight, scale, shift = (numbers(*shape, width, dtype=dtype, seed=1) for shape in ((), (2, 1), (2, 1)))
     found = by_kernel(ops.rms_norm_modulate, x, weight, scale, shift, EPS)
-    reference = ops.rms_norm_modulate(x, weight, scale, shift, EPS)
+    reference = ops.rms_norm_modulate.reference(x, weight, scale, shift, EPS)
     exact = rms(x.double()) * weight.double() * (1 + scale).double() + shift.double()
     compare(found, reference, exact)
 
@@ -112,7 +113,7 @@ def test_layer_norm_modulate(width, dtype, affine):
     wide = [None if y is None else y.double() for y in (weight, bias)]
     exact = F.layer_norm(x.double(), (width,), *wide, EPS) * (1 + scale.double()) + shift.double()
     arguments = (x, weight, bias, scale, shift, EPS)
-    compare(by_kernel(ops.layer_norm_modulate, *arguments), ops.layer_norm_modulate(*arguments), exact)
+    compare(by_kernel(ops.layer_norm_modulate, *arguments), ops.layer_norm_modulate.reference(*arguments), exact)
 
 
 @every_dtype
@@ -125,7 +126,7 @@ def test_gated_layer_norm_modulate(width, dtype):
     total, normed = by_kernel(ops.gated_layer_norm_modulate, *arguments)
     assert torch.equal(total, x + gate * update)
     exact = F.layer_norm(total.double(), (width,), weight.double(), bias.double(), EPS)
-    compare(normed, ops.gated_layer_norm_modulate(*arguments)[1], exact * (1 + scale.double()) + shift.double())
+    compare(normed, ops.gated_layer_norm_modulate.reference(*arguments)[1], exact * (1 + scale.double()) + shift.double())
 
 
 @every_dtype
@@ -136,11 +137,11 @@ def test_rms_norm_quantized(width, dtype, quantized):
     x, weight = strided(numbers(2, length(width), width, dtype=dtype) - 1), numbers(width, dtype=dtype, seed=1)
     x[0, 0] = 0
     values, scales = by_kernel(ops.rms_norm_quantized, x, weight, EPS, quantized)
-    reference, reference_scales = ops.rms_norm_quantized(x, weight, EPS, quantized)
+    reference, reference_scales = ops.rms_norm_quantized.reference(x, weight, EPS, quantized)
     assert values.dtype == quantized and values.shape == x.shape and scales.shape == x.shape[:-1]
     torch.testing.assert_close(scales, reference_scales, rtol=4 * torch.finfo(dtype).eps, atol=0)
     assert (values.float() != reference.float()).float().mean() <= (0.01 if width > 100 else 0.1)
-    normed = ops.rms_norm(x, weight, EPS).float()
+    normed = ops.rms_norm.reference(x, weight, EPS).float()
     step = 0.5 if quantized == torch.int8 else values.float().abs() / 16 + 2.0**-10
     assert ((values.float() * scales[..., None] - normed).abs() <= step * scales[..., None] * 1.01).all()
 
@@ -168,12 +169,14 @@ def test_rows_may_begin_anywhere(dtype):
     """Where packs of 16 bytes would not be aligned, single elements are read; sizes of one have any stride."""
     around = numbers(3, 257, dtype=dtype)
     x, weight = around[:, 1:], numbers(257, dtype=dtype, seed=1)[1:]
-    expected = ops.rms_norm(x, weight, EPS)
+    expected = ops.rms_norm.reference(x, weight, EPS)
     torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), expected)
     single = x[1:2].as_strided((1, 256), (1, 1), x[1:2].storage_offset())
     torch.testing.assert_close(by_kernel(ops.rms_norm, single, weight, EPS), expected[1:2])
     transposed = numbers(8, 4, 6, dtype=dtype).transpose(0, 2)
-    torch.testing.assert_close(by_kernel(ops.rms_norm, transposed, weight[:8], EPS), ops.rms_norm(transposed, weight[:8], EPS))
+    torch.testing.assert_close(
+        by_kernel(ops.rms_norm, transposed, weight[:8], EPS), ops.rms_norm.reference(transposed, weight[:8], EPS)
+    )
 
 
 @every_dtype
@@ -181,7 +184,7 @@ def test_rows_may_begin_anywhere(dtype):
 def test_a_single_row_has_any_width(width, dtype):
     """No stride tells that its end is not the end of a pack."""
     x, weight = numbers(width, dtype=dtype), numbers(width, dtype=dtype, seed=1)
-    torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm(x, weight, EPS))
+    torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm.reference(x, weight, EPS))
 
 
 def test_rows_may_be_four_billion_bytes_apart():
@@ -189,7 +192,7 @@ def test_rows_may_be_four_billion_bytes_apart():
     x = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 64), (apart, 1))  # most of it is never touched
     x.copy_(numbers(2, 64, dtype=torch.float16))
     weight = numbers(64, dtype=torch.float16, seed=1)
-    torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm(x, weight, EPS))
+    torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm.reference(x, weight, EPS))
 
 
 def test_groups_share_a_modulation_or_have_their_own():
@@ -198,7 +201,7 @@ def test_groups_share_a_modulation_or_have_their_own():
     for shape in ((3, 1, 64), (3, 4, 64), (1, 4, 64), (1, 1, 64)):
         scale, shift = numbers(2, *shape, dtype=torch.float32, seed=2)
         arguments = (x, weight, scale, shift, EPS)
-        torch.testing.assert_close(by_kernel(ops.rms_norm_modulate, *arguments), ops.rms_norm_modulate(*arguments))
+        torch.testing.assert_close(by_kernel(ops.rms_norm_modulate, *arguments), ops.rms_norm_modulate.reference(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 8), (3, 0)])
@@ -216,29 +219,24 @@ def test_gradients_flow_through_the_reference():
     assert weight.grad is not None and weight.grad.abs().min() > 0
 
 
-X, D, ROW = torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(2, 1, 8)
-
-
-@pytest.mark.parametrize(
-    ("operation", "arguments", "message"),
-    [
-        (ops.rms_norm, (X, torch.zeros(7), EPS), r"rms_norm: weight must be \[8\], not \[7\]"),
-        (ops.rms_norm, (X.half(), D, EPS), "rms_norm: weight must be in torch.float16, not torch.float32"),
-        (ops.rms_norm, (X, D.to("meta"), EPS), "rms_norm: weight must be on cpu, as x is, not on meta"),
-        (ops.rms_norm, (torch.zeros(()), D, EPS), "rms_norm: x must have a last dimension"),
-        (ops.add_rms_norm, (X, ROW, D, EPS), r"add_rms_norm: update must be \[2, 3, 8\], not \[2, 1, 8\]"),
-        (ops.add_rms_norm, (X, X.half(), D, EPS), "add_rms_norm: update must be in torch.float32"),
-        (ops.rms_norm_modulate, (X, D, ROW[:, 0], ROW, EPS), r"scale must be \[2, 3, 8\], or 1 before the last dimension"),
-        (ops.rms_norm_modulate, (X, D, ROW, ROW[..., :1], EPS), r"shift must be \[2, 3, 8\]"),
-        (ops.rms_norm_modulate, (X, D.half(), ROW, ROW, EPS), "scale must be in torch.float16"),
-        (ops.layer_norm_modulate, (X, D, D[:4], X, X, EPS), r"layer_norm_modulate: bias must be \[8\], not \[4\]"),
-        (ops.gated_layer_norm_modulate, (X, X, X[0], D, D, X, X, EPS), "gated_layer_norm_modulate: gate must be"),
-        (ops.rms_norm_quantized, (X, D, EPS, torch.int16), "dtype must be torch.int8 or torch.float8_e4m3fn"),
-    ],
-)
-def test_the_door_refuses_what_does_not_fit(operation, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        by_kernel(operation, *arguments)
+def test_the_door_refuses_what_does_not_fit():
+    x, d, row = torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(2, 1, 8)
+    for operation, arguments, message in (
+        (ops.rms_norm, (x, torch.zeros(7), EPS), r"rms_norm: weight must be \[8\], not \[7\]"),
+        (ops.rms_norm, (x.half(), d, EPS), "rms_norm: weight must be in torch.float16, not torch.float32"),
+        (ops.rms_norm, (x, d.to("meta"), EPS), f"rms_norm: weight must be on {x.device}, as x is, not on meta"),
+        (ops.rms_norm, (torch.zeros(()), d, EPS), "rms_norm: x must have a last dimension"),
+        (ops.add_rms_norm, (x, row, d, EPS), r"add_rms_norm: update must be \[2, 3, 8\], not \[2, 1, 8\]"),
+        (ops.add_rms_norm, (x, x.half(), d, EPS), "add_rms_norm: update must be in torch.float32"),
+        (ops.rms_norm_modulate, (x, d, row[:, 0], row, EPS), r"scale must be \[2, 3, 8\], or 1 before the last dimension"),
+        (ops.rms_norm_modulate, (x, d, row, row[..., :1], EPS), r"shift must be \[2, 3, 8\]"),
+        (ops.rms_norm_modulate, (x, d.half(), row, row, EPS), "scale must be in torch.float16"),
+        (ops.layer_norm_modulate, (x, d, d[:4], x, x, EPS), r"layer_norm_modulate: bias must be \[8\], not \[4\]"),
+        (ops.gated_layer_norm_modulate, (x, x, x[0], d, d, x, x, EPS), "gated_layer_norm_modulate: gate must be"),
+        (ops.rms_norm_quantized, (x, d, EPS, torch.int16), "dtype must be torch.int8 or torch.float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_kernel(operation, *arguments)
 
 
 def test_what_a_launcher_refuses_is_a_backend_error(host_library):

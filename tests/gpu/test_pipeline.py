@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from hart_infer import HartPipeline
+from hart_infer import HartPipeline, ops
 from hart_infer.cache import KVCache
 from hart_infer.model.rope import image_table
 from hart_infer.ops.registry import OPS, Where, use_backend
@@ -34,7 +37,7 @@ def test_every_operation_that_has_kernels_runs_by_one(dtype):
 
 
 @DTYPES
-def test_a_seed_draws_one_picture_in_every_batch_and_every_time(dtype):
+def test_a_seed_draws_one_picture_every_time(dtype):
     pipe = load(dtype)
     together, again = pixels(pipe, seed=3), pixels(pipe, seed=3)
     assert (together == again).all()
@@ -66,23 +69,48 @@ def test_kernels_and_pytorch_agree(dtype):
     assert error < {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
 
 
-@DTYPES
-def test_a_replayed_cuda_graph_equals_eager(dtype):
-    pipe = load(dtype)
-    run = _scale(pipe)
-    eager = run().clone()
+def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of a function, and where its replays leave the result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        run()  # once, so that nothing is compiled or loaded during the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run()
-    captured.zero_()
+        result = run()
+    return graph, result
+
+
+@DTYPES
+@torch.inference_mode()
+def test_a_replayed_scale_equals_eager(dtype):
+    pipe = load(dtype)
+    run = _scale(pipe)
+    eager = run().clone()
+    graph, result = captured(run)
+    result.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, eager)
+    assert torch.equal(result, eager)
+
+
+@torch.inference_mode()
+def test_a_replayed_draw_takes_a_new_seed_and_offset():
+    logits, codebook = torch.randn(2, 9, 500, device="cuda"), torch.randn(500, 16, device="cuda")
+    seed, offset = (torch.tensor([n], device="cuda") for n in (3, 0))
+    options = {"guidance": 2.0, "top_k": 50, "top_p": 0.9, "gain": 1.5, "temperature": 0.1, "mixes": True}
+
+    def run() -> Tensor:
+        return ops.guided_sample(logits, codebook, seed, offset, **options)[1]
+
+    first = run().clone()
+    graph, result = captured(run)
+    seed.fill_(8)
+    offset.fill_(5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(result, run()) and not torch.equal(result, first)
 
 
 @torch.inference_mode()

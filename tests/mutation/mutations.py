@@ -24,9 +24,9 @@ def cuda(name: str, header: str, before: str, after: str, test: str) -> Mutation
     return Mutation(name, f"csrc/include/{header}.cuh", before, after, f"tests/csrc/test_norms.py::{test}")
 
 
-def triton(name: str, module: str, before: str, after: str, test: str) -> Mutation:
+def triton(name: str, module: str, before: str, after: str, test: str, file: str = "test_triton") -> Mutation:
     """In a Triton kernel."""
-    return Mutation(name, f"kernels/{module}.py", before, after, f"tests/ops/test_triton.py::{test}")
+    return Mutation(name, f"kernels/{module}.py", before, after, f"tests/ops/{file}.py::{test}")
 
 
 MUTATIONS = [
@@ -155,6 +155,60 @@ MUTATIONS = [
         "last = tl.minimum(first + keys_per_split, keys)",
         "last = tl.minimum(first + keys_per_split, keys - 1)",
         "test_attention[(1, 2, 16, 64, 24)-float32]",
+    ),
+    triton(
+        "splits that weigh alike",
+        "attention",
+        "weight = total * tl.exp2(largest - tl.max(largest, 0))",
+        "weight = total",
+        "test_attention[(1, 1, 5, 1100, 80)-float32]",
+    ),
+    triton(
+        "a silu that is not rounded before the product",
+        "swiglu",
+        "(g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)",
+        "g / (1.0 + tl.exp(-2.0 * g))",
+        "test_swiglu[(2, 3, 1025)-float32]",
+    ),
+    triton(
+        "the guidance's sign",
+        "guided_sample",
+        "x = with_guidance * x - guidance *",
+        "x = with_guidance * x + guidance *",
+        "test_kernel_and_reference_draw_alike_and_mix_as_exactly",
+        "test_guided_sample",
+    ),
+    triton(
+        "one draw for the code and for the mixture",
+        "guided_sample",
+        "x * gain + _gumbel(mixing)",
+        "x * gain + _gumbel(race)",
+        "test_kernel_and_reference_draw_alike_and_mix_as_exactly",
+        "test_guided_sample",
+    ),
+    triton(
+        "one code too many",
+        "guided_sample",
+        "reached >= top_k",
+        "reached > top_k",
+        "test_what_stays_is_what_the_filter_leaves",
+        "test_guided_sample",
+    ),
+    triton(
+        "slabs merged without the distance of their means",
+        "group_norm_silu",
+        "square + count * distance * distance, 1), 0) / total",
+        "square, 1), 0) / total",
+        "test_group_norm_silu",
+        "test_group_norm_silu",
+    ),
+    triton(
+        "an x0 without its limits",
+        "diffusion_step",
+        "x0 = tl.where(x0 < -1.0, -1.0, tl.where(x0 > 1.0, 1.0, x0))",
+        "x0 = x0 + 0.0",
+        "test_every_kind_of_step",
+        "test_diffusion_step",
     ),
     Mutation(
         "a reference that rounds once",

@@ -25,10 +25,13 @@ KNOWN = [  # counter, key, words
 @triton.jit
 def words_kernel(counter, seed, out):
     """The four words that a kernel sees."""
-    c = [tl.load(counter + i).to(tl.uint32) for i in tl.static_range(4)]
-    words = tl.philox(tl.load(seed), c[0], c[1], c[2], c[3])
-    for i in tl.static_range(4):
-        tl.store(out + i, words[i].to(tl.int64))
+    a, b = tl.load(counter).to(tl.uint32), tl.load(counter + 1).to(tl.uint32)
+    c, d = tl.load(counter + 2).to(tl.uint32), tl.load(counter + 3).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), a, b, c, d)
+    tl.store(out, a.to(tl.int64))
+    tl.store(out + 1, b.to(tl.int64))
+    tl.store(out + 2, c.to(tl.int64))
+    tl.store(out + 3, d.to(tl.int64))
 
 
 def bits(key: tuple[int, int]) -> Tensor:

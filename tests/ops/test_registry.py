@@ -17,6 +17,11 @@ from hart_infer.ops.registry import OPS, Backend, Op, Where, use_backend
 CUDA = Where("cuda", torch.bfloat16, (9, 0))
 
 
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    """What is chosen for the CPU is tested on the CPU, wherever that is."""
+
+
 def double(x):
     """The reference."""
     return x * 2
@@ -128,8 +133,10 @@ def test_compilers_know_every_operation():
         "swiglu": ((q, q + 1), {}),
     }
     assert set(calls) == set(OPS)
+    turned = torch.randn(8, 3).T  # as dense, but not contiguous
+    calls |= {"rms_norm ": ((turned, width, 1e-6), {}), "swiglu ": ((turned, turned), {})}
     for name, (args, options) in calls.items():
-        torch.library.opcheck(OPS[name].traced, args, options)
+        torch.library.opcheck(OPS[name.strip()].traced, args, options)
 
 
 def test_compiled_code_on_a_gpu_holds_one_operation_and_no_break():
