@@ -178,7 +178,7 @@ def _contiguous(result: Any) -> Any:
 def op(*, mutates: Sequence[str] = (), keeps_layout: bool = False, **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an operation: decorates its reference, and names its kernels.
 
-    It writes to the arguments `mutates`. Its kernels' results are contiguous, or with `keeps_layout` laid out as the reference's.
+    It writes to the arguments `mutates`. Its kernels' results are contiguous, or with `keeps_layout` as the reference's are.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
