@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,10 +23,11 @@ def forgotten():
     library.load.cache_clear()
 
 
-def built_for(targets: str) -> library.Library:
-    """A library without its functions."""
+def built_for(targets: str, trial: int = 0) -> library.Library:
+    """A library without kernels, whose `trial` ends so."""
     made = object.__new__(library.Library)
     made.targets = targets
+    made._c = SimpleNamespace(hart_infer_trial=lambda: trial, hart_infer_error=lambda code: f"error {code}".encode())
     return made
 
 
@@ -69,3 +72,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(library, "load", lambda: built_for("host"))
     assert extension.refusal(Where("cpu", torch.float16)) is None
     assert "for tests" in extension.refusal(HOPPER)
+
+
+def test_a_library_that_the_driver_does_not_take_is_left_alone(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda: built_for("90+PTX", trial=35))
+    assert extension.refusal(HOPPER) == "the compiled extension can't be used (error 35)"
