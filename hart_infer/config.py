@@ -214,13 +214,15 @@ class Defaults(_Config):
     """What a call takes where the caller says nothing: `defaults` in a `model_index.json`; else as the released scripts do."""
 
     guidance_scale: float = 4.5
+    top_p: float = 0.0
     use_system_prompt: bool = True
 
     BOOKKEEPING = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse a guidance that no call may have."""
+        """Refuse what no call may have."""
         self._require(0 <= self.guidance_scale < math.inf, f"guidance_scale must be 0 or more, not {self.guidance_scale}.")
+        self._require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class HartPipeline:
         guidance_scale: float | None = None,
         num_inference_steps: int = 8,
         top_k: int | None = None,
-        top_p: float = 0.0,
+        top_p: float | None = None,
         more_smooth: bool = True,
         generator: GeneratorArgument = None,
         seed: int | Sequence[int] | None = None,
@@ -231,7 +231,8 @@ class HartPipeline:
                 the checkpoint's default, 4.5 of the released one.
             num_inference_steps: steps of the residual diffusion, 8 in the paper; 0 leaves it out (discrete tokens only).
             top_k: codes kept before drawing; None is the released 600, then 300 from scale 7 on; 0 keeps all.
-            top_p: nucleus of probability kept after top-k; 0 turns it off.
+            top_p: nucleus of probability kept after top-k; 0 turns it off; None is the checkpoint's default, 0 of the released
+                one.
             more_smooth: feed on Gumbel-softmax mixtures of codes (the released scripts' default) instead of the drawn codes.
             generator: draws the seeds, and its device draws the noise; one, or one per image. Excludes `seed`.
             seed: picture i gets seed + i; or a list, one per picture; None for fresh ones, which are reported back.
@@ -251,7 +252,7 @@ class HartPipeline:
             guidance_scale=self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
             num_inference_steps=num_inference_steps,
             top_k=top_k,
-            top_p=top_p,
+            top_p=self.defaults.top_p if top_p is None else top_p,
             more_smooth=more_smooth,
             vocabulary=self.autoencoder.config.vocab_size,
         )

@@ -694,7 +694,7 @@ def test_info_counts_what_is_loaded(model: list[str], hart_tiny: Path, capsys: p
     assert report["parameters"]["total"] == sum(part.numel() for part in parts)
     assert report["memory"]["fp32"]["weights_bytes"] == sum(part.numel() * 4 for part in parts)
     assert report["schedule"]["picture_pixels"] == pipe.sizes[0]
-    assert report["defaults"] == {"guidance_scale": 4.5, "use_system_prompt": True}
+    assert report["defaults"] == {"guidance_scale": 4.5, "top_p": 0.0, "use_system_prompt": True}
     assert {"llm/ema_model.bin", "tokenizer/model.safetensors"} == set(report["files"])
     assert main(["info", str(hart_tiny), "--no-ema"]) == 0
     assert "llm/model.safetensors" in capsys.readouterr().out

@@ -104,7 +104,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_inference_steps": 1}, "num_inference_steps must be 0 .* or from 2 to 1000, not 1"),
     *(({"top_k": bad}, "top_k must be a whole number from 0 to 1024") for bad in (-1, VOCABULARY + 1, 5.0, "5", True, NAN)),
-    *(({"top_p": bad}, "top_p must be a number from 0 to 1, not") for bad in (-0.1, 1.1, NAN, INF, "1", None, True)),
+    *(({"top_p": bad}, "top_p must be a number from 0 to 1, not") for bad in (-0.1, 1.1, NAN, INF, "1", True)),
     *(
         ({"max_sequence_length": bad}, "max_sequence_length must be a whole number from 1 to 12")
         for bad in (0, -1, TOKENS + 1, 3.0, "3", True)

@@ -115,8 +115,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         metavar="P",
         type=options.probability,
-        default=0.0,
-        help="nucleus to draw from, 0 for all (0)",
+        help="nucleus to draw from, 0 for all (the checkpoint's default; 0 of the released one)",
     )
     add(
         "--no-smooth",
@@ -147,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     pipe = options.load_pipeline(args, text_encoder=args.text_encoder)
     if args.guidance_scale is None:
         args.guidance_scale = pipe.defaults.guidance_scale
+    if args.top_p is None:
+        args.top_p = pipe.defaults.top_p
     if args.use_system_prompt is None:
         args.use_system_prompt = pipe.defaults.use_system_prompt
     writer.made_on(device=pipe.device.type, dtype=str(pipe.dtype).removeprefix("torch."))
