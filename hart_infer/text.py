@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .config import read_json
 from .errors import CheckpointNotFoundError, ConfigError, WeightsError
 from .inputs import check_int
 from .weights import shorten
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _TOKENIZING = threading.RLock()  # a tokenizer changes itself in a call, and fails if two threads do so at once
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: what tokenizer.json says
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -252,12 +254,11 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        return AutoTokenizer.from_pretrained(str(path), **options)
-    except ValueError:  # version 4 doesn't know version 5's name for the class
-        if not (path / "tokenizer.json").exists():
-            raise
+    config = path / "tokenizer_config.json"
+    kind = read_json(config).get("tokenizer_class") if config.exists() else None
+    if kind in _GENERIC and (path / "tokenizer.json").exists():  # else transformers 5 takes Qwen2's way of splitting words
         return PreTrainedTokenizerFast.from_pretrained(str(path), **options)
+    return AutoTokenizer.from_pretrained(str(path), **options)
 
 
 def _was_refused(error: BaseException | None) -> bool:

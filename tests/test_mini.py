@@ -63,6 +63,13 @@ def test_a_prompt_and_a_seed_draw_the_picture_they_drew(mini, prompt):
     assert psnr(pixels(drawn), pixels(reference)) > 22
 
 
+def test_words_are_split_as_in_training(mini):
+    """Not as the type of the text encoder, Qwen2, would have it: there a first word is another one than behind a space."""
+    pizza = mini.text_encoder.tokenizer.tokenize("pizza")
+    assert pizza[0].startswith("Ġ")
+    assert mini.text_encoder.tokenizer.tokenize("Pizza, a pizza") == [*pizza, ",", "Ġa", *pizza]
+
+
 def test_pictures_are_what_was_asked_for(mini):
     red, blue = (
         pixels(mini(p, seed=0).images[0]).astype(float) for p in ("a red circle, fluent style", "a blue circle, fluent style")
@@ -113,8 +120,8 @@ def test_hybrid_reconstruction_beats_discrete(mini):
 
 
 def test_guidance_and_the_system_prompt_default_to_what_it_was_trained_with(mini):
-    assert (mini.defaults.guidance_scale, mini.defaults.use_system_prompt) == (3.0, False)
-    said = mini("a cat", seed=0, guidance_scale=3.0, use_system_prompt=False, output_type="pt").images
+    assert (mini.defaults.guidance_scale, mini.defaults.top_p, mini.defaults.use_system_prompt) == (3.0, 0.8, False)
+    said = mini("a cat", seed=0, guidance_scale=3.0, top_p=0.8, use_system_prompt=False, output_type="pt").images
     assert torch.equal(mini("a cat", seed=0, output_type="pt").images, said)
     assert not torch.equal(mini("a cat", seed=0, guidance_scale=0, output_type="pt").images, said)
     assert torch.equal(mini(prompt_embeds=mini.encode_prompt("a cat"), seed=0, output_type="pt").images, said)
