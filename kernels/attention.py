@@ -22,8 +22,9 @@ CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
     (2, 128, 64, Config(64, 64, warps=4, stages=2)),
     (2, 128, 0, Config(16, 64, warps=4, stages=3)),
     (4, 64, 64, Config(64, 32, warps=8, stages=2)),
-    (4, 128, 64, Config(32, 32, warps=8, stages=2)),
-    (4, MAX_HEAD_DIM, 0, Config(16, 32, warps=4, stages=2)),
+    (4, 128, 64, Config(32, 16, warps=8, stages=2)),
+    (4, 64, 0, Config(16, 32, warps=4, stages=2)),
+    (4, MAX_HEAD_DIM, 0, Config(16, 32, warps=8, stages=2)),
 )
 
 
