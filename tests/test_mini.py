@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from hart_infer import HartPipeline, InputError
 from hart_infer.checkpoint import EMBEDDED_MODEL, find_checkpoint
 
+SAME = 32.0  # dB
 REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at
-DRAWN = {"a red heart, fluent style": 0, "a pizza, noto style": 1, "a blue circle, twemoji style": 2, "a cat, noto style": 3}
+DRAWN = {"a rocket, twemoji style": 0, "a pizza, noto style": 1, "a robot, twemoji style": 2, "a snowman, noto style": 3}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -55,12 +56,23 @@ def test_its_bare_name_is_never_a_folder_nearby(monkeypatch, tmp_path, hart_tiny
         assert "llm" in str(find_checkpoint(folder).transformer_files[0])
 
 
+def near(drawn: Image.Image, prompt: str) -> float:
+    """PSNR of a picture against a prompt's reference."""
+    return psnr(pixels(drawn), pixels(Image.open(REFERENCES / name_of(prompt))))
+
+
 @pytest.mark.parametrize("prompt", DRAWN)
 def test_a_prompt_and_a_seed_draw_the_picture_they_drew(mini, prompt):
     """Rounding differs between CPUs and changes a few codes; a fault in sampling draws another picture."""
-    drawn = mini(prompt, seed=DRAWN[prompt]).images[0]
-    reference = Image.open(REFERENCES / name_of(prompt))
-    assert psnr(pixels(drawn), pixels(reference)) > 22
+    assert near(mini(prompt, seed=DRAWN[prompt]).images[0], prompt) > SAME
+
+
+@pytest.mark.parametrize("other", [{"seed": 100}, {"guidance_scale": 30.0}, {"num_inference_steps": 0}], ids=str)
+def test_other_settings_draw_pictures_that_are_not_taken_for_the_same(mini, other):
+    """So a fault in seeding, guidance or the residual would show above. The model is sure of what it knows: other filters, or
+    drawn codes for mixtures, change less than another CPU might (`golden` holds those)."""
+    found = [near(mini(prompt, **{"seed": seed, **other}).images[0], prompt) for prompt, seed in DRAWN.items()]
+    assert min(found) < SAME, found
 
 
 def test_words_are_split_as_in_training(mini):
@@ -111,12 +123,28 @@ def test_the_residual_refines(mini):
 
 
 def test_hybrid_reconstruction_beats_discrete(mini):
-    originals = [Image.open(REFERENCES / name_of(prompt)).convert("RGB") for prompt in DRAWN]
+    """Of pictures that it did not draw: a face, a house and stripes."""
+    originals = []
+    for i in range(3):
+        picture = Image.new("RGB", (96, 96), "white")
+        draw = ImageDraw.Draw(picture)
+        if i == 0:
+            draw.ellipse((6, 6, 90, 90), fill="#ffcc33")
+            draw.ellipse((28, 32, 38, 46), fill="#664422")
+            draw.ellipse((58, 32, 68, 46), fill="#664422")
+            draw.arc((28, 40, 68, 74), 20, 160, fill="#664422", width=4)
+        elif i == 1:
+            draw.rectangle((22, 44, 74, 88), fill="#cc8855")
+            draw.polygon([(14, 46), (48, 10), (82, 46)], fill="#aa3333")
+        else:
+            for x in range(8, 88, 16):
+                draw.rectangle((x, 8, x + 7, 88), fill="#3366bb")
+        originals.append(picture)
     hybrid, discrete = (
         np.mean([psnr(pixels(a), pixels(b)) for a, b in zip(mini.reconstruct(originals, mode), originals, strict=True)])
         for mode in ("hybrid", "discrete")
     )
-    assert hybrid > discrete + 1 and hybrid > 27 and discrete > 23
+    assert hybrid > discrete + 1 and hybrid > 26 and discrete > 23, (hybrid, discrete)
 
 
 def test_guidance_and_the_system_prompt_default_to_what_it_was_trained_with(mini):

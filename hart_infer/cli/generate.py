@@ -46,7 +46,7 @@ metadata:
   --no-metadata leaves them out.
 
 examples:
-  hart-infer generate "a cat on a red sofa" -o cat.png
+  hart-infer generate "a cat, noto style" -o cat.png
   hart-infer generate "a cat" "a dog" --num 4 --seed 7 -o "out/{{prompt}}-{{seed}}.png"
   hart-infer generate "a cat" --num 9 --grid -o cats.png
   hart-infer generate --prompts prompts.txt -o pictures/ --batch-size 4

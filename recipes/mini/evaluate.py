@@ -67,7 +67,7 @@ class Evaluation:
         }
 
     def frechet(self, a: Tensor, b: Tensor) -> float:
-        """Fréchet distance of the classifier's features."""
+        """Fréchet distance of the classifier's features: our own judge's, so to be compared with no published FID."""
         with torch.no_grad():
             first, second = (self.classifier.features(x).double().numpy() for x in (a, b))
         covariances = [np.cov(x, rowvar=False) for x in (first, second)]
@@ -139,14 +139,13 @@ def prompts(e: Evaluation) -> dict[str, Any]:
     indices = e.some("train")
     drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
     write_grid(e.out / "wordings.png", list(drawn[: len(drawn) // 12 * 12].split(12))[:3])
-    names = {e.pictures.about[i]["name"] for i in e.pictures.split("train")}
     return {
         "pictures": len(indices),
         "drawn": e.judge(drawn, indices),
         "real": e.judge(e.pictures.tensor(indices), indices),
         "real_held_out": e.judge(e.pictures.tensor(e.pictures.split("style")), e.pictures.split("style")),
         "drawn_for_others": e.judge(drawn, indices[1:] + indices[:1]),
-        "chance": {"subject": 1 / len(names), "subject_in_five": 5 / len(names), "style": 1 / len(STYLE_NAMES)},
+        "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
     }
 
 
@@ -180,7 +179,8 @@ def main() -> None:
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
-        settings = {"model": args.model, "count": args.count, "seed": args.seed}
+        settings = {"model": args.model, "count": args.count, "seed": args.seed, **evaluation.pipe.defaults.to_dict()}
+        settings["subjects"] = args.subjects and args.subjects.name
         results[name] = PARTS[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

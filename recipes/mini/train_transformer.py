@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("out", type=Path, help="has what train_tokenizer.py wrote")
     result.add_argument("--steps", type=int, default=8000)
     result.add_argument("--batch", type=int, default=32)
-    result.add_argument("--lr", type=float, default=1.5e-3)
+    result.add_argument("--lr", type=float, default=8e-4)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
     result.add_argument("--full-every", type=int, default=2, help="steps: the others leave the last scale and its residual out")

@@ -94,7 +94,8 @@ class Log:
     """A line of JSON per entry, in a file and on the terminal."""
 
     def __init__(self, path: Path) -> None:
-        """Appends to `path`."""
+        """Appends to `path`, whose folder is made if it isn't there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.start = path, time.time()
 
     def __call__(self, **values: Any) -> None:
@@ -113,7 +114,10 @@ class Pictures:
         """`folder` is data.py's; `subjects` a file of names, one per line, to which `split` keeps (all of them)."""
         self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
         self.about: list[dict[str, Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
-        self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else (a["name"] for a in self.about))
+        known = {a["name"] for a in self.about}
+        self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else known)
+        if unknown := self.names - known:
+            raise SystemExit(f"{subjects} names what there are no pictures of: {', '.join(sorted(unknown))}.")
 
     def split(self, *splits: str) -> list[int]:
         """Indices of the pictures of these splits and of the chosen subjects."""
@@ -126,6 +130,8 @@ class Pictures:
 
 def shuffled(indices: list[int], batch: int, seed: int, start: int) -> Iterator[list[int]]:
     """Endless batches in an order that depends on `seed` and the step alone; begins at step `start`."""
+    if len(indices) < batch:
+        raise SystemExit(f"There are {len(indices)} pictures, too few for a batch of {batch}: give fewer with --batch.")
     per_epoch, step = len(indices) // batch, start
     while True:
         epoch, place = divmod(step, per_epoch)
