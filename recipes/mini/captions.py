@@ -1,4 +1,4 @@
-"""Captions: a picture's name or keywords in many wordings, with its style in most of them."""
+"""Captions: a picture's name or keywords in many wordings, with its style unless it is the one that goes without saying."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from random import Random
 from typing import Any
 
-STYLED = 0.7  # share of captions that name the style
-BY_KEYWORDS = 0.25  # share of captions made of keywords instead of the name
-FREE = 0.4  # share of captions that follow no template
+PLAIN_SHARE = 0.5  # of the captions that could leave the style out, those that do
+BY_KEYWORDS = 0.2  # share of captions made of keywords instead of the name
+FREE = 0.6  # share of captions that follow no template
 PLAIN = (
     "{a}",
     "{name}",
@@ -31,15 +31,26 @@ STYLED_TEMPLATES = (
     "{style}: {name}",
     "a drawing of {a}, {style} style",
 )
-STYLE_PHRASES = ("{style} style", "in {style}", "like {style}", "{style} version", "from {style}", "{style}", "style {style}")
-BEFORE = (
-    "can i have", "make", "paint", "now", "create", "my", "this is", "here comes", "a small", "a big", "a nice", "hello",
-    "sketch", "artwork of", "photo of", "a sticker with", "cartoon of", "look at", "we need", "maybe", "it is", "give us",
-    "just", "some",
+STYLE_PHRASES = (
+    "{style} style", "in {style}", "like {style}", "{style} version", "from {style}", "{style}", "style {style}",
+    "by {style}", "as in {style}", "{style} look", "the {style} one", "[{style}]", "{style}!", "- {style}", "{style} -",
+    "'{style}'", "{style}'s", "using {style}", "after {style}", "{style} edition", "made by {style}", "for {style}",
+    "{style}, of course", "not without {style}",
 )  # fmt: skip
-AFTER = (
-    "thanks", "for my friend", "quickly", "if possible", "now", "for a card", "today", "in colour", "and nothing else", "ok",
-)  # fmt: skip
+FILLERS = """
+    a about above again all also always and another any anyone are artwork at be beautiful because been being best better
+    big bit bring but buy by can card cartoon clear clearly come could create cute day design detailed did do each easily
+    enough ever every everyone fancy few find fine first for friend from fun get give go going good got great had half
+    happens has have he hello help her here high him his how however i idea if important in into is it its just keep kind
+    know large last later least left less let little long look lot lovely made make many may maybe mean might mine minute
+    moment more most much must my near need never new nice no nothing now of off often ok old on once only or other our out
+    over own paint painting part people perfect person photo piece place plain possible pretty print put quality quick
+    quickly quite rather really right said same say scene send she should side simple since sketch small so some something
+    soon sort sticker still such sure take tell than thank thanks that their them then there these they thing think this
+    those through time to today together tomorrow too try turn under until up us use very view want wanted was we well were
+    what when where which while who whole why with without wonderful work world write yes yet you your
+""".split()  # of the words of the held-out wordings, "i", "it" and "to" alone
+BRACKETS = ("({})", "[{}]", '"{}"', "'{}'", "{}:", "{}.", "{}!", "{}?", "- {}", "{};")
 HELD_OUT_TEMPLATES = (  # wordings that no training caption has
     "draw me {a} the way {style} does",
     "one {style}-style {name}, please",
@@ -48,13 +59,14 @@ HELD_OUT_TEMPLATES = (  # wordings that no training caption has
     "show {name} as {style} would draw it",
 )
 _NO_ARTICLE = re.compile(r"^(a|an|the) |s$|^(two|three) |\d")
+_AN = re.compile(r"(?!uni|eu|one\b|us)[aeiou]")
 
 
 def with_article(name: str) -> str:
     """ "cat" -> "a cat"; plurals and the like stay as they are."""
     if _NO_ARTICLE.search(name) and not name.endswith(("ss", "us", "bus")):
         return name
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    return f"{'an' if _AN.match(name.lower()) else 'a'} {name}"
 
 
 def fill(template: str, name: str, style: str) -> str:
@@ -63,26 +75,33 @@ def fill(template: str, name: str, style: str) -> str:
 
 
 def freely(name: str, style: str | None, random: Random) -> str:
-    """A name, and a style if there is one, among words that mean nothing: so that others may stand there."""
-    parts = [random.choice((name, with_article(name)))]
+    """A name, and a style if there is one, among words that mean nothing: so that any others may stand there."""
+
+    def fillers(most: int) -> str:
+        words = random.sample(FILLERS, random.randint(0, most))
+        return random.choice(BRACKETS).format(" ".join(words)) if words and random.random() < 0.15 else " ".join(words)
+
+    subject = random.choice((name, with_article(name), with_article(name), f"the {name}"))
+    parts = [random.choice(BRACKETS).format(subject) if random.random() < 0.1 else subject]
     if style:
         parts.insert(random.randrange(2), random.choice(STYLE_PHRASES).format(style=style))
-    words = (
-        random.choice(BEFORE) if random.random() < 0.7 else "",
-        *parts,
-        random.choice(AFTER) if random.random() < 0.4 else "",
-    )
-    return random.choice((" ", " ", ", ")).join(filter(None, words)).lower()
+    spaced = [fillers(4)]
+    for part in parts:
+        spaced += [part, fillers(random.choice((0, 0, 1, 2)))]
+    return random.choice((" ", " ", ", ")).join(filter(None, spaced)).lower()
 
 
 def caption(about: dict[str, Any], random: Random) -> str:
-    """A training caption of the picture described by a row of pictures.json."""
+    """A training caption of the picture described by an entry of `Pictures.about`.
+
+    Only the picture that goes without saying (`about["plain"]`) has captions without a style: were they to mean any of
+    three, the codes of one scale, drawn independently, could not agree on which.
+    """
     name = about["name"].replace("“", "").replace("”", "").replace("’", "'")
-    if about["keywords"] and random.random() < BY_KEYWORDS:
-        words = random.sample(about["keywords"], min(len(about["keywords"]), random.randint(1, 3)))
+    if about["telling"] and random.random() < BY_KEYWORDS:
+        words = random.sample(about["telling"], min(len(about["telling"]), random.randint(1, 2)))
         name = random.choice((" ".join(words), f"{name} {words[0]}", f"{words[0]} {name}"))
-    styled = random.random() < STYLED
+    styled = not about["plain"] or random.random() >= PLAIN_SHARE
     if random.random() < FREE:
         return freely(name, about["style"] if styled else None, random)
-    templates = STYLED_TEMPLATES if styled else PLAIN
-    return fill(random.choice(templates), name, about["style"])
+    return fill(random.choice(STYLED_TEMPLATES if styled else PLAIN), name, about["style"])

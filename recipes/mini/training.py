@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from captions import FILLERS
 from PIL import Image
 from torch import Tensor, nn
 
@@ -118,6 +120,18 @@ class Pictures:
         self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else known)
         if unknown := self.names - known:
             raise SystemExit(f"{subjects} names what there are no pictures of: {', '.join(sorted(unknown))}.")
+        self._add_what_captions_need()
+
+    def _add_what_captions_need(self) -> None:
+        """To every entry: `telling`, the keywords that mean no other chosen subject and are no filler; and `plain`, whether
+        this is the picture that a caption without a style means: the subject's first in training, noto where there is one.
+        """
+        chosen = {a["name"]: a["keywords"] for a in self.about if a["name"] in self.names}
+        meant = Counter(word for name, words in chosen.items() for word in {*words, name, *name.split()})
+        first = {self.about[i]["name"]: i for i in reversed(self.split("train"))}
+        for i, about in enumerate(self.about):
+            about["telling"] = [word for word in about["keywords"] if meant[word] == 1 and word not in FILLERS]
+            about["plain"] = first.get(about["name"]) == i
 
     def split(self, *splits: str) -> list[int]:
         """Indices of the pictures of these splits and of the chosen subjects."""
