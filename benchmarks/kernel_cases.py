@@ -29,6 +29,7 @@ class Case:
     warps: int = 4
     stages: int = 3
     fusion: bool = True  # of products and sums
+    least: int = 80  # capability that it is for
 
     def source(self) -> ASTSource:
         """For the compiler; pointers and strides are multiples of 16, as the launchers' almost always are."""
@@ -47,22 +48,31 @@ def module(name: str) -> Any:
 def attention_cases(dtype: str) -> Iterator[Case]:
     """The released model's heads, hart-mini's, wide ones; one query and many; all keys, and two ranges of them."""
     attention = module("attention")
-    for head_dim, queries, ranged in (
-        (64, 4096, False),
-        (64, 4096, True),
-        (64, 1, False),
-        (32, 144, False),
-        (128, 4096, False),
-        (128, 1, True),
+    for head_dim, queries, ranged, described in (
+        (64, 4096, False, False),
+        (64, 4096, True, False),
+        (64, 1, False, False),
+        (32, 144, False, False),
+        (128, 4096, False, False),
+        (128, 1, True, False),
+        (64, 4096, False, True),
+        (128, 4096, False, True),
     ):
+        if described and dtype == "fp32":
+            continue  # no tiles are
         for split in (False, True) if queries == 1 else (False,):
             tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
             types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
             types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
             constants = {"HEAD_DIM": head_dim, "WIDTH": head_dim, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
-            constants |= {"SPLIT": split, "RANGED": bool(ranged), "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-            name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}{' split' * split}{' ranges' * ranged}"
-            yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages)
+            constants |= {"SPLIT": split, "RANGED": ranged, "DESCRIBED": described}
+            constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+            if described:
+                types |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1,1,{tiles.columns},{head_dim}]>")
+            name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}"
+            name += " split" * split + " ranges" * ranged + " descriptors" * described
+            least = 90 if described else 80
+            yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages, least=least)
 
 
 def merge_cases() -> Iterator[Case]:

@@ -68,7 +68,8 @@ def triton_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, An
     """A row for each case whose name contains `only`, and each capability."""
     for case in cases():
         for capability in capabilities if only in case.name else ():
-            yield compiled(case, capability)
+            if capability >= case.least:
+                yield compiled(case, capability)
 
 
 def cuda_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:

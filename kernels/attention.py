@@ -13,13 +13,18 @@ from torch import Tensor
 from . import refusal as refusal
 from .launch import Config, multiprocessors
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton
+    TensorDescriptor = None
+
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
 # (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None spills registers
 # (benchmarks/kernels.py); not timed on a GPU yet.
 CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
     (2, 64, 64, Config(128, 64, warps=8, stages=3)),
-    (2, 128, 64, Config(64, 64, warps=4, stages=2)),
+    (2, 128, 64, Config(64, 64, warps=4, stages=2, described=True)),
     (2, 128, 0, Config(16, 64, warps=4, stages=3)),
     (4, 64, 64, Config(64, 32, warps=8, stages=2)),
     (4, 128, 64, Config(32, 16, warps=8, stages=2)),
@@ -35,11 +40,12 @@ def attention_kernel(
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_split, out_row, out_head, out_token,
     heads, queries, keys, keys_per_split, first_keys, jump, bonus,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, RANGED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RANGED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one row and head against one split of its keys; WIDTH is HEAD_DIM's next power of two.
 
     RANGED: of the `keys`, those behind the `first_keys` lie `jump` tokens further on; the first ones' scores get `bonus`.
+    DESCRIBED: k and v are tensor descriptors [R, H, keys, HEAD_DIM], which Hopper copies by a unit of its own; not RANGED.
     """
     row_head = tl.program_id(1)
     row = (row_head // heads).to(tl.int64)
@@ -49,8 +55,9 @@ def attention_kernel(
     lane = tl.arange(0, WIDTH)
     in_q = (token[:, None] < queries) & (lane[None, :] < HEAD_DIM)
     query = tl.load(q + row * q_row + head * q_head + token[:, None] * q_token + lane[None, :], mask=in_q, other=0.0)
-    k += row * k_row + head * k_head
-    v += row * v_row + head * v_head
+    if not DESCRIBED:
+        k += row * k_row + head * k_head
+        v += row * v_row + head * v_head
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     sum_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
@@ -61,8 +68,11 @@ def attention_kernel(
         where = place
         if RANGED:
             where += tl.where(place < first_keys, 0, jump)
-        in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
-        key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
+        if DESCRIBED:
+            key = tl.trans(k.load([row_head // heads, row_head % heads, start, 0]).reshape(BLOCK_K, WIDTH))
+        else:
+            in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
+            key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
         score = tl.dot(query, key, input_precision=PRECISION) * scale_log2
         if RANGED:
             score += tl.where(place < first_keys, bonus, 0.0)[None, :]
@@ -71,8 +81,11 @@ def attention_kernel(
         weight = tl.exp2(score - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weight, 1)
-        in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
-        value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
+        if DESCRIBED:
+            value = v.load([row_head // heads, row_head % heads, start, 0]).reshape(BLOCK_K, WIDTH)
+        else:
+            in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
+            value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
         sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
         largest = larger
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
@@ -117,6 +130,16 @@ def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
     """Into how many parts to split the keys: so many that each multiprocessor has work, none with fewer than four blocks."""
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, keys // (4 * block), 64))
+
+
+def describes(device: torch.device) -> bool:
+    """Whether a device is of the generation whose code is better with tensor descriptors, for some tiles (docs/kernels.md)."""
+    return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the hardware can describe x: it begins, and its tokens do, at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
@@ -172,13 +195,18 @@ def attention(
         maxima, sums = q.new_empty(2, splits, rows * heads, queries, dtype=torch.float32)
         part_strides = parts.stride()[:4]
     width = max(16, triton.next_power_of_2(head_dim))
+    described = ranges is None and tiles.described and describes(q.device) and _describable(k) and _describable(v)
+    k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+    if described:
+        k, v = (TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tiles.columns, width]) for x in (k, v))
     attention_kernel[(blocks, rows * heads, splits)](
         q, k, v, parts, maxima, sums, scale * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part_strides,
+        *q.stride()[:3], *k_strides, *v_strides, *part_strides,
         heads, queries, keys, per_split, first_keys, jump, math.log2(multiplicity),
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns,
         SPLIT=splits > 1, RANGED=ranges is not None,  # without, a multiplicity counts for every key alike
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps, num_stages=tiles.stages,
+        DESCRIBED=described, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(queries, rows * heads)](

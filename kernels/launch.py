@@ -21,6 +21,7 @@ class Config:
     columns: int
     warps: int
     stages: int = 3  # of software pipelining: Triton's own default
+    described: bool = False  # read through tensor descriptors where a device has them
 
 
 @lru_cache(maxsize=16)
