@@ -143,13 +143,13 @@ def _describable(x: Tensor) -> bool:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for what doesn't fit."""
+    """Raise ValueError for what doesn't fit, NotImplementedError for what is too wide."""
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
         raise ValueError(f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} don't fit each other.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"attention: the head width is {q.shape[3]}; at most {MAX_HEAD_DIM} is supported.")
+        raise NotImplementedError(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
     if multiplicity < 1:
         raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
 

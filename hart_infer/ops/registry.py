@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -50,7 +50,8 @@ class Where:
 class Backend:
     """A kernel: "module:function" under this package, imported when first asked about.
 
-    The module says where it works: its `refusal(where)` gives None, or why not.
+    The module says where it works: its `refusal(where)` gives None, or why not. A function raises NotImplementedError, with a
+    sentence, before it does anything with arguments that are right but beyond it, such as larger ones.
     """
 
     target: str
@@ -116,10 +117,16 @@ class Op(Generic[P, R]):
         if choice is None:
             choice = self._chosen[x.device, x.dtype, forced] = self._choose(Where.of(x), forced)
             _tell(self.name, Where.of(x), choice)
-        if x.device.type != "cuda" or choice.backend == REFERENCE:
-            return choice.function(*args, **kwargs)
-        with torch.cuda.device(x.device):  # Triton launches on the current device, wherever the tensors are
-            return choice.function(*args, **kwargs)
+        if choice.backend == REFERENCE:
+            return self.reference(*args, **kwargs)
+        try:
+            with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+                return choice.function(*args, **kwargs)  # Triton launches on the current device, wherever the tensors are
+        except NotImplementedError as limit:
+            if forced:
+                raise BackendError(f"{limit} Leave the choice to the library.") from None
+            _warn_once(f"{self.name} runs on PyTorch: {limit}")
+        return self.reference(*args, **kwargs)
 
     def register(self, mutates: Sequence[str], keeps_layout: bool) -> None:
         """Make it known to PyTorch's dispatcher; the arguments are `op`'s."""
@@ -165,9 +172,16 @@ def _is_learning(args: tuple[Any, ...]) -> bool:
 def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
     """Say that a GPU which has kernels can't use them: each reason once, whatever operations share it."""
     listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
-    if where.device == "cuda" and choice.backend == REFERENCE and listed and listed not in _told:
-        _told.add(listed)
-        logger.warning("%s and operations like it run on PyTorch on %s (%s).", name, where, listed)
+    if where.device == "cuda" and choice.backend == REFERENCE and listed:
+        _warn_once(f"{name} and operations like it run on PyTorch on {where} ({listed}).", key=listed)
+
+
+def _warn_once(message: str, key: str | None = None) -> None:
+    """Log a message, unless one of the same key, by default its own text, has been logged."""
+    key = key or message
+    if key not in _told:
+        _told.add(key)
+        logger.warning("%s", message)
 
 
 def _contiguous(result: Any) -> Any:

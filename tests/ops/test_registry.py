@@ -75,6 +75,25 @@ def test_a_forced_backend_runs_or_fails(declared):
     assert declared(torch.ones(1, dtype=torch.bfloat16)).item() == 2
 
 
+def test_what_is_beyond_a_kernel_runs_on_the_reference_and_that_is_said_once(declared, caplog, monkeypatch):
+    def narrow(x):
+        if len(x) > 2:
+            raise NotImplementedError("double's kernel takes two numbers.")
+        return x * 2 + 0.5
+
+    monkeypatch.setattr(registry, "_told", set())
+    monkeypatch.setattr(sys.modules["fake_kernels"], "double", narrow)
+    with use_backend("triton"), pytest.raises(BackendError, match="takes two numbers. Leave the choice to the library."):
+        declared(torch.ones(3, dtype=torch.bfloat16))
+    monkeypatch.setattr(Where, "of", lambda x: CUDA)
+    few, many = (torch.ones(n, device="meta", dtype=torch.bfloat16) for n in (2, 3))
+    with caplog.at_level(logging.WARNING):
+        assert declared.choose(CUDA).backend == "triton" and declared(few).shape == (2,)
+        assert not caplog.records
+        assert declared(many).shape == declared(many).shape == (3,)
+    assert [record.message for record in caplog.records] == ["double runs on PyTorch: double's kernel takes two numbers."]
+
+
 def test_where_gradients_flow_the_reference_runs(declared):
     x = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     with use_backend("triton"):
