@@ -1,7 +1,8 @@
 """The part of the build that pyproject.toml can't say: where `kernels/` goes, and the CUDA kernels of `csrc/`.
 
-With nvcc the kernels are compiled into `hart_infer/_kernels.so`; without it, or where it fails, the package installs without
-them. HART_INFER_BUILD_CUDA=0 doesn't try, 1 makes it an error; HART_INFER_CUDA_ARCHS lists the GPUs.
+With nvcc the kernels are compiled into `hart_infer/_kernels.so`. Without it, or where it fails, the package installs without
+them, and `hart_infer/_kernels.absent` says why. HART_INFER_BUILD_CUDA=0 doesn't try, 1 makes that an error;
+HART_INFER_CUDA_ARCHS lists the GPUs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("hart_infer", "_kernels.so")
+REASON = LIBRARY.with_suffix(".absent")
 ARCHITECTURES = "80;86;89;90"
 
 
@@ -66,7 +68,7 @@ def compile_kernels(output: Path) -> None:
     if done.returncode:
         output.unlink(missing_ok=True)
         detail = done.stdout if os.environ.get("HART_INFER_BUILD_CUDA") == "1" else done.stdout.strip().rpartition("\n")[2]
-        raise NoKernels(f"nvcc failed: {detail}")
+        raise NoKernels(f"nvcc failed: {detail}".replace(f"{ROOT}/", ""))
 
 
 class BuildKernels(Command):
@@ -84,32 +86,34 @@ class BuildKernels(Command):
         """Where the package is put together."""
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
-    @property
-    def output(self) -> Path:
-        """The library, in the package that is built or, if that is editable, in the checkout."""
+    def output(self, name: Path = LIBRARY) -> Path:
+        """A file in the package that is built or, if that is editable, in the checkout."""
         assert self.build_lib is not None
-        return (ROOT if self.editable_mode else Path(self.build_lib)) / LIBRARY
+        return (ROOT if self.editable_mode else Path(self.build_lib)) / name
 
     def run(self) -> None:
         """A failure is told in one line, and is none."""
         wanted = os.environ.get("HART_INFER_BUILD_CUDA")
-        self.output.unlink(missing_ok=True)
+        for name in (LIBRARY, REASON):
+            self.output(name).unlink(missing_ok=True)
         try:
             if wanted == "0":
                 raise NoKernels("HART_INFER_BUILD_CUDA is 0")
-            compile_kernels(self.output)
+            compile_kernels(self.output())
         except NoKernels as reason:
             if wanted == "1":
                 raise SetupError(f"HART_INFER_BUILD_CUDA is 1, but there are no CUDA kernels: {reason}") from None
             self.warn(f"hart-infer is installed without its CUDA kernels: {reason}")
+            self.output(REASON).parent.mkdir(parents=True, exist_ok=True)
+            self.output(REASON).write_text(f"{reason}\n", encoding="utf-8")
 
     def get_source_files(self) -> list[str]:
         """For the sdist."""
         return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
     def get_outputs(self) -> list[str]:
-        """What was built."""
-        return [str(self.output)] if self.output.exists() else []
+        """What was built, or why not."""
+        return [str(path) for path in map(self.output, (LIBRARY, REASON)) if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         """No file of the checkout is the library."""
@@ -128,7 +132,7 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         """Build first, to know what there is."""
         self.run_command("build")
-        if self.get_finalized_command("build_kernels").get_outputs():
+        if self.get_finalized_command("build_kernels").output().exists():
             self.root_is_pure = False
             self.distribution.has_ext_modules = lambda: True
         super().run()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 FILE = Path(__file__).resolve().parents[1] / "_kernels.so"
+REASON = FILE.with_suffix(".absent")  # setup.py's, where it could not build one
 INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
 HOST = "host"  # the tests' build, whose kernels run on CPU tensors
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
@@ -90,7 +91,8 @@ class Library:
 def load() -> Library | str:
     """The library, or why there is none."""
     if not FILE.exists():
-        return f"the compiled extension is absent ({HOW})"
+        reason = f"{REASON.read_text(encoding='utf-8').strip()}; " if REASON.exists() else ""
+        return f"the compiled extension is absent ({reason}{HOW})"
     try:
         return Library(FILE)
     except (OSError, AttributeError) as error:

@@ -67,6 +67,8 @@ def broken_nvcc(tmp_path: Path) -> str:
 def test_a_failing_nvcc_is_an_error_only_where_kernels_are_asked_for(source: Path, tmp_path: Path, broken_nvcc: str) -> None:
     wheel = build(source, tmp_path / "dist", "--wheel", CUDA_HOME=broken_nvcc)
     assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("hart_infer/_kernels.absent").decode() == "nvcc failed: no such GPU\n"
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "none"), str(source)]
     variables = {"CUDA_HOME": broken_nvcc, "HART_INFER_BUILD_CUDA": "1"}
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
