@@ -100,9 +100,9 @@ def attention(x: Inputs) -> Call:
 def rope_cache(x: Inputs) -> Call:
     """Into the last scale's place in the cache."""
     s = x.shapes
-    table = x(s.rows, 1, s.tokens, s.head_dim)
+    cos, sin = (x(s.rows, 1, s.tokens, s.head_dim) for _ in range(2))
     cache = x(2, s.rows, s.heads, s.keys, s.head_dim)[:, :, :, -s.tokens :]
-    return (x(s.rows, s.tokens, 3, s.heads, s.head_dim), table, table, *cache), {}
+    return (x(s.rows, s.tokens, 3, s.heads, s.head_dim), cos, sin, *cache), {}
 
 
 def swiglu(x: Inputs) -> Call:
@@ -144,13 +144,15 @@ def _diffusion_rows(x: Inputs, count: int) -> list[Tensor]:
 def layer_norm_modulate(x: Inputs) -> Call:
     """The residual diffusion's first norm."""
     rows, scale, shift = _diffusion_rows(x, 3)
-    return (rows, rows[0], rows[1], scale, shift, EPS), {}
+    weight, bias = (x(x.shapes.diffusion_width) for _ in range(2))
+    return (rows, weight, bias, scale, shift, EPS), {}
 
 
 def gated_layer_norm_modulate(x: Inputs) -> Call:
     """Its later norms."""
     rows, update, gate, scale, shift = _diffusion_rows(x, 5)
-    return (rows, update, gate, rows[0], rows[1], scale, shift, EPS), {}
+    weight, bias = (x(x.shapes.diffusion_width) for _ in range(2))
+    return (rows, update, gate, weight, bias, scale, shift, EPS), {}
 
 
 def diffusion_step(x: Inputs) -> Call:

@@ -20,6 +20,7 @@
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -29,6 +30,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 // NVIDIA's headers before the keywords mean something else
 #include <cuda_bf16.h>
@@ -50,7 +52,19 @@ extern char __stop_shared_memory[] __attribute__((weak));
 inline uint3 threadIdx, blockIdx;  // of the fiber that runs
 inline dim3 blockDim, gridDim;
 
+#define HART_READ(from, bytes) host::note(0, from, bytes)
+#define HART_WRITE(to, bytes) host::note(1, to, bytes)
+
 namespace host {
+
+// What was read and what was written since host_count(1): each access from where to where.
+inline bool counting = false;
+inline std::vector<std::pair<uintptr_t, uintptr_t>> accesses[2];
+
+inline void note(int written, const void* at, size_t bytes) {
+    const auto from = reinterpret_cast<uintptr_t>(at);
+    if (counting) accesses[written].emplace_back(from, from + bytes);
+}
 
 constexpr unsigned LANES = 32;
 constexpr size_t STACK = 128 << 10;
@@ -236,4 +250,26 @@ __attribute__((weak)) cudaError_t cudaGetLastError() { return cudaSuccess; }
 __attribute__((weak)) const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorLaunchFailure ? "threads wait for each other for ever" : "invalid configuration";
 }
+}
+
+#define HOST_EXPORT extern "C" __attribute__((visibility("default"), used))
+
+HOST_EXPORT inline void host_count(int on) {
+    host::counting = on;
+    for (auto& list : host::accesses) list.clear();
+}
+
+// Bytes of all accesses, or of all places, read and written counted apart.
+HOST_EXPORT inline int64_t host_moved(int distinct) {
+    int64_t bytes = 0;
+    for (auto& list : host::accesses) {
+        std::sort(list.begin(), list.end());
+        uintptr_t reached = 0;
+        for (const auto& [from, to] : list) {
+            const uintptr_t begin = distinct ? std::max(from, reached) : from;
+            if (to > begin) bytes += to - begin;
+            reached = std::max(reached, to);
+        }
+    }
+    return bytes;
 }
