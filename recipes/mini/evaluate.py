@@ -1,4 +1,4 @@
-"""Measure a hart-mini: reconstruction, generation with and without the residual, prompts, styles, unseen pairs.
+"""Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen pairs.
 
     python recipes/mini/evaluate.py DATA OUT --subjects recipes/mini/vocabulary.txt [--only reconstruction prompts ...]
 
@@ -8,6 +8,7 @@ Needs OUT/classifier.pt (classifier.py). Writes OUT/results.json and, for the ey
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from captions import HELD_OUT_TEMPLATES, STYLED_TEMPLATES, fill
+from captions import HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, fill
 from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
@@ -24,6 +25,7 @@ from torch import Tensor
 from training import Pictures, psnr, write_grid
 
 from hart_infer import HartPipeline
+from hart_infer.checkpoint import find_checkpoint
 
 BATCH = 16
 
@@ -52,14 +54,19 @@ class Evaluation:
         indices = self.pictures.split(split)
         return Random(self.seed).sample(indices, min(count or self.count, len(indices)))
 
-    def judge(self, drawn: Tensor, indices: Sequence[int]) -> dict[str, float]:
-        """How often the classifier sees the subject (first guess, first five) and the style of `indices` in `drawn`."""
+    def judge(self, drawn: Tensor, indices: Sequence[int], missed: list[str] | None = None) -> dict[str, float]:
+        """How often the classifier sees the subject (first guess, first five) and the style of `indices` in `drawn`.
+
+        Those whose subject it doesn't see at the first guess are added to `missed`.
+        """
         with torch.no_grad():
             by_subject, by_style = self.classifier(drawn)
         about = [self.pictures.about[i] for i in indices]
         subject = torch.tensor([self.subjects[a["name"]] for a in about])
         style = torch.tensor([STYLE_NAMES.index(a["style"]) for a in about])
         five = by_subject.topk(5, dim=1).indices
+        if missed is not None:
+            missed += [f"{a['name']}, {a['style']}" for a, right in zip(about, five[:, 0] == subject, strict=True) if not right]
         return {
             "subject": (five[:, 0] == subject).float().mean().item(),
             "subject_in_five": (five == subject[:, None]).any(dim=1).float().mean().item(),
@@ -118,7 +125,8 @@ def generation(e: Evaluation) -> dict[str, Any]:
     for name, options in (("with_residual", {}), ("without_residual", {"num_inference_steps": 0})):
         drawn = e.draw(captions, **options)
         scores[name] = {"frechet": e.frechet(drawn, real), "psnr_to_real": psnr(drawn, real).mean().item()}
-        scores[name] |= e.judge(drawn, indices)
+        missed: list[str] = []
+        scores[name] |= e.judge(drawn, indices, missed) | {"missed": missed}
         shown.append(drawn)
     write_grid(e.out / "generation.png", [real[:12], *(rows[:12] for rows in shown)])
     return scores
@@ -136,17 +144,39 @@ def guidance(e: Evaluation) -> dict[str, Any]:
 
 def prompts(e: Evaluation) -> dict[str, Any]:
     """Known subjects in wordings that no training caption has."""
-    indices = e.some("train")
+    indices, missed = e.some("train"), []
     drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
     write_grid(e.out / "wordings.png", list(drawn[: len(drawn) // 12 * 12].split(12))[:3])
-    return {
+    scores = {
         "pictures": len(indices),
-        "drawn": e.judge(drawn, indices),
+        "drawn": e.judge(drawn, indices, missed),
         "real": e.judge(e.pictures.tensor(indices), indices),
         "real_held_out": e.judge(e.pictures.tensor(e.pictures.split("style")), e.pictures.split("style")),
         "drawn_for_others": e.judge(drawn, indices[1:] + indices[:1]),
         "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
+        "missed": missed,
     }
+    for number, template in enumerate(HELD_OUT_TEMPLATES):
+        chosen = [place for place, i in enumerate(indices) if i % len(HELD_OUT_TEMPLATES) == number]
+        scores[template] = e.judge(drawn[chosen], [indices[place] for place in chosen])
+    return scores
+
+
+def plain(e: Evaluation) -> dict[str, Any]:
+    """Known subjects without a style: by name, in a new wording, and by one keyword that isn't in the name."""
+    indices = [i for i in e.pictures.split("train") if e.pictures.about[i]["plain"]][: e.count]
+    keywords = {i: [w for w in a["telling"] if w not in a["name"]] for i in indices if (a := e.pictures.about[i])}
+    telling = [i for i in indices if keywords[i]]
+    cases = {
+        "training wordings": (indices, _captions(e, indices, PLAIN)),
+        "a new wording": (indices, _captions(e, indices, ("{a}, please",))),
+        "a keyword": (telling, [keywords[i][0] for i in telling]),
+    }
+    scores: dict[str, Any] = {}
+    for name, (chosen, captions) in cases.items():
+        missed: list[str] = []
+        scores[name] = {"pictures": len(chosen), **e.judge(e.draw(captions), chosen, missed), "missed": missed}
+    return scores
 
 
 def unseen(e: Evaluation) -> dict[str, Any]:
@@ -160,8 +190,18 @@ def unseen(e: Evaluation) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    part.__name__: part for part in (reconstruction, generation, guidance, prompts, unseen)
+    part.__name__: part for part in (reconstruction, generation, guidance, prompts, plain, unseen)
 }
+
+
+def weights_of(model: str) -> str:
+    """A short hash of a checkpoint's weights, to tell whose figures these are."""
+    found = find_checkpoint(model)
+    digest = hashlib.sha256()
+    words = found.text_encoder.glob("*.safetensors") if found.text_encoder else ()
+    for file in sorted((*found.transformer_files, *found.autoencoder_files, *words)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def main() -> None:
@@ -176,11 +216,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     evaluation = Evaluation(args.data, args.subjects, args.out, args.model, count=args.count, seed=args.seed)
-    path = args.out / "results.json"
+    path, weights = args.out / "results.json", weights_of(args.model)
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
         settings = {"model": args.model, "count": args.count, "seed": args.seed, **evaluation.pipe.defaults.to_dict()}
-        settings["subjects"] = args.subjects and args.subjects.name
+        settings |= {"weights": weights, "subjects": args.subjects and args.subjects.name}
         results[name] = PARTS[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

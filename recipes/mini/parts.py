@@ -41,6 +41,8 @@ def take_over(model: str, out: Path) -> HartPipeline:
     """Load a saved pipeline, and write its tokenizers to `out`, from where `assemble` takes them."""
     pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
     assert pipe.text_encoder is not None
+    if (out / TOKENIZER).exists():
+        raise SystemExit(f"{out} has a tokenizer already, which {model}'s would take the place of: give an empty folder.")
     save(out / TOKENIZER, pipe.autoencoder.state_dict())
     pipe.text_encoder.tokenizer.save_pretrained(out / WORDS)
     return pipe

@@ -224,6 +224,7 @@ def main() -> None:
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+    log(step=start, options={name: str(value) for name, value in vars(args).items() if value is not None})
     codes, latents = tokenize(pipe.autoencoder, pictures.tensor(train))
     place = {picture: row for row, picture in enumerate(train)}
     stages = build_schedule(
