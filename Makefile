@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # What decides whether the installed environment is still the right one.
 BUILD_FILES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test slow gpu kernels package lint format types clean
+.PHONY: demo test slow gpu kernels torches package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -31,6 +31,9 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-dev)
 
 kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where one is worse than on record
 	$(BIN)/python benchmarks/kernels.py --capability 80 90 --compare benchmarks/results/kernels.json
+
+torches: $(VENV)/.installed-dev  # the wheel beside other versions of torch; each takes several GB and some minutes
+	HART_INFER_TORCHES="$(or $(TORCHES),2.10.0 2.11.0 2.12.1 2.13.0 2.14.1)" $(BIN)/python -m pytest tests/packaging/test_torches.py $(PYTEST_ARGS)
 
 package: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m packaging $(PYTEST_ARGS)
