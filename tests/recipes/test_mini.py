@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,14 +216,17 @@ def test_articles():
     assert [with_article(name) for name in names] == expected
 
 
+def entry(name, style, split, *keywords):
+    return {"name": name, "style": style, "split": split, "keywords": list(keywords)}
+
+
+def write_pictures(folder, about):
+    np.save(folder / "pictures.npy", np.random.default_rng(0).integers(0, 255, (len(about), 96, 96, 3), np.uint8))
+    (folder / "pictures.json").write_text(json.dumps(about))
+
+
 def test_pictures_say_which_keywords_tell_and_which_style_goes_without_saying(tmp_path):
-    import json
-
-    import numpy as np
     from training import Pictures
-
-    def entry(name, style, split, *keywords):
-        return {"name": name, "style": style, "split": split, "keywords": list(keywords)}
 
     about = [
         entry("cat", "noto", "style", "kitty", "pet", "nice"),
@@ -231,9 +236,34 @@ def test_pictures_say_which_keywords_tell_and_which_style_goes_without_saying(tm
         entry("dog", "fluent", "train", "pet", "cat"),
         entry("kitty", "noto", "train"),  # not chosen
     ]
-    np.save(tmp_path / "pictures.npy", np.zeros((6, 96, 96, 3), np.uint8))
-    (tmp_path / "pictures.json").write_text(json.dumps(about))
+    write_pictures(tmp_path, about)
     (tmp_path / "few.txt").write_text("cat\ndog\n")
     found = Pictures(tmp_path, tmp_path / "few.txt").about
     assert [a["telling"] for a in found[:5]] == [["kitty"]] * 3 + [[]] * 2, "pet means two, cat another, nice none"
     assert [a["plain"] for a in found] == [False, True, False, True, False, False]
+
+
+def test_the_evaluation_scores_what_is_drawn_and_says_of_which_weights(tmp_path, monkeypatch):
+    for package in ("scipy", "skimage"):
+        pytest.importorskip(package)
+    import evaluate
+    from classifier import Classifier
+
+    names = "box cup dot fan gem hat jug key lid map".split()
+    write_pictures(
+        tmp_path, [entry(name, "noto", "train", f"word {name}") for name in names] + [entry("late", "noto", "style")]
+    )
+    torch.manual_seed(0)
+    torch.save(Classifier(11).state_dict(), tmp_path / "classifier.pt")
+    asked = []
+    monkeypatch.setattr(
+        evaluate.Evaluation, "draw", lambda self, prompts: asked.extend(prompts) or torch.zeros(len(prompts), 3, 96, 96)
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (tmp_path, tmp_path)), "--only", "plain", "--count", "10"])
+    evaluate.main()
+    found = json.loads((tmp_path / "results.json").read_text())["plain"]
+    assert len(found["settings"]["weights"]) == 12
+    assert asked[10:] == [f"a {name}, please" for name in names] + [f"word {name}" for name in names]
+    for kind in ("training wordings", "a new wording", "a keyword"):
+        right = found[kind]["pictures"] - len(found[kind]["missed"])
+        assert found[kind]["pictures"] == 10 and right == round(10 * found[kind]["subject"])
