@@ -46,7 +46,7 @@ def targets() -> tuple[list[str], str]:
     asked = os.environ.get("HART_INFER_CUDA_ARCHS") or ARCHITECTURES
     numbers = [name.replace(".", "") for name in re.split(r"[;,\s]+", asked.strip(" ;,"))]
     if not all(re.fullmatch(r"\d{2,3}", number) for number in numbers):
-        raise NoKernels(f"HART_INFER_CUDA_ARCHS must be like {ARCHITECTURES}, not {asked}")
+        raise SetupError(f"HART_INFER_CUDA_ARCHS must be like {ARCHITECTURES}, not {asked}.")
     numbers = sorted(set(numbers), key=int)
     options = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     options.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")

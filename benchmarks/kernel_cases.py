@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -29,13 +30,14 @@ class Case:
     warps: int = 4
     stages: int = 3
     fusion: bool = True  # of products and sums
-    least: int = 80  # capability that it is for
+    targets: tuple[int, ...] = ()  # capabilities that it is for; all
 
     def source(self) -> ASTSource:
         """For the compiler; pointers and strides are multiples of 16, as the launchers' almost always are."""
         names = self.kernel.arg_names
         kinds = {name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names}
-        aligned = [n for n in names if kinds[n].startswith("*") or ALIGNED.search(n)]
+        counts = {p.name for p in self.kernel.params if p.do_not_specialize}
+        aligned = [n for n in names if kinds[n].startswith("*") or (ALIGNED.search(n) and n not in counts)]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if kinds[name] != "constexpr"}
         return ASTSource(fn=self.kernel, signature=kinds, constexprs=self.constants, attrs=attributes)
 
@@ -46,33 +48,35 @@ def module(name: str) -> Any:
 
 
 def attention_cases(dtype: str) -> Iterator[Case]:
-    """The released model's heads, hart-mini's, wide ones; one query and many; all keys, and two ranges of them."""
+    """All tiles of the table, over all keys and ranges of them, whole and split, through pointers and descriptors."""
     attention = module("attention")
-    for head_dim, queries, ranged, described in (
-        (64, 4096, False, False),
-        (64, 4096, True, False),
-        (64, 1, False, False),
-        (32, 144, False, False),
-        (128, 4096, False, False),
-        (128, 1, True, False),
-        (64, 4096, False, True),
-        (128, 4096, False, True),
-    ):
-        if described and dtype == "fp32":
-            continue  # no tiles are
-        for split in (False, True) if queries == 1 else (False,):
-            tiles = attention.config_for(4 if dtype == "fp32" else 2, head_dim, queries)
-            types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
-            types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
-            constants = {"HEAD_DIM": head_dim, "WIDTH": head_dim, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
-            constants |= {"SPLIT": split, "RANGED": ranged, "DESCRIBED": described}
-            constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-            if described:
-                types |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1,1,{tiles.columns},{head_dim}]>")
-            name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}"
-            name += " split" * split + " ranges" * ranged + " descriptors" * described
-            least = 90 if described else 80
-            yield Case(name, attention.attention_kernel, types, constants, tiles.warps, tiles.stages, least=least)
+    size = 4 if dtype == "fp32" else 2
+    for targets, itemsize, width, _, tiles in attention.CONFIGS:
+        if itemsize != size:
+            continue
+        for ranged, split, described in itertools.product((False, True), repeat=3):
+            if described and (ranged or not tiles.described):
+                continue
+            if dtype == "fp16" and (ranged or split or described):
+                continue  # as bf16's, but for one conversion
+            for head_dim in (width, width // 2 + 16) if (ranged, split, described) == (False, False, False) else (width,):
+                yield _attention_case(attention.attention_kernel, dtype, head_dim, tiles, targets, ranged, split, described)
+
+
+def _attention_case(
+    kernel: Any, dtype: str, head_dim: int, tiles: Any, targets: tuple[int, ...], ranged: bool, split: bool, described: bool
+) -> Case:
+    types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
+    types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
+    width = triton.next_power_of_2(head_dim)
+    if described:
+        types |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1,1,{tiles.columns},{width}]>")
+    constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
+    constants |= {"SPLIT": split, "RANGED": ranged, "DESCRIBED": described}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}"
+    name += " ranges" * ranged + " split" * split + " descriptors" * described
+    return Case(name, kernel, types, constants, tiles.warps, tiles.stages, targets=(90,) if described else targets)
 
 
 def merge_cases() -> Iterator[Case]:

@@ -68,7 +68,7 @@ def triton_rows(only: str, capabilities: Sequence[int]) -> Iterator[dict[str, An
     """A row for each case whose name contains `only`, and each capability."""
     for case in cases():
         for capability in capabilities if only in case.name else ():
-            if capability >= case.least:
+            if not case.targets or capability in case.targets:
                 yield compiled(case, capability)
 
 

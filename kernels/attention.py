@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Beyond as Beyond
 from . import refusal as refusal
-from .launch import Config, multiprocessors
+from .launch import Config, capability, multiprocessors
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -20,20 +21,21 @@ except ImportError:  # an older Triton
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
-# (bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken. None spills registers
-# (benchmarks/kernels.py); not timed on a GPU yet.
-CONFIGS: tuple[tuple[int, int, int, Config], ...] = (
-    (2, 64, 64, Config(128, 64, warps=8, stages=3)),
-    (2, 128, 64, Config(64, 64, warps=4, stages=2, described=True)),
-    (2, 128, 0, Config(16, 64, warps=4, stages=3)),
-    (4, 64, 64, Config(64, 32, warps=8, stages=2)),
-    (4, 128, 64, Config(32, 16, warps=8, stages=2)),
-    (4, 64, 0, Config(16, 32, warps=4, stages=2)),
-    (4, MAX_HEAD_DIM, 0, Config(16, 32, warps=8, stages=2)),
+# (generations, or all; bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken.
+# None spills registers (benchmarks/kernels.py); not timed on a GPU yet.
+CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
+    ((), 2, 64, 64, Config(128, 64, warps=8, stages=3)),
+    ((80, 86, 87, 89), 2, 128, 64, Config(128, 32, warps=4, stages=2)),  # a fifth fewer instructions per score than 64 x 64
+    ((), 2, 128, 64, Config(64, 64, warps=4, stages=2, described=True)),
+    ((), 2, 128, 0, Config(16, 64, warps=4, stages=3)),
+    ((), 4, 64, 64, Config(64, 32, warps=8, stages=2)),
+    ((), 4, 128, 64, Config(32, 16, warps=8, stages=2)),
+    ((), 4, 64, 0, Config(16, 32, warps=4, stages=2)),
+    ((), 4, MAX_HEAD_DIM, 0, Config(16, 32, warps=8, stages=2)),
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "queries", "keys", "keys_per_split", "first_keys", "jump"])
 def attention_kernel(
     q, k, v, out, maxima, sums,  # out, and with splits its fp32 parts, one per split; maxima, sums [splits, R * H, L]
     scale_log2,
@@ -97,7 +99,7 @@ def attention_kernel(
         tl.store(sums + place, total, mask=token < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "queries", "splits"])
 def merge_kernel(
     parts, maxima, sums, out,
     out_row, out_head, out_token, heads, queries, splits,
@@ -121,35 +123,41 @@ def merge_kernel(
     tl.store(out + lane, merged.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
 
 
-def config_for(itemsize: int, head_dim: int, queries: int) -> Config:
-    """The tiles for a dtype and a shape."""
-    return next(c for size, width, least, c in CONFIGS if itemsize <= size and head_dim <= width and queries >= least)
+def config_for(capability: int, itemsize: int, head_dim: int, queries: int) -> Config:
+    """The tiles for a GPU (80, 86, ...; 0 for none), a dtype and a shape."""
+    return next(
+        tiles
+        for targets, size, width, least, tiles in CONFIGS
+        if (not targets or capability in targets) and itemsize <= size and head_dim <= width and queries >= least
+    )
 
 
 def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
-    """Into how many parts to split the keys: so many that each multiprocessor has work, none with fewer than four blocks."""
+    """Into how many parts to split the keys: so many that each multiprocessor has two, none without a whole block."""
     wanted = -(-2 * processors // programs)
-    return max(1, min(wanted, keys // (4 * block), 64))
+    return max(1, min(wanted, keys // block, 64))
 
 
 def describes(device: torch.device) -> bool:
     """Whether a device is of the generation whose code is better with tensor descriptors, for some tiles (docs/kernels.md)."""
-    return TensorDescriptor is not None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return TensorDescriptor is not None and capability(device) == 90
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether the hardware can describe x: it begins, and its tokens do, at multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
+    """Whether the hardware can describe x: it begins, and its tokens do, at multiples of 16 bytes, and none is another."""
+    return x.data_ptr() % 16 == 0 and all(stride and stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for what doesn't fit, NotImplementedError for what is too wide."""
+    """Raise ValueError for what doesn't fit, Beyond for what is too wide."""
+    if not q.dim() == k.dim() == v.dim() == 4 or not q.device == k.device == v.device:
+        raise ValueError("attention: q must be [R, H, L, d], k and v [R, H, N, d], all on one device.")
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
         raise ValueError(f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} don't fit each other.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[3] > MAX_HEAD_DIM:
-        raise NotImplementedError(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
+        raise Beyond(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
     if multiplicity < 1:
         raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
 
@@ -183,7 +191,7 @@ def attention(
     out = q.new_empty(rows, queries, heads * head_dim)
     if not out.numel():
         return out
-    tiles = config_for(q.itemsize, head_dim, queries)
+    tiles = config_for(capability(q.device), q.itemsize, head_dim, queries)
     blocks = triton.cdiv(queries, tiles.rows)
     splits = splits_for(blocks * rows * heads, keys, tiles.columns, multiprocessors(q.device))
     per_split = triton.cdiv(triton.cdiv(keys, splits), tiles.columns) * tiles.columns

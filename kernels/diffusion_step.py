@@ -12,7 +12,7 @@ from . import refusal as refusal
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def diffusion_step_kernel(
     x, eps, variance, noise, out,
     x_row, eps_row, variance_row, noise_row, rows,
@@ -55,6 +55,8 @@ def diffusion_step(
 ) -> Tensor:
     """As the reference in `hart_infer/ops/diffusion_step.py`."""
     given = {"x": x, "eps": eps, "variance": variance, "noise": noise}
+    if any(t.device != x.device for t in given.values()):
+        raise ValueError(f"diffusion_step: all must be on {x.device}, as x is.")
     if any(t.dtype != torch.float32 for t in given.values()):
         raise ValueError(f"diffusion_step: all must be float32, not {', '.join(f'{n} {t.dtype}' for n, t in given.items())}.")
     rows, channels = x.shape if x.dim() == 2 else (-1, -1)

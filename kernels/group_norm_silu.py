@@ -52,7 +52,7 @@ def slab_kernel(
     tl.store(squares + place, tl.sum(square + count * distance * distance, 0), mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs"])
 def merge_kernel(
     means, squares, group_means, group_scales,  # the latter two [B, groups] fp32
     pixels, channels, per_slab, slabs, eps,
@@ -79,7 +79,7 @@ def merge_kernel(
     tl.store(group_scales + place, (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def apply_kernel(
     x, out, weight, bias, group_means, group_scales,
     x_image, x_pixel, x_channel, pixels, channels, groups,
@@ -102,7 +102,7 @@ def apply_kernel(
     value = ((value - mean[None, :]) * scale[None, :] + shift[None, :]).to(dtype)
     if SILU:
         wide = value.to(tl.float32)
-        value = (wide / (1.0 + tl.exp(-wide))).to(dtype)
+        value = tl.div_rn(wide, 1.0 + tl.exp(-wide)).to(dtype)
     tl.store(out + place, value, mask=valid)
 
 

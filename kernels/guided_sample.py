@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Beyond as Beyond
 from . import refusal as refusal
 
 LOG2E = math.log2(math.e)
@@ -44,7 +45,7 @@ def _unordered(image):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def threshold_kernel(
     logits, thresholds,  # [B, L]: the lowest logit that stays
     x_half, x_image, x_token, vocabulary, with_guidance, guidance, top_k, removable,
@@ -84,7 +85,7 @@ def _gumbel(word):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def draw_kernel(
     logits, codebook, seeds, offset, thresholds, indices, embeddings,
     x_half, x_image, x_token, tokens, vocabulary, channels, with_guidance, guidance, gain, rate,
@@ -149,16 +150,18 @@ def warps_for(block: int) -> int:
 
 
 def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
-    """Raise ValueError for what doesn't fit, NotImplementedError for more codes than registers hold."""
+    """Raise ValueError for what doesn't fit, Beyond for more codes than registers hold."""
     if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
         shapes = f"{list(logits.shape)} and {list(codebook.shape)}"
         raise ValueError(f"guided_sample: logits and codebook must be [B or 2B, L, V] and [V, C], not {shapes}.")
     if logits.shape[2] > MAX_VOCABULARY:
-        raise NotImplementedError(f"guided_sample's kernel takes at most {MAX_VOCABULARY} codes, not {logits.shape[2]}.")
+        raise Beyond(f"guided_sample's kernel takes at most {MAX_VOCABULARY} codes, not {logits.shape[2]}.")
     if codebook.dtype != torch.float32:
         raise ValueError(f"guided_sample: the codebook must be float32, not {codebook.dtype}.")
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(logits) not in (len(seeds), 2 * len(seeds)):
         raise ValueError(f"guided_sample: seeds must be int64, one for each image, not {list(seeds.shape)} {seeds.dtype}.")
+    if not logits.device == codebook.device == seeds.device == offset.device:
+        raise ValueError(f"guided_sample: all must be on {logits.device}, as the logits are.")
     if offset.dtype != torch.int64 or offset.numel() != 1:
         raise ValueError(f"guided_sample: offset must be one int64, not {list(offset.shape)} {offset.dtype}.")
 
@@ -178,6 +181,8 @@ def guided_sample(
 ) -> tuple[Tensor, Tensor]:
     """As the reference in `hart_infer/ops/guided_sample.py`."""
     _check(logits, codebook, seeds, offset)
+    if not 0 <= top_p <= 1 or not temperature > 0:
+        raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
     (rows, tokens, vocabulary), channels, images = logits.shape, codebook.shape[1], len(seeds)
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     indices = logits.new_empty(images, tokens, dtype=torch.int64)

@@ -30,17 +30,29 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else INTERPRETED
 
 
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> int:
+    """80 for an A100, 90 for an H100, 0 for what is no GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
 @triton.jit
 def _trial_kernel(out):
     """Something to launch."""
     tl.store(out, 1)
 
 
-@lru_cache(maxsize=4)
-def failure(device: str) -> str | None:
-    """Why Triton can't launch anything on a kind of device, or None: it needs a C compiler and Python's headers there."""
+def failure() -> str | None:
+    """Why Triton can't launch anything on the current CUDA device, or None: it needs a C compiler and Python's headers."""
+    return _failure(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+@lru_cache(maxsize=16)
+def _failure(index: int) -> str | None:
     try:
-        _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=device))
+        with torch.cuda.device(index):
+            _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
     except Exception as error:  # whatever it is, PyTorch still works
         reason = str(error).strip() or type(error).__name__
         return f"Triton can't launch a kernel ({reason.splitlines()[0]})"

@@ -27,7 +27,7 @@ def _normalised(first, second, gain, DTYPE: tl.constexpr):
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens"])
 def rope_cache_kernel(
     qkv, cos, sin, gains, q_out, k_out, v_out,
     x_row, x_token, x_part, x_head, table_row, table_token,
@@ -75,6 +75,11 @@ def rope_cache_kernel(
 
 def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
     """As the reference in `hart_infer/ops/rope_cache.py`."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"rope_cache: qkv must be [R, L, 3, H, d], not {list(qkv.shape)}.")
+    others = [x for x in (cos, sin, keys, values, gains) if x is not None]
+    if any(x.device != qkv.device for x in others):
+        raise ValueError(f"rope_cache: all must be on {qkv.device}, as qkv is.")
     rows, tokens, _, heads, head_dim = qkv.shape
     place = (rows, heads, tokens, head_dim)
     if keys.shape != place or values.shape != place or head_dim % 2:

@@ -20,7 +20,7 @@ def swiglu_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
     dtype = out.dtype.element_ty
     g = tl.load(gate + row * gate_row + column, mask=valid, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + column, mask=valid, other=0.0).to(tl.float32)
-    activated = (g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)  # rounded, as PyTorch's silu is
+    activated = tl.div_rn(g, 1.0 + tl.exp(-g)).to(dtype).to(tl.float32)  # rounded, as PyTorch's silu is
     tl.store(out + row * width + column, (activated * u).to(dtype), mask=valid)
 
 

@@ -19,7 +19,7 @@ INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
 HOST = "host"  # the tests' build, whose kernels run on CPU tensors
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
-HOW = "install hart-infer where nvcc is, with HART_INFER_BUILD_CUDA=1 to see what fails"
+HOW = "for them, HART_INFER_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir from the sources, where nvcc is"
 
 
 class View(ctypes.Structure):
@@ -72,9 +72,12 @@ class Library:
         if code:
             raise BackendError(f"The CUDA kernel {name} could not be launched: {self._c.hart_infer_error(code).decode()}.")
 
-    @lru_cache(maxsize=1)  # noqa: B019 - there is one library
-    def failure(self) -> str | None:
-        """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does."""
+    @lru_cache(maxsize=16)  # noqa: B019 - there is one library
+    def failure(self, index: int) -> str | None:
+        """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does.
+
+        `index`: of the current device, for which the answer is.
+        """
         code = self._c.hart_infer_trial()
         return self._c.hart_infer_error(code).decode() if code else None
 
@@ -91,7 +94,7 @@ class Library:
 def load() -> Library | str:
     """The library, or why there is none."""
     if not FILE.exists():
-        reason = f"{REASON.read_text(encoding='utf-8').strip()}; " if REASON.exists() else ""
+        reason = f"when this package was built, {REASON.read_text(encoding='utf-8').strip()}; " if REASON.exists() else ""
         return f"the compiled extension is absent ({reason}{HOW})"
     try:
         return Library(FILE)
@@ -121,7 +124,7 @@ def refusal(where: Any) -> str | None:
         return "CUDA kernels run on NVIDIA GPUs"
     if not loaded.runs_on(where.capability):
         return f"the compiled extension was built for {loaded.targets} (HART_INFER_CUDA_ARCHS)"
-    failure = loaded.failure()
+    failure = loaded.failure(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return f"the compiled extension can't be used ({failure})" if failure else None
 
 

@@ -50,8 +50,8 @@ class Where:
 class Backend:
     """A kernel: "module:function" under this package, imported when first asked about.
 
-    The module says where it works: its `refusal(where)` gives None, or why not. A function raises NotImplementedError, with a
-    sentence, before it does anything with arguments that are right but beyond it, such as larger ones.
+    The module says where it works: its `refusal(where)` gives None, or why not. If it has an exception `Beyond`, its function
+    raises that, before it does anything, for arguments that are right but larger than it was made for.
     """
 
     target: str
@@ -73,6 +73,10 @@ class Backend:
         """What to call."""
         return getattr(self.module(), self.target.partition(":")[2])
 
+    def beyond(self) -> Any:
+        """The exceptions that say that arguments are beyond it."""
+        return getattr(self.module(), "Beyond", ())
+
 
 @dataclass(frozen=True)
 class Choice(Generic[P, R]):
@@ -81,6 +85,7 @@ class Choice(Generic[P, R]):
     backend: str
     function: Callable[P, R]
     refusals: dict[str, str]
+    beyond: Any = ()
 
 
 class Op(Generic[P, R]):
@@ -102,7 +107,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend."""
         x: Any = args[0]
-        if _is_learning(args):
+        if _is_learning((*args, *kwargs.values())):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.reference(*args, **kwargs) if x.device.type == "cpu" else self.traced(*args, **kwargs)
@@ -113,20 +118,18 @@ class Op(Generic[P, R]):
         forced = _forced.get()
         if forced is None and x.device.type == "cpu":
             return self.reference(*args, **kwargs)
-        choice = self._chosen.get((x.device, x.dtype, forced))
-        if choice is None:
-            choice = self._chosen[x.device, x.dtype, forced] = self._choose(Where.of(x), forced)
-            _tell(self.name, Where.of(x), choice)
-        if choice.backend == REFERENCE:
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():  # Triton launches on the current one
+            choice = self._chosen.get((x.device, x.dtype, forced))
+            if choice is None:
+                choice = self._chosen[x.device, x.dtype, forced] = self._choose(Where.of(x), forced)
+                _tell(self.name, Where.of(x), choice)
+            try:
+                return choice.function(*args, **kwargs)
+            except choice.beyond as limit:
+                if forced:
+                    raise BackendError(f"{limit} Leave the choice to the library.") from None
+                _warn_once(f"{self.name} runs on PyTorch: {limit}")
             return self.reference(*args, **kwargs)
-        try:
-            with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
-                return choice.function(*args, **kwargs)  # Triton launches on the current device, wherever the tensors are
-        except NotImplementedError as limit:
-            if forced:
-                raise BackendError(f"{limit} Leave the choice to the library.") from None
-            _warn_once(f"{self.name} runs on PyTorch: {limit}")
-        return self.reference(*args, **kwargs)
 
     def register(self, mutates: Sequence[str], keeps_layout: bool) -> None:
         """Make it known to PyTorch's dispatcher; the arguments are `op`'s."""
@@ -152,14 +155,14 @@ class Op(Generic[P, R]):
             reason = self.backends[forced].refusal(where)
             if reason is not None:
                 raise BackendError(f"{self.name} can't run by {forced} on {where}: {reason}. Leave the choice to the library.")
-            return Choice(forced, self.backends[forced].function(), {})
+            return Choice(forced, self.backends[forced].function(), {}, self.backends[forced].beyond())
         refusals: dict[str, str] = {}
         if where.device == "cpu":
             return Choice(REFERENCE, self.reference, dict.fromkeys(self.backends, "kernels are for GPUs"))
         for name, backend in self.backends.items():
             reason = backend.refusal(where)
             if reason is None:
-                return Choice(name, backend.function(), refusals)
+                return Choice(name, backend.function(), refusals, backend.beyond())
             refusals[name] = reason
         return Choice(REFERENCE, self.reference, refusals)
 

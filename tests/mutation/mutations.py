@@ -166,7 +166,7 @@ MUTATIONS = [
     triton(
         "a silu that is not rounded before the product",
         "swiglu",
-        "(g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)",
+        "tl.div_rn(g, 1.0 + tl.exp(-g)).to(dtype).to(tl.float32)",
         "g / (1.0 + tl.exp(-2.0 * g))",
         "test_swiglu[(2, 3, 1025)-float32]",
     ),

@@ -161,6 +161,9 @@ def test_what_does_not_fit_is_refused():
         ):
             with pytest.raises(ValueError, match=f"guided_sample: .*{message}"):
                 ops.guided_sample(*given, **OPTIONS)
+        for changes in ({"top_p": 1.5}, {"temperature": 0.0}):
+            with pytest.raises(ValueError, match="guided_sample: top_p must be from 0 to 1, temperature above 0"):
+                ops.guided_sample(logits, codebook, seeds, offset, **{**OPTIONS, **changes})
         with pytest.raises(BackendError, match="at most 16384 codes, not 16385"):
             ops.guided_sample(torch.zeros(2, 1, 16385), torch.zeros(16385, 1), seeds, offset, **OPTIONS)
 

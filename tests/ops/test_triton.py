@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -43,21 +44,25 @@ def test_attention(shape, dtype):
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 2, 1, 301, 64), (1, 1, 70, 333, 64), (2, 2, 5, 90, 24), (1, 1, 130, 65, 128)], ids=str)
 def test_attention_reads_through_tensor_descriptors(shape, dtype, monkeypatch):
-    """What it computes is what it computes without them. Where there is a GPU, both as it would by itself."""
+    """What it computes is what it computes without them; with every tile, though not all use them by themselves."""
     kernel = importlib.import_module("hart_infer.kernels.attention")
     if kernel.TensorDescriptor is None:
         pytest.skip("this Triton has no tensor descriptors")
     rows, heads, queries, keys, width = shape
     torch.manual_seed(sum(shape))
     q, k, v = (strided(torch.randn(rows, heads, n, width).to(dtype)) for n in (queries, keys, keys))
-    results = []
+    if torch.cuda.is_available() and not kernel.describes(q.device):
+        pytest.skip("this GPU is not read through tensor descriptors")
+    made, results = [], []
+    everywhere = tuple((*where, dataclasses.replace(tiles, described=True)) for *where, tiles in kernel.CONFIGS)
+    monkeypatch.setattr(kernel, "CONFIGS", everywhere)
+    describe = kernel.TensorDescriptor
+    monkeypatch.setattr(kernel, "TensorDescriptor", lambda *args: made.append(args) or describe(*args))
     for described in (False, True):
-        if not torch.cuda.is_available():
-            monkeypatch.setattr(kernel, "describes", lambda device, described=described: described)
-            everywhere = tuple((*where, dataclasses.replace(tiles, described=True)) for *where, tiles in kernel.CONFIGS)
-            monkeypatch.setattr(kernel, "CONFIGS", everywhere)
+        monkeypatch.setattr(kernel, "describes", lambda device, described=described: described)
         with use_backend("triton"):
             results.append(ops.attention(q, k, v, scale=0.3))
+        assert len(made) == 2 * described
     torch.testing.assert_close(*results)
 
 
@@ -67,6 +72,7 @@ def test_what_hardware_cannot_describe_is_read_as_it_is():
     assert kernel._describable(x) and kernel._describable(x[:, 1:])
     assert not kernel._describable(x[..., 1:]), "begins at two bytes"
     assert not kernel._describable(torch.zeros(1, 2, 9, 20, dtype=torch.bfloat16)), "tokens of 40 bytes"
+    assert not kernel._describable(x[:, :1].expand(-1, 2, -1, -1)), "two heads in one place"
 
 
 def test_attention_with_huge_scores_and_strides_along_the_width():
@@ -134,9 +140,18 @@ def test_attention_refuses_ranges_that_are_not_there(options, message):
         ops.attention(q, k, v, scale=1.0, **options)
 
 
+def test_each_generation_has_its_tiles():
+    kernel = importlib.import_module("hart_infer.kernels.attention")
+    for dtype_size, width, queries in itertools.product((2, 4), (32, 64, 80, 128), (1, 64, 4096)):
+        for capability in (0, 80, 86, 89, 90, 100, 120):
+            assert kernel.config_for(capability, dtype_size, width, queries).rows <= max(16, 2 * queries)
+    assert kernel.config_for(80, 2, 128, 4096) != kernel.config_for(90, 2, 128, 4096)
+
+
 def test_attention_splits_its_keys_where_queries_are_few():
     kernel = importlib.import_module("hart_infer.kernels.attention")
     assert kernel.splits_for(programs=2, keys=64, block=64, processors=108) == 1, "no part without work"
+    assert kernel.splits_for(programs=48, keys=304, block=64, processors=108) == 4, "the released model's second scale"
     assert kernel.splits_for(programs=2, keys=9750, block=64, processors=108) > 16, "a GPU to fill"
     assert kernel.splits_for(programs=5000, keys=9750, block=64, processors=108) == 1, "already full"
 
@@ -147,6 +162,7 @@ def test_attention_splits_its_keys_where_queries_are_few():
         (((1, 2, 3, 32), (1, 2, 5, 32), (1, 2, 6, 32)), "don't fit each other"),
         (((1, 2, 3, 32), (1, 2, 5, 16), (1, 2, 5, 16)), "don't fit each other"),
         (((1, 2, 3, 32), (1, 2, 0, 32), (1, 2, 0, 32)), "don't fit each other"),
+        (((2, 3, 32), (1, 2, 5, 32), (1, 2, 5, 32)), "q must be"),
     ],
 )
 def test_attention_refuses(shapes, message):
@@ -203,9 +219,12 @@ def test_rope_cache_refuses_what_does_not_fit():
             (slot, torch.zeros(1, 1, 2, 8), None, "cos and sin must be"),
             (slot, table.bfloat16(), None, "in torch.float32"),
             (slot, table, torch.zeros(3), "gains must be \\[2\\]"),
+            (slot.to("meta"), table, None, "all must be on"),
         ):
             with pytest.raises(ValueError, match=message):
                 ops.rope_cache(qkv, cos, table, keys, slot, gains)
+        with pytest.raises(ValueError, match="qkv must be \\[R, L, 3, H, d\\], not \\[1, 3, 2, 2, 8\\]"):
+            ops.rope_cache(qkv[:, :, :2], table, table, slot, slot)
         with pytest.raises(ValueError, match="swiglu: .* must be alike"):
             ops.swiglu(torch.zeros(4), torch.zeros(3))
 
