@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -52,6 +53,18 @@ class Model:
     def quantizer(self) -> Quantizer:
         return self.autoencoder.quantizer
 
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[None]:
+        """Within it, the modules, which tests share, are on another device than the CPU."""
+        modules = (self.transformer, self.autoencoder)
+        try:
+            for module in modules:
+                module.to(device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
 
 def load_model(checkpoint: str, dtype: torch.dtype = torch.float32, *, use_ema: bool = False) -> Model:
     """A golden checkpoint's modules; skips where it is only in the full set."""
@@ -90,6 +103,10 @@ class Trace:
 
     def has(self, key: str) -> bool:
         return key in self.tensors
+
+    def to(self, device: torch.device | str) -> Trace:
+        """The same with its tensors on a device."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     @property
     def error(self) -> float:

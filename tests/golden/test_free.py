@@ -12,7 +12,7 @@ from torch import Tensor
 from hart_infer.generation import generate, prefill, unconditional_prefill
 from hart_infer.sampling import Draws
 
-from .recorded import load_model, load_trace, relative
+from .recorded import Model, Trace, load_model, load_trace, relative
 
 pytestmark = pytest.mark.golden
 
@@ -31,10 +31,14 @@ class Run:
 
 
 @cache
-@torch.inference_mode()
 def run(checkpoint: str, name: str) -> Run:
+    """Of a checkpoint's model, once."""
+    return generate_as_recorded(load_model(checkpoint, use_ema=name == "ema"), load_trace(checkpoint, name))
+
+
+@torch.inference_mode()
+def generate_as_recorded(model: Model, trace: Trace) -> Run:
     """Generate as the trace was; without guidance only the conditional half."""
-    model, trace = load_model(checkpoint, use_ema=name == "ema"), load_trace(checkpoint, name)
     start = (trace[key] for key in ("context", "context_mask", "context_position_ids"))
     halves = [prefill(model.transformer, *start, model.stages[0])[0]]
     if trace.settings.guidance_scale:

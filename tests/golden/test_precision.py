@@ -14,7 +14,9 @@ from . import naive
 from .recorded import (
     FED,
     HARD,
+    Model,
     Recorded,
+    Trace,
     both_halves,
     feed_transformer,
     load_model,
@@ -65,8 +67,7 @@ def eager(checkpoint: str, part: str, dtype: torch.dtype) -> list[Tensor]:
     return [naive.residual(tensors, trace["diffusion.condition"], guidance, trace["diffusion.noise_init"], noises)]
 
 
-def ours(checkpoint: str, part: str, dtype: torch.dtype) -> list[Tensor]:
-    model, trace = load_model(checkpoint, dtype), load_trace(checkpoint, "smooth")
+def ours(model: Model, trace: Trace, part: str, dtype: torch.dtype) -> list[Tensor]:
     if part == "decoder":
         return [model.autoencoder.decode(trace["f_hat"])]
     if part == "hidden":
@@ -100,5 +101,6 @@ def test_error_is_at_most_twice_eagers(checkpoint, part, dtype):
         if "not implemented for 'Half'" not in str(error):
             raise
         pytest.skip(f"this PyTorch lacks fp16 on the CPU: {error}")
-    for mine, their, recorded in zip(ours(checkpoint, part, dtype), theirs, reference(checkpoint, part), strict=True):
+    mine_all = ours(load_model(checkpoint, dtype), load_trace(checkpoint, "smooth"), part, dtype)
+    for mine, their, recorded in zip(mine_all, theirs, reference(checkpoint, part), strict=True):
         assert rms(mine.float(), recorded) <= 2 * rms(their.float(), recorded)

@@ -1,0 +1,31 @@
+"""What `make gpu` runs, as far as it runs without a GPU: so that the first GPU does not find faults in the tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hart_infer.ops.registry import BACKENDS, OPS, REFERENCE, use_backend
+from tests.csrc.conftest import host_library as host_library
+from tests.csrc.conftest import on_host as on_host
+from tests.gpu import every_kernel, test_shapes
+from tests.gpu.test_shapes import calls as calls
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these on the GPU")
+
+
+def test_every_variant_of_every_kernel(on_host, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert every_kernel.main() == 0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", OPS)
+def test_numbers_at_a_models_shapes(name, calls, on_host):
+    (backend,) = (b for b in BACKENDS if b != REFERENCE and b in OPS[name].backends)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    with use_backend(backend):
+        test_shapes.check(calls, name, "hart-mini", "cpu", rows=2)
