@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hart_infer import HartPipeline, ops
 from hart_infer.cache import KVCache
+from hart_infer.model.diffusion import diffusion_schedule
 from hart_infer.model.rope import image_table
 from hart_infer.ops.registry import OPS, Where, use_backend
 from hart_infer.schedule import build_schedule
@@ -83,10 +84,13 @@ def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 @DTYPES
+@pytest.mark.parametrize("part", ["a scale", "the last scale", "a diffusion step", "the decoder"])
 @torch.inference_mode()
-def test_a_replayed_scale_equals_eager(dtype):
+def test_a_replayed_graph_equals_eager(dtype, part):
     pipe = load(dtype)
-    run = _scale(pipe)
+    run = {"a scale": _scale, "the last scale": _last_scale, "a diffusion step": _diffusion_step, "the decoder": _decoder}[
+        part
+    ](pipe)
     eager = run().clone()
     graph, result = captured(run)
     result.zero_()
@@ -113,9 +117,41 @@ def test_a_replayed_draw_takes_a_new_seed_and_offset():
     assert torch.equal(result, run()) and not torch.equal(result, first)
 
 
+def _last_scale(pipe: HartPipeline) -> Callable[[], Tensor]:
+    """Of the last scale, whose keys and values are in the scratch."""
+    return _scale(pipe, -1)
+
+
 @torch.inference_mode()
-def _scale(pipe: HartPipeline):
-    """A function that runs the second-last scale of hart-mini, with made-up earlier keys and values; no host access inside."""
+def _diffusion_step(pipe: HartPipeline) -> Callable[[], Tensor]:
+    """The residual's network and what is behind it, guided."""
+    diffusion = pipe.transformer.diffusion
+    x, noise = (torch.randn(9, diffusion.channels, device="cuda") for _ in range(2))
+    condition = torch.randn(18, pipe.transformer.config.embed_dim, device="cuda", dtype=pipe.transformer.dtype)
+    embedded, step = diffusion.condition_embed(condition), diffusion_schedule(8)[0]
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return diffusion.step(x, step, embedded, 3.0, noise)
+
+    return run
+
+
+def _decoder(pipe: HartPipeline) -> Callable[[], Tensor]:
+    """From a latent to a picture."""
+    side = pipe.transformer.config.patch_nums[-1]
+    latent = torch.randn(1, pipe.transformer.diffusion.channels, side, side, device="cuda")
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return pipe.autoencoder.decode(latent)
+
+    return run
+
+
+@torch.inference_mode()
+def _scale(pipe: HartPipeline, place: int = -2) -> Callable[[], Tensor]:
+    """A function that runs a scale of hart-mini, with made-up earlier keys and values; no host access inside."""
     transformer, config = pipe.transformer, pipe.transformer.config
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -127,7 +163,7 @@ def _scale(pipe: HartPipeline):
         context_tokens=config.context_token,
         share_quant_resi=pipe.autoencoder.config.share_quant_resi,
     )
-    stage = stages[-2]
+    stage = stages[place]
     cache = KVCache(config, stages, rows=2, dtype=transformer.dtype, device=transformer.device)
     cache.keys.copy_(random(*cache.keys.shape))
     cache.values.copy_(random(*cache.values.shape))
