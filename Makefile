@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 # What decides whether the installed environment is still the right one.
-BUILD_FILES := pyproject.toml setup.py constraints.txt
+BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cpp csrc/include/*)
 
 .PHONY: demo test slow gpu kernels torches package lint format types clean
 

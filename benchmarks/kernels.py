@@ -27,7 +27,7 @@ from binaries import instructions, occupancy
 from kernel_cases import Case, cases, triton
 from triton.backends.compiler import GPUTarget
 
-CAPABILITIES = (80, 86, 89, 90)
+CAPABILITIES = (80, 86, 89, 90, 100)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 BEGIN, END = "<!-- begin: benchmarks/kernels.py -->", "<!-- end -->"
 
@@ -131,25 +131,28 @@ def regressions(rows: Sequence[dict[str, Any]], record: dict[str, Any], compiler
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    """Registers, occupancy and matrix instructions, for the table."""
+    """Registers, shared memory, occupancy and matrix instructions, for the table."""
     if row is None:
         return ""
-    return ", ".join([str(row["registers"]), f"{row['occupancy']:.0%}", *row["matrix"]])
+    spilled = [f"spills {row['spilled_bytes']} B"] if row["spilled_bytes"] else []
+    shared = f"{row['shared_bytes'] / 1024:.0f} K"
+    return ", ".join([str(row["registers"]), shared, f"{row['occupancy']:.0%}", *row["matrix"], *spilled])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line per kernel."""
     targets = sorted({row["capability"] for row in rows})
-    lines = ["| kernel | warps | spilled | 128-bit loads | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
+    lines = ["| kernel | warps | instructions | 128-bit loads | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
     lines.append("|---" * (4 + len(targets)) + "|")
     by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     for name, on in by_kernel.items():
-        last = on[max(on)]
-        spilled = max(row["spilled_bytes"] for row in on.values())
+        last = on[max(target for target in on if target <= 90)]
         cells = " | ".join(cell(on.get(target)) for target in targets)
-        lines.append(f"| {name} | {last['warps']} | {spilled} | {last['loads_128']} of {last['loads']} | {cells} |")
+        lines.append(
+            f"| {name} | {last['warps']} | {last['instructions']} | {last['loads_128']} of {last['loads']} | {cells} |"
+        )
     return "\n".join(lines)
 
 
