@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(source: Path, 
         assert "Root-Is-Purelib: false" in archive.read(name).decode()
     library.hart_infer_targets.restype = ctypes.c_char_p
     assert library.hart_infer_targets() == b"80 90+PTX"
+
+
+@pytest.mark.skipif(NVCC is None, reason="the kernels are compiled by nvcc, which is not here")
+def test_all_targets_are_built_within_two_minutes(source: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+    wheel = build(source, tmp_path / "dist", "--wheel", HART_INFER_BUILD_CUDA="1")
+    assert time.monotonic() - start < 120
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.getinfo("hart_infer/_kernels.so").file_size > 100_000
+
+
+@pytest.mark.skipif(NVCC is None, reason="the kernels are compiled by nvcc, which is not here")
+def test_targets_that_make_no_sense_are_an_error(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "none"), str(source)]
+    variables = {"HART_INFER_CUDA_ARCHS": "ampere"}
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "HART_INFER_CUDA_ARCHS must be like 80;86;89;90, not ampere" in done.stdout + done.stderr
 
 
 def test_the_sdist_has_their_sources(source: Path, tmp_path: Path) -> None:
