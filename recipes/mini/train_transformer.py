@@ -90,39 +90,26 @@ def losses(
     Half of the loss weighs tokens alike, half weighs scales alike: the first ones have few tokens and decide what is drawn.
     """
     dropped = torch.rand(len(context), generator=generator) < DROPPED
-    hidden, modulation = teach(transformer, quantizer, stages, context, mask, dropped, codes, generator)
-    entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
-    found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
-    found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
-    if stages[-1].is_last:
-        condition, residual = residual_of(transformer, quantizer, stages, hidden[-1], codes, latent)
-        found["diffusion"] = diffusion_loss(transformer.diffusion, residual.flatten(0, 1), condition.flatten(0, 1), generator)
-        found["loss"] = found["loss"] + found["diffusion"]
-    return found
-
-
-def teach(
-    transformer: Transformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor, dropped: Tensor,
-    codes: list[Tensor], generator: torch.Generator,
-) -> tuple[list[Tensor], Modulation]:  # fmt: skip
-    """`forward` from codes, some of them corrupted, without the captions that are `dropped` [B]."""
     position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
     context = torch.where(dropped[:, None, None], 0.0, context)
     mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
     with torch.no_grad():
-        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
-    return forward(transformer, stages, context, mask, position_ids, inputs)
-
-
-def residual_of(
-    transformer: Transformer, quantizer: Quantizer, stages: Sequence[Stage], hidden: Tensor, codes: list[Tensor], latent: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The diffusion's condition [B, L, D] and its target [B, L, C], from the last scale's `hidden` [B, L, D]."""
-    with torch.no_grad():
         embeddings = [quantizer.embed(c) for c in codes]
-        before = sum(quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None)
-        residual = latent - before - embeddings[-1]
-    return transformer.residual_condition(hidden, _tokens(embeddings[-1])), _tokens(residual)
+        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
+    hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
+    entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
+    found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
+    found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
+    if stages[-1].is_last:
+        with torch.no_grad():
+            before = sum(quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None)
+            residual = latent - before - embeddings[-1]
+        condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
+        found["diffusion"] = diffusion_loss(
+            transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator
+        )
+        found["loss"] = found["loss"] + found["diffusion"]
+    return found
 
 
 def code_entropy(transformer: Transformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
