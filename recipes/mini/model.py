@@ -32,4 +32,4 @@ TRANSFORMER = TransformerConfig(
     diff_depth=3,
 )
 
-DEFAULTS = Defaults(guidance_scale=3.0, top_p=0.8, use_system_prompt=False)
+DEFAULTS = Defaults(guidance_scale=1.0, top_p=0.8, use_system_prompt=False)
