@@ -58,6 +58,16 @@ HELD_OUT_TEMPLATES = (  # wordings that no training caption has
     "{style} icon showing {a}",
     "show {name} as {style} would draw it",
 )
+FRESH_TEMPLATES = (  # written when the weights were done, to be scored once; the ones above were looked at on the way
+    "could we get {a} rendered by {style}",
+    "{name}? yes, the {style} kind",
+    "an illustration depicting {a}, as designed by {style}",
+    "{style} emoji set: {name}",
+    "generate {a} with {style} looks",
+    "imagine {a} painted by the {style} team",
+    "hey, i'd love {a} ({style} flavour)",
+    "{name} // {style}",
+)
 _NO_ARTICLE = re.compile(r"^(a|an|the) |s$|^(two|three) |\d")
 _AN = re.compile(r"(?!uni|eu|one\b|us)[aeiou]")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from captions import HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, fill
+from captions import FRESH_TEMPLATES, HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, fill
 from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
@@ -144,21 +144,29 @@ def guidance(e: Evaluation) -> dict[str, Any]:
 
 def prompts(e: Evaluation) -> dict[str, Any]:
     """Known subjects in wordings that no training caption has."""
+    return _worded(e, HELD_OUT_TEMPLATES)
+
+
+def fresh_prompts(e: Evaluation) -> dict[str, Any]:
+    """The same in wordings that nobody looked at before the weights were done."""
+    return _worded(e, FRESH_TEMPLATES)
+
+
+def _worded(e: Evaluation, templates: Sequence[str]) -> dict[str, Any]:
     indices, missed = e.some("train"), []
-    drawn = e.draw(_captions(e, indices, HELD_OUT_TEMPLATES))
-    write_grid(e.out / "wordings.png", list(drawn[: len(drawn) // 12 * 12].split(12))[:3])
+    drawn = e.draw(_captions(e, indices, templates))
     scores = {
         "pictures": len(indices),
         "drawn": e.judge(drawn, indices, missed),
         "real": e.judge(e.pictures.tensor(indices), indices),
-        "real_held_out": e.judge(e.pictures.tensor(e.pictures.split("style")), e.pictures.split("style")),
         "drawn_for_others": e.judge(drawn, indices[1:] + indices[:1]),
         "chance": {"subject": 1 / len(e.subjects), "subject_in_five": 5 / len(e.subjects), "style": 1 / len(STYLE_NAMES)},
         "missed": missed,
     }
-    for number, template in enumerate(HELD_OUT_TEMPLATES):
-        chosen = [place for place, i in enumerate(indices) if i % len(HELD_OUT_TEMPLATES) == number]
-        scores[template] = e.judge(drawn[chosen], [indices[place] for place in chosen])
+    for number, template in enumerate(templates):
+        chosen = [place for place, i in enumerate(indices) if i % len(templates) == number]
+        if chosen:
+            scores[template] = e.judge(drawn[chosen], [indices[place] for place in chosen])
     return scores
 
 
@@ -190,7 +198,7 @@ def unseen(e: Evaluation) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    part.__name__: part for part in (reconstruction, generation, guidance, prompts, plain, unseen)
+    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen)
 }
 
 
