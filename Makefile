@@ -12,7 +12,8 @@ BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
 	@echo
-	@echo "That is hart-mini, a small HART that comes with the package and draws emoji. Try your own:"
+	@echo "That is hart-mini, a small HART that comes with the package and draws emoji: the 232 of recipes/mini/vocabulary.txt."
+	@echo "Try your own:"
 	@echo "    $(BIN)/hart-infer generate \"a cat, noto style\" \"a cat, fluent style\" --num 4 --grid -o cats.png"
 	@echo "    $(BIN)/hart-infer generate \"a pizza\" --preview-dir scales/ -o pizza.png   # scale by scale"
 	@echo "The released model paints 1024 px pictures of anything (a download of several GB on first use):"

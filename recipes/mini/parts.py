@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from model import AUTOENCODER, DEFAULTS, TRANSFORMER
@@ -29,6 +31,21 @@ def assemble(out: Path) -> HartPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tokenizer_hash(out: Path) -> str:
+    """Tells one trained tokenizer in `out` from another: a transformer knows the codes of one."""
+    return hashlib.sha256((out / TOKENIZER).read_bytes()).hexdigest()[:12]
+
+
+def trained(out: Path) -> dict[str, Any]:
+    """What train_transformer.py wrote to `out`; SystemExit where the tokenizer there is another one by now."""
+    state: dict[str, Any] = torch.load(out / TRANSFORMER_STATE, weights_only=True)
+    if state.get("tokenizer", tokenizer_hash(out)) != tokenizer_hash(out):
+        raise SystemExit(
+            f"{out / TRANSFORMER_STATE} was trained on another tokenizer than {TOKENIZER}: give each its own folder."
+        )
+    return state
 
 
 def learned(pipe: HartPipeline) -> nn.ModuleDict:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from captions import PLAIN, STYLED_TEMPLATES, caption, fill
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
-from parts import TRANSFORMER_STATE, WORDS, assemble, learned, take_over
+from parts import TRANSFORMER_STATE, WORDS, assemble, learned, take_over, tokenizer_hash, trained
 from residual import diffusion_loss
 from text_encoder import build_tokenizer
 from torch import Tensor, nn
@@ -219,7 +219,7 @@ def main() -> None:
     average = Average(whole, 0.998)
     path, start = args.out / TRANSFORMER_STATE, 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = trained(args.out)
         whole.load_state_dict(state["model"])
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
@@ -253,6 +253,7 @@ def main() -> None:
             log(step=step, norm=norm.item(), rate=rate, **{name: value.item() for name, value in found.items()})
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
+            state["tokenizer"] = tokenizer_hash(args.out)
             save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
             average.swap()
             pipe.to("cpu")  # forgets what it computed with the weights before

@@ -267,3 +267,40 @@ def test_the_evaluation_scores_what_is_drawn_and_says_of_which_weights(tmp_path,
     for kind in ("training wordings", "a new wording", "a keyword"):
         right = found[kind]["pictures"] - len(found[kind]["missed"])
         assert found[kind]["pictures"] == 10 and right == round(10 * found[kind]["subject"])
+
+
+def test_the_same_pictures_are_at_no_distance_and_others_at_some():
+    for package in ("scipy", "skimage"):
+        pytest.importorskip(package)
+    from classifier import Classifier
+    from evaluate import Evaluation
+
+    torch.manual_seed(0)
+    evaluation = object.__new__(Evaluation)
+    evaluation.classifier = Classifier(3).eval()
+    pictures = torch.rand(250, 3, 96, 96) * 2 - 1
+    same, other = evaluation.frechet(pictures, pictures), evaluation.frechet(pictures, pictures.clamp(max=0.2))
+    assert abs(same) < 1e-4 < 100 * abs(same) + 1e-3 < other
+
+
+def test_what_is_held_out_is_decided_by_name():
+    pytest.importorskip("resvg_py")
+    from data import split_of
+
+    found = {
+        name: [split_of(name, style) for style in ("noto", "fluent", "twemoji")] for name in ("red heart", "bus", "cat", "sun")
+    }
+    assert found["cat"] == ["train"] * 3 and found["bus"] == ["subject"] * 3
+    assert found["red heart"] == ["train", "style", "train"]
+    assert sorted(found["sun"]) == ["style", "style", "train"]
+
+
+def test_a_transformer_is_not_taken_to_another_tokenizer(tmp_path):
+    from parts import TOKENIZER, TRANSFORMER_STATE, tokenizer_hash, trained
+
+    (tmp_path / TOKENIZER).write_bytes(b"one")
+    torch.save({"step": 3, "tokenizer": tokenizer_hash(tmp_path)}, tmp_path / TRANSFORMER_STATE)
+    assert trained(tmp_path)["step"] == 3
+    (tmp_path / TOKENIZER).write_bytes(b"another")
+    with pytest.raises(SystemExit, match="trained on another tokenizer"):
+        trained(tmp_path)
