@@ -36,7 +36,7 @@ assert torch.equal(torch.ops.hart_infer.rms_norm(x, torch.ones(8), 1e-6), OPS["r
 print(torch.__version__, loaded.failure(0))
 """
 
-# Each torch brings its own Triton, whose interpreter has to agree with PyTorch.
+# Each torch for CUDA brings its own Triton, one for the CPU takes any: its interpreter has to agree with PyTorch.
 INTERPRETED = """
 import torch
 from hart_infer import ops
@@ -78,7 +78,7 @@ def test_one_wheel_serves_every_torch(version: str, wheel: Path, tmp_path: Path)
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     try:
-        install = (programs / "python", "-m", "pip", "install", "-c", tmp_path / "pins.txt", f"torch=={version}", wheel)
+        install = (programs / "python", "-m", "pip", "install", "-c", tmp_path / "pins.txt", f"torch=={version}", "triton", wheel)
         run(*install, cwd=tmp_path)
         assert run(programs / "python", "-c", SCRIPT, cwd=tmp_path).startswith(version)
         assert run(programs / "python", "-c", INTERPRETED, cwd=tmp_path, TRITON_INTERPRET="1").strip().endswith("6")
