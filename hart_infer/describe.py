@@ -36,7 +36,8 @@ def operations(where: Where) -> dict[str, str]:
             continue
         choice = declared.choose(where)
         reasons = "; ".join(f"not {backend}: {reason}" for backend, reason in choice.refusals.items())
-        runs = "PyTorch" if choice.backend == REFERENCE else choice.backend
+        limit = None if choice.backend == REFERENCE else declared.backends[choice.backend].limit()
+        runs = "PyTorch" if choice.backend == REFERENCE else f"{choice.backend}, for {limit}" if limit else choice.backend
         told[name] = f"{runs}; {reasons}" if reasons else runs
     return told
 

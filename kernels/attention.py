@@ -21,6 +21,7 @@ except ImportError:  # an older Triton
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
+LIMIT = f"heads of up to {MAX_HEAD_DIM}"
 # (generations, or all; bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken.
 # None spills registers (benchmarks/kernels.py); not timed on a GPU yet.
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (

@@ -19,6 +19,7 @@ from . import refusal as refusal
 
 LOG2E = math.log2(math.e)
 MAX_VOCABULARY = 16384  # a row that registers hold
+LIMIT = f"up to {MAX_VOCABULARY} codes"
 TOKENS, CODES = 16, 64  # a tile of the second launch
 
 

@@ -51,7 +51,7 @@ class Backend:
     """A kernel: "module:function" under this package, imported when first asked about.
 
     The module says where it works: its `refusal(where)` gives None, or why not. If it has an exception `Beyond`, its function
-    raises that, before it does anything, for arguments that are right but larger than it was made for.
+    raises that, before it does anything, for arguments that are right but larger than it was made for, which its LIMIT tells.
     """
 
     target: str
@@ -72,6 +72,10 @@ class Backend:
     def function(self) -> Any:
         """What to call."""
         return getattr(self.module(), self.target.partition(":")[2])
+
+    def limit(self) -> str | None:
+        """What it is made for, in words, if that is not everything."""
+        return getattr(self.module(), "LIMIT", None)
 
     def beyond(self) -> Any:
         """The exceptions that say that arguments are beyond it."""

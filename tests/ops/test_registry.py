@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hart_infer import ops
+from hart_infer.describe import operations
 from hart_infer.errors import BackendError, InputError
 from hart_infer.ops import registry
 from hart_infer.ops.registry import OPS, Backend, Op, Where, use_backend
@@ -131,6 +132,14 @@ def test_every_kernel_that_is_declared_exists():
         assert getattr(ops, operation.name) is operation and operation.__doc__
         for backend in operation.backends.values():
             assert callable(backend.function())
+
+
+def test_what_runs_is_told_with_its_limits():
+    pytest.importorskip("triton")
+    with use_backend("triton"):
+        told = operations(Where("cpu", torch.float32))
+    assert told["attention"] == "triton, for heads of up to 128" and told["guided_sample"] == "triton, for up to 16384 codes"
+    assert told["swiglu"] == "triton" and told["rms_norm"].startswith("PyTorch; not cuda")
 
 
 def test_compilers_know_every_operation():
