@@ -78,7 +78,7 @@ def test_other_settings_draw_pictures_that_are_not_taken_for_the_same(mini, othe
 
 @pytest.mark.parametrize("prompt", ["a tree", "a house, twemoji style"])  # neither was in training
 def test_where_it_is_unsure_seeds_disagree_as_much_as_they_should(mini, prompt):
-    """Without the noise, or with a filter that leaves too little, they agree to 23 dB; the right ones were 13.6 to 15.4 dB apart."""
+    """Without the noise, or with a filter that leaves too little, they agree to 23 dB; they should to 13.6 to 15.4 dB."""
     drawn = mini(prompt, seed=0, num_images_per_prompt=6, output_type="pt").images
     pairs = torch.stack([(a - b).square().mean() for a, b in itertools.combinations(drawn, 2)])
     assert 11 < -10 * pairs.mean().log10().item() < 18
