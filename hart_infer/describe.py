@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from . import ops
@@ -22,7 +24,9 @@ def describe_pipeline(pipeline: HartPipeline) -> str:
     lines.append(f"  text encoder: {_size(encoder.model) if encoder else 'none (calls need prompt_embeds)'}")
     config = pipeline.transformer.config
     lines.append(f"  sizes: {', '.join(map(str, pipeline.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}")
-    lines += [f"  {name}: {by}" for name, by in operations(Where.of(next(pipeline.transformer.parameters()))).items()]
+    with torch.cuda.device(pipeline.device) if pipeline.device.type == "cuda" else nullcontext():  # whose kernels are tried
+        chosen = operations(Where.of(next(pipeline.transformer.parameters())))
+    lines += [f"  {name}: {by}" for name, by in chosen.items()]
     return "\n".join(lines)
 
 

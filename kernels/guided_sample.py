@@ -182,7 +182,7 @@ def guided_sample(
 ) -> tuple[Tensor, Tensor]:
     """As the reference in `hart_infer/ops/guided_sample.py`."""
     _check(logits, codebook, seeds, offset)
-    if not 0 <= top_p <= 1 or not temperature > 0:
+    if not 0 <= top_p <= 1 or (mixes and not temperature > 0):
         raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
     (rows, tokens, vocabulary), channels, images = logits.shape, codebook.shape[1], len(seeds)
     logits = logits if logits.stride(2) == 1 else logits.contiguous()

@@ -614,7 +614,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) == {"software", "cpu", "gpu", "kernels", "hub", "used by default"}
-    assert report["software"]["torch"] == torch.__version__
+    assert report["software"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["kernels"].keys() == set(ops.__all__)
     assert all(value.startswith("PyTorch; ") for value in report["kernels"].values())
     assert "the compiled extension is absent" in report["gpu"]["compiled_kernels"] or FILE.exists()

@@ -54,12 +54,17 @@ def learned(pipe: HartPipeline) -> nn.ModuleDict:
     return nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder.model})
 
 
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def take_over(model: str, out: Path) -> HartPipeline:
     """Load a saved pipeline, and write its tokenizers to `out`, from where `assemble` takes them."""
     pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
     assert pipe.text_encoder is not None
-    if (out / TOKENIZER).exists():
+    state = pipe.autoencoder.state_dict()
+    if (out / TOKENIZER).exists() and not _same(torch.load(out / TOKENIZER, weights_only=True), state):
         raise SystemExit(f"{out} has a tokenizer already, which {model}'s would take the place of: give an empty folder.")
-    save(out / TOKENIZER, pipe.autoencoder.state_dict())
+    save(out / TOKENIZER, state)
     pipe.text_encoder.tokenizer.save_pretrained(out / WORDS)
     return pipe

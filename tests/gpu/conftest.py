@@ -48,5 +48,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     counts = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "skipped", "error")}
     seconds = round(time.monotonic() - started)
     told = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seconds": seconds, **counts}
-    (_folder() / "gpu_suite.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if not config.option.keyword and not config.option.markexpr:  # the whole suite
+        (_folder() / "gpu_suite.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     terminalreporter.write_line(f"{seconds} s on a GPU{' (8 minutes are allowed)' if seconds > 480 else ''}")

@@ -1,4 +1,4 @@
-"""Calls every variant of every kernel once, for compute-sanitizer: nothing else runs on the device but copies and fills."""
+"""Calls every kernel in the ways it is compiled, for compute-sanitizer: nothing else runs on the device but copies."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def norms(dtype: torch.dtype) -> None:
         x, weight = rand(2, 3, width, dtype=dtype), rand(width, dtype=dtype)
         row = rand(2, 1, width, dtype=dtype)
         ops.rms_norm(x, weight, EPS)
+        ops.rms_norm(x.float(), weight, EPS)  # parameters narrower than the input
         ops.add_rms_norm(x, x, weight, EPS)
         ops.rms_norm_modulate(x, weight, row, row, EPS)
         for quantized in (torch.int8, torch.float8_e4m3fn):
@@ -71,11 +72,13 @@ def norms(dtype: torch.dtype) -> None:
 
 
 def sampling() -> None:
-    """All that is compiled apart."""
+    """With and without guidance, filters and mixing; small codebooks and the largest."""
     seeds, offset = (torch.tensor([n]).cuda() for n in (7, 1))
     for rows, top_k, top_p, mixes in itertools.product((1, 2), (0, 5), (0.0, 0.9), (False, True)):
         options = {"guidance": 2.0, "top_k": top_k, "top_p": top_p, "gain": 1.5, "temperature": 0.1, "mixes": mixes}
         ops.guided_sample(rand(rows, 19, 500), rand(500, 12), seeds, offset, **options)
+    for codes, dtype in ((16384, torch.float32), (4096, torch.bfloat16)):
+        ops.guided_sample(rand(2, 3, codes, dtype=dtype), rand(codes, 32), seeds, offset, **options)
     step = {"guidance": 1.5, "x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
     step |= {"log_variance_min": -3.0, "log_variance_max": -1.0}
     for halves, noisy in itertools.product((1, 2), (False, True)):
@@ -88,7 +91,7 @@ def main() -> int:
     """By the kernels alone: another backend is an error."""
     for operation in OPS.values():
         assert operation.backends, operation.name
-    with use_backend("triton"), torch.inference_mode():
+    with use_backend("triton"):
         for dtype in (torch.float32, *HALF):
             attention(dtype)
             rope_cache(dtype)

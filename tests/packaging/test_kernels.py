@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -48,12 +47,12 @@ def test_a_wheel_with_kernels_is_for_this_platform_and_any_python(source: Path, 
 
 
 @pytest.mark.skipif(NVCC is None, reason="the kernels are compiled by nvcc, which is not here")
-def test_all_targets_are_built_within_two_minutes(source: Path, tmp_path: Path) -> None:
-    start = time.monotonic()
+def test_all_targets_are_built_by_default(source: Path, tmp_path: Path) -> None:
     wheel = build(source, tmp_path / "dist", "--wheel", HART_INFER_BUILD_CUDA="1")
-    assert time.monotonic() - start < 120
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.getinfo("hart_infer/_kernels.so").file_size > 100_000
+        library = ctypes.CDLL(archive.extract("hart_infer/_kernels.so", tmp_path))
+    library.hart_infer_targets.restype = ctypes.c_char_p
+    assert library.hart_infer_targets() == b"80 86 89 90+PTX"
 
 
 @pytest.mark.skipif(NVCC is None, reason="the kernels are compiled by nvcc, which is not here")
