@@ -52,7 +52,7 @@ def failure() -> str | None:
 def _failure(index: int) -> str | None:
     try:
         with torch.cuda.device(index):
-            _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
+            _trial_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", index)))
     except Exception as error:  # whatever it is, PyTorch still works
         reason = str(error).strip() or type(error).__name__
         return f"Triton can't launch a kernel ({reason.splitlines()[0]})"
