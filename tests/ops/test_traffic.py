@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,21 +18,12 @@ import torch
 from hart_infer.ops.registry import BACKENDS, OPS, REFERENCE, use_backend
 from tests.csrc.conftest import host_library as host_library
 from tests.csrc.conftest import on_host as on_host
+from tests.gpu.test_shapes import calls as calls
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = re.compile(r"^\| `(\w+)` \| (Triton|CUDA C\+\+) \| ([\d.]+) \| ([\d.]+) \|", re.MULTILINE)
 TABLE = {name: (float(least), float(asked)) for name, _, least, asked in ROW.findall((ROOT / "docs/kernels.md").read_text())}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counted on the CPU")
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """`benchmarks/ops.py`, which knows a call of every operation and its least possible bytes."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import ops
-
-    yield ops
-    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def by_triton(run, monkeypatch) -> tuple[int, int]:
@@ -84,13 +74,13 @@ def by_cuda(run, library) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_kernel_moves_what_is_written_down(name, benchmark, monkeypatch, request):
+def test_a_kernel_moves_what_is_written_down(name, calls, monkeypatch, request):
     """At 2 x 256 tokens of 4 heads of 64, 535 keys, 1024 codes, pictures of 64 x 64 x 32; bf16."""
     (backend,) = (b for b in BACKENDS if b != REFERENCE and b in OPS[name].backends)
-    shapes = benchmark.Shapes(4, 64, 16, 535, 512, 256, 1024, 16, 32, 64, 8)
-    arguments, options = benchmark.CASES[name](benchmark.Inputs(shapes, "cpu", torch.bfloat16))
+    shapes = calls.Shapes(4, 64, 16, 535, 512, 256, 1024, 16, 32, 64, 8)
+    arguments, options = calls.CASES[name](calls.Inputs(shapes, "cpu", torch.bfloat16))
     with torch.inference_mode():
-        least = benchmark.bytes_of((arguments, options), OPS[name](*arguments, **options))
+        least = calls.bytes_of((arguments, options), OPS[name](*arguments, **options))
 
         def run():
             OPS[name](*arguments, **options)
