@@ -49,7 +49,7 @@ FILLERS = """
     soon sort sticker still such sure take tell than thank thanks that their them then there these they thing think this
     those through time to today together tomorrow too try turn under until up us use very view want wanted was we well were
     what when where which while who whole why with without wonderful work world write yes yet you your
-""".split()  # of the words of the held-out wordings, "i", "it" and "to" alone
+""".split()  # of HELD_OUT_TEMPLATES' words "a", "i", "it" and "to" alone
 BRACKETS = ("({})", "[{}]", '"{}"', "'{}'", "{}:", "{}.", "{}!", "{}?", "- {}", "{};")
 HELD_OUT_TEMPLATES = (  # wordings that no training caption has
     "draw me {a} the way {style} does",
