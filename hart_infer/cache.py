@@ -55,7 +55,7 @@ class KVCache:
             return self.keys[layer], self.values[layer]
         if self._scratch is None:
             _, rows, heads, _, head_dim = self.keys.shape
-            dtype = torch.float32 if widens(self.keys) else self.keys.dtype
+            dtype = torch.float32 if widens(self.keys, "attention") else self.keys.dtype
             self._scratch = self.keys.new_empty(2, rows, heads, self._scratch_length, head_dim, dtype=dtype)
         return self._scratch[0], self._scratch[1]
 

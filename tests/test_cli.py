@@ -618,7 +618,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["kernels"].keys() == set(ops.__all__)
     assert all(value.startswith("PyTorch; ") for value in report["kernels"].values())
     assert "the compiled extension is absent" in report["gpu"]["compiled_kernels"] or FILE.exists()
-    widened = widens(torch.empty(0, dtype=torch.bfloat16))
+    widened = widens(torch.empty(0, dtype=torch.bfloat16), "linear")
     assert report["cpu"]["bf16"] == ("stored, but multiplied in fp32" if widened else "multiplied as it is")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert report["used by default"]["device"].startswith(f"{device}: ")

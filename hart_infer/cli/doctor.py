@@ -103,11 +103,16 @@ def _gpu() -> dict[str, Any]:
 
 
 def _half_precision(dtype: torch.dtype) -> str:
+    """How this CPU takes products of the dtype."""
     import torch
 
-    from ..ops.precision import widens
+    from ..ops.precision import NATIVE, widens
 
-    return "stored, but multiplied in fp32" if widens(torch.empty(0, dtype=dtype)) else "multiplied as it is"
+    widened = [product for product in NATIVE[dtype] if widens(torch.empty(0, dtype=dtype), product)]
+    if not widened:
+        return "multiplied as it is"
+    some = "" if len(widened) == len(NATIVE[dtype]) else f" ({', '.join(widened)})"
+    return f"stored, but multiplied in fp32{some}"
 
 
 def _kernels() -> dict[str, Any]:

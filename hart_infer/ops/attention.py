@@ -33,7 +33,7 @@ def attention(
         bonus = q.new_zeros(k.shape[2], dtype=torch.float32)
         bonus[: ranges[1] - ranges[0]] = math.log(multiplicity)  # in fp32, and so all of it: bf16 would be 1 % off
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bonus.expand(length, -1), scale=scale).to(q.dtype)
-    elif widens(q):
+    elif widens(q, "attention"):
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
