@@ -55,6 +55,7 @@ def find_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
     with_text_encoder: bool = True,
+    strict_config: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint, downloading what is needed of it if it is on the Hub.
 
@@ -63,12 +64,15 @@ def find_checkpoint(
     path = local_path(repo_or_path)
     if path is not None:
         root = _root(path)
-        return _read(root, _plan(file_names(root), str(repo_or_path), use_ema, variant, with_text_encoder), str(repo_or_path))
+        plan = _plan(file_names(root), str(repo_or_path), use_ema, variant, with_text_encoder)
+        return _read(root, plan, str(repo_or_path), strict_config)
     repository = Repository.open(
         hub_id(repo_or_path), revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
     plan = _plan(repository.names, repository.title, use_ema, variant, with_text_encoder)
-    found = _read(repository.fetch(plan.configs()), plan, str(repo_or_path))  # refused before gigabytes have come
+    found = _read(
+        repository.fetch(plan.configs()), plan, str(repo_or_path), strict_config
+    )  # refused before gigabytes have come
     repository.fetch(plan.files())
     if repository.cached and use_ema and plan.transformer == "llm" and not _EMA.match(plan.transformer_files[0]):
         logger.warning(
@@ -230,9 +234,9 @@ def _weights_among(names: set[str], folder: str, stems: list[str], variant: str 
     raise CheckpointNotFoundError(f"{origin} has no weights in {folder}/: expected {wanted} (or .bin).")
 
 
-def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
-    transformer = TransformerConfig.from_json(root / plan.transformer / "config.json")
-    autoencoder = AutoencoderConfig.from_json(root / plan.autoencoder / "config.json")
+def _read(root: Path, plan: _Plan, name: str, strict: bool = False) -> Checkpoint:
+    transformer = TransformerConfig.from_json(root / plan.transformer / "config.json", strict=strict)
+    autoencoder = AutoencoderConfig.from_json(root / plan.autoencoder / "config.json", strict=strict)
     if transformer.patch_nums != autoencoder.v_patch_nums:
         raise ConfigError(
             f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
@@ -249,5 +253,5 @@ def _read(root: Path, plan: _Plan, name: str) -> Checkpoint:
         tuple(root / file for file in plan.transformer_files),
         tuple(root / file for file in plan.autoencoder_files),
         root / plan.text_encoder if plan.text_encoder else beside if beside.is_dir() else None,
-        Defaults.from_dict(defaults, origin=f"{root / INDEX}: defaults"),
+        Defaults.from_dict(defaults, origin=f"{root / INDEX}: defaults", strict=True),
     )

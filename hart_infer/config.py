@@ -2,12 +2,13 @@
 
 Every key is one of four kinds: read (a field below), fixed (the released code has other values, but only this one is
 shown to be right by recorded data, so another is refused), ignored (training or bookkeeping, no effect on inference),
-or unknown (refused: it might change the maths).
+or unknown (ignored with a warning, as the released code ignores it; refused on request).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ _BOOKKEEPING = frozenset(
 )
 
 ConfigT = TypeVar("ConfigT", bound="_Config")
+logger = logging.getLogger(__name__)
 
 
 class _Config:
@@ -42,18 +44,21 @@ class _Config:
     RELEASED_DEFAULTS: ClassVar[dict[str, Any]] = {}  # of FIXED keys, where a missing key means another value
 
     @classmethod
-    def from_dict(cls: type[ConfigT], values: dict[str, Any], *, origin: str = "config") -> ConfigT:
-        """Check every key of `values` and build the configuration; `origin` names the source in error messages."""
+    def from_dict(cls: type[ConfigT], values: dict[str, Any], *, origin: str = "config", strict: bool = False) -> ConfigT:
+        """Check every key of `values` and build the configuration; `origin` names the source in messages.
+
+        Keys that nobody knows are named in one warning, or with `strict` refused. Raises ConfigError.
+        """
         known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(known) - set(cls.FIXED) - cls.IGNORED - cls.BOOKKEEPING)
+        if unknown and strict:
+            raise ConfigError(f"{origin} has keys that hart_infer does not know: {', '.join(unknown)}; remove them, or don't "
+                              "ask for strict_config.")  # fmt: skip
         if unknown:
-            raise ConfigError(
-                f"{origin} has keys that hart_infer does not know: {', '.join(unknown)}. They might change what the "
-                "model computes, so they are refused; remove them if they do not."
-            )
+            logger.warning("%s has keys that hart_infer does not know and ignores: %s.", origin, ", ".join(unknown))
         for key, allowed in cls.FIXED.items():
             value = values.get(key, cls.RELEASED_DEFAULTS.get(key, allowed[0]))
-            if value not in allowed:
+            if not any(_means(value, choice) for choice in allowed):
                 supported = " or ".join(repr(choice) for choice in allowed)
                 raise ConfigError(f"{origin}: {key} = {value!r} is not supported; {supported} is.")
         hints = get_type_hints(cls)
@@ -67,9 +72,9 @@ class _Config:
             raise ConfigError(f"{origin}: {error}") from error
 
     @classmethod
-    def from_json(cls: type[ConfigT], path: str | Path) -> ConfigT:
+    def from_json(cls: type[ConfigT], path: str | Path, *, strict: bool = False) -> ConfigT:
         """Read a `config.json`. Raises CheckpointNotFoundError, or ConfigError for anything wrong inside it."""
-        return cls.from_dict(read_json(path), origin=str(path))
+        return cls.from_dict(read_json(path), origin=str(path), strict=strict)
 
     def to_dict(self) -> dict[str, Any]:
         """All that `from_dict` needs to give an equal configuration, as JSON types."""
@@ -238,6 +243,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _means(value: Any, allowed: Any) -> bool:
+    """Whether the released code would take `value` for `allowed`: flags by their truth, text by how it is written."""
+    if isinstance(allowed, bool):
+        return bool(value) is allowed
+    if isinstance(allowed, str):
+        return str(value) == allowed
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == allowed
+
+
 def _required(field: Any) -> bool:
     from dataclasses import MISSING
 
@@ -250,6 +264,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint in (int, float, bool, str) and type(value) is hint:
         return value
+    if hint is bool and type(value) is int and value in (0, 1):
+        return bool(value)
     is_int_list = isinstance(value, list | tuple) and all(type(item) is int for item in value)
     if hint == tuple[int, ...] and is_int_list:
         return tuple(value)

@@ -87,6 +87,7 @@ class HartPipeline:
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
+        strict_config: bool = False,
     ) -> HartPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder (the checkpoint's, or its `llm/`).
 
@@ -96,7 +97,8 @@ class HartPipeline:
         `text_encoder`: id or folder; None takes the one beside the checkpoint, else the released one; False loads none.
         `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `torch_dtype` None keeps the
         stored dtype; the quantizer is fp32 always. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16" reads
-        `model.fp16.safetensors`. The rest goes to huggingface_hub.
+        `model.fp16.safetensors`. `strict_config` refuses configuration keys that nobody knows, which otherwise one warning
+        names. The rest goes to huggingface_hub.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
@@ -109,6 +111,7 @@ class HartPipeline:
             variant=variant,
             revision=revision,
             with_text_encoder=text_encoder is None,
+            strict_config=strict_config,
             **hub,
         )
         folder = None if text_encoder is False else locate_text_encoder(checkpoint, text_encoder, **hub)

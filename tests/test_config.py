@@ -77,10 +77,18 @@ def test_derived_sizes() -> None:
 
 
 @both
-def test_unknown_keys_are_all_refused_by_name(config: Config) -> None:
-    message = refusal(config, rope_theta=10000, a_new_trick=True)
-    assert "a_new_trick, rope_theta" in message
-    assert "remove them" in message
+def test_unknown_keys_are_ignored_with_one_warning_that_names_them(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    values = MINIMAL[config] | {"rope_theta": 10000, "a_new_trick": True}
+    assert config.from_dict(values, origin="x/config.json") == config.from_dict(MINIMAL[config])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("x/config.json has keys")
+    assert "a_new_trick, rope_theta" in record.getMessage()
+
+
+@both
+def test_strict_reading_refuses_unknown_keys(config: Config) -> None:
+    with pytest.raises(ConfigError, match="a_new_trick, rope_theta"):
+        config.from_dict(MINIMAL[config] | {"rope_theta": 10000, "a_new_trick": True}, strict=True)
 
 
 @both
@@ -105,7 +113,9 @@ def test_training_keys_are_ignored(config: Config, key: str) -> None:
         (TransformerConfig, "attn_type", REMOVED),  # the released default is gpt2
         (TransformerConfig, "use_cross_attn", True),
         (TransformerConfig, "num_sampling_steps", "100"),
-        (TransformerConfig, "num_sampling_steps", 8),
+        (TransformerConfig, "use_cross_attn", "false"),  # a text that is there is true
+        (TransformerConfig, "num_sampling_steps", 9),
+        (AutoencoderConfig, "quant_conv_ks", "3"),
         (TransformerConfig, "num_sampling_steps", ""),
         (TransformerConfig, "sampler", "dpm"),
         (TransformerConfig, "sampler", None),
@@ -139,6 +149,20 @@ def test_a_fixed_key_may_be_missing_or_say_what_is_supported(config: Config, key
     plain = config.from_dict(MINIMAL[config])
     for value in config.FIXED[key]:
         assert config.from_dict(MINIMAL[config] | {key: value}) == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (TransformerConfig, "num_sampling_steps", 8),
+        (TransformerConfig, "use_cross_attn", None),
+        (TransformerConfig, "use_cross_attn", 0),
+        (AutoencoderConfig, "quant_conv_ks", 3.0),
+        (AutoencoderConfig, "double_decoder", 0),
+    ],
+)
+def test_a_fixed_key_is_compared_as_the_released_code_would(config: Config, key: str, value: Any) -> None:
+    assert config.from_dict(MINIMAL[config] | {key: value}) == config.from_dict(MINIMAL[config])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +209,7 @@ def test_impossible_values_are_refused(config: Config, changes: dict[str, Any], 
         (TransformerConfig, "depth", None, "int"),
         (TransformerConfig, "mlp_ratio", "4", "float"),
         (TransformerConfig, "mlp_ratio", True, "float"),
-        (TransformerConfig, "attn_l2_norm", 1, "bool"),
+        (TransformerConfig, "attn_l2_norm", 2, "bool"),
         (TransformerConfig, "attn_l2_norm", "false", "bool"),
         (TransformerConfig, "mlp_type", 1, "str"),
         (TransformerConfig, "patch_nums", "1_2_4", "list of int"),
@@ -197,6 +221,11 @@ def test_impossible_values_are_refused(config: Config, changes: dict[str, Any], 
 )
 def test_a_wrong_type_is_named_with_the_right_one(config: Config, key: str, value: Any, wanted: str) -> None:
     assert f"{key} must be of type {wanted}, not {value!r}" in refusal(config, **{key: value})
+
+
+@pytest.mark.parametrize("value", [True, 1])
+def test_a_flag_may_be_one(value: Any) -> None:
+    assert TransformerConfig.from_dict(TRANSFORMER | {"attn_l2_norm": value}).attn_l2_norm is True
 
 
 def test_a_whole_number_is_a_float() -> None:

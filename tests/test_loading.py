@@ -56,6 +56,41 @@ def refusal(kind: type[HartError], hart_tiny: Path, source: Path) -> str:
     return message
 
 
+STRANGE_KEYS: dict[str, Any] = {
+    "uncond_prob": 0.1, "image_size": 1024, "resume_from": "/home/someone/run", "ema_decay": 0.9999, "lr": 1e-4, "seed": None,
+    "rope_theta": 10000.0, "use_flash": True, "max_position_embeddings": 16384, "tokenizer_path": "tok", "wandb": {"id": 3},
+    "data": ["a", "b"], "prog_si": -1, "cond_dim": 1536, "layer_scale": 0, "init_std": 0.02, "qwen_path": "", "bf16": True,
+    "gradient_checkpointing": False, "notes": "\u00e4",
+}  # fmt: skip
+RELEASED_FLAGS = {  # as a public port of the released weights has them
+    "use_context_norm": True, "use_timestep_embed": True, "attn_type": "llama", "mlp_type": "llama", "disable_aln": True,
+    "shared_aln": False, "attn_l2_norm": False, "use_cross_attn": False,
+}  # fmt: skip
+
+
+def test_a_released_checkpoint_loads_whatever_else_its_configuration_holds(
+    hart_tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(STRANGE_KEYS) == 20
+    root = shutil.copytree(hart_tiny, tmp_path / "strange", ignore=shutil.ignore_patterns("trace*"))
+    for part in ("llm", "tokenizer"):
+        file = root / part / "config.json"
+        config = json.loads(file.read_text())
+        if part == "llm":
+            assert {key: config[key] for key in RELEASED_FLAGS} == RELEASED_FLAGS
+            config["num_sampling_steps"] = 8
+        file.write_text(json.dumps(STRANGE_KEYS | config))
+    pipe = load(root, text_encoder=False)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2  # one for each file
+    assert all(key in message for key in STRANGE_KEYS for message in warned)
+    expected = load(hart_tiny, text_encoder=False)
+    assert pipe.transformer.config == expected.transformer.config
+    assert pipe.autoencoder.config == expected.autoencoder.config
+    with pytest.raises(ConfigError, match="bf16, cond_dim"):
+        load(root, text_encoder=False, strict_config=True)
+
+
 @pytest.mark.parametrize("part", ["", "llm", "tokenizer"])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_ema_is_the_default(hart_tiny: Path, part: str, as_text: bool) -> None:
