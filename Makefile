@@ -31,7 +31,7 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-dev)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu tests/ops tests/csrc/test_norms.py $(PYTEST_ARGS)
 
 kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where one is worse than on record
-	$(BIN)/python benchmarks/kernels.py --capability 80 90 --compare benchmarks/results/kernels.json
+	$(BIN)/python tools/compile_kernels.py --capability 80 90 --compare tools/compiled_kernels.json
 
 torches: $(VENV)/.installed-dev  # the wheel beside other versions of torch; each takes several GB and some minutes
 	HART_INFER_TORCHES="$(or $(TORCHES),2.10.0 2.11.0 2.12.1 2.13.0 2.14.1)" $(BIN)/python -m pytest tests/packaging/test_torches.py $(PYTEST_ARGS)

@@ -34,7 +34,7 @@ Generate = Callable[[int], torch.Tensor]
 def load_ours(request: dict[str, Any]) -> Generate:
     """Our pipeline as seed -> pictures [B, 3, H, W]."""
     from hart_infer import HartPipeline
-    from hart_infer.text import PromptEmbeds
+    from hart_infer.models.text import PromptEmbeds
 
     pipe = HartPipeline.from_pretrained(
         request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]

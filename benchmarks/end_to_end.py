@@ -123,7 +123,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     inputs: dict[str, Any] = {"prompt": PROMPT}
     if pipe.text_encoder is None:
-        from hart_infer.text import PromptEmbeds
+        from hart_infer.models.text import PromptEmbeds
 
         config = pipe.transformer.config
         embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))

@@ -157,7 +157,7 @@ def gated_layer_norm_modulate(x: Inputs) -> Call:
 
 def diffusion_step(x: Inputs) -> Call:
     """One step behind its network, guided."""
-    from hart_infer.model.diffusion import diffusion_schedule
+    from hart_infer.models.parts.diffusion import diffusion_schedule
 
     step = dataclasses.asdict(diffusion_schedule(8)[0])
     del step["timestep"]

@@ -21,9 +21,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .outputs import HartOutput, Step
-    from .pipeline import HartPipeline
-    from .text import PromptEmbeds
+    from .models.text import PromptEmbeds
+    from .pipelines.hart import HartPipeline
+    from .pipelines.outputs import HartOutput, Step
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,12 @@ __all__ = [
     "WeightsError",
     "__version__",
 ]
-_LAZY = {"HartOutput": "outputs", "HartPipeline": "pipeline", "Step": "outputs", "PromptEmbeds": "text"}
+_LAZY = {
+    "HartOutput": "pipelines.outputs",
+    "HartPipeline": "pipelines.hart",
+    "PromptEmbeds": "models.text",
+    "Step": "pipelines.outputs",
+}
 
 
 def __getattr__(name: str) -> object:

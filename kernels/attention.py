@@ -23,7 +23,7 @@ LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
 LIMIT = f"heads of up to {MAX_HEAD_DIM}"
 # (generations, or all; bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken.
-# None spills registers on 80 to 90 (benchmarks/kernels.py); not timed on a GPU yet.
+# None spills registers on 80 to 90 (tools/compile_kernels.py); not timed on a GPU yet.
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     ((), 2, 64, 64, Config(128, 64, warps=8, stages=3)),
     ((80, 86, 87, 89), 2, 128, 64, Config(128, 32, warps=8, stages=2)),  # fewer instructions per score than 64 x 64

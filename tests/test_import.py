@@ -38,7 +38,8 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 def test_lazy_names_are_the_modules_own() -> None:
-    from hart_infer import pipeline, text
+    from hart_infer.models import text
+    from hart_infer.pipelines import hart as pipeline
 
     assert hart_infer.HartPipeline is pipeline.HartPipeline
     assert hart_infer.HartOutput is pipeline.HartOutput

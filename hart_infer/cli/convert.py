@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Load on the CPU, save."""
     import torch
 
-    from ..pipeline import HartPipeline
-    from ..saving import check_destination, check_shard_size
+    from ..checkpoints.saving import check_destination, check_shard_size
+    from ..pipelines.hart import HartPipeline
 
     destination = Path(args.destination)
     try:

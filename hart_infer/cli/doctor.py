@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import hart_infer
 
-from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
 from . import machine, options
 from .console import emit_json, emit_table
 
@@ -88,7 +88,7 @@ def _cpu() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     import torch
 
-    from ..extension import describe
+    from ..ops.cuda import describe
 
     found: dict[str, Any] = {"built_for_cuda": torch.version.cuda or NO, "compiled_kernels": describe()}
     if torch.cuda.is_available():
@@ -119,8 +119,8 @@ def _kernels() -> dict[str, Any]:
     """What runs each operation on the default device, and why."""
     import torch
 
-    from ..describe import operations
     from ..ops.registry import Where
+    from ..pipelines.describe import operations
 
     choice = machine.choose()
     return operations(Where.of(torch.empty(0, dtype=choice.torch_dtype, device=choice.device)))

@@ -16,7 +16,7 @@ from .naming import DEFAULT_NAME, Job, make_plan
 from .writing import Previews, Writer, check_outputs, sampling_settings
 
 if TYPE_CHECKING:
-    from ..pipeline import HartPipeline
+    from ..pipelines.hart import HartPipeline
 
 DETAILS = """\
 The pictures' paths go to stdout, one per line, each as soon as it is written."""
@@ -130,7 +130,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, make the pictures."""
-    from ..inputs import MAX_SEED
+    from ..pipelines.arguments import MAX_SEED
 
     prompts = _prompts(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed

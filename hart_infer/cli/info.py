@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..pictures import FORMATS, read_metadata
+from ..images.files import FORMATS, read_metadata
 from . import options
 from .console import emit, emit_json, emit_table
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
-    from ..config import AutoencoderConfig, TransformerConfig
+    from ..checkpoints.layouts import Checkpoint
+    from ..models.config import AutoencoderConfig, TransformerConfig
 
 DETAILS = """\
 For a checkpoint: parameters, scales, memory and flags, from its configuration
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.target)
     if path.suffix.lower() in FORMATS and not path.is_dir():
         return _show_picture(args)
-    from ..checkpoint import inspect_checkpoint
+    from ..checkpoints.layouts import inspect_checkpoint
 
     found = inspect_checkpoint(
         args.target, revision=args.revision, local_files_only=args.local_files_only, use_ema=args.use_ema
@@ -118,8 +118,8 @@ def count_parameters(transformer: TransformerConfig, autoencoder: AutoencoderCon
     """Parameters by part, from modules without storage."""
     import torch
 
-    from ..model.autoencoder import Autoencoder
-    from ..model.transformer import Transformer
+    from ..models.next_scale import Transformer
+    from ..models.parts.autoencoder import Autoencoder
 
     with torch.device("meta"):
         llm = Transformer(transformer, vocab_size=autoencoder.vocab_size, channels=autoencoder.z_channels)
@@ -153,8 +153,8 @@ def _schedule(transformer: TransformerConfig, autoencoder: AutoencoderConfig) ->
 
 def _memory(transformer: TransformerConfig, autoencoder: AutoencoderConfig, parts: _Parts) -> dict[str, dict[str, int]]:
     """Bytes of the weights, text encoder not counted, and of one picture's keys and values with guidance."""
-    from ..cache import KVCache
-    from ..schedule import build_schedule
+    from ..generation.schedule import build_schedule
+    from ..models.parts.cache import KVCache
 
     stages = build_schedule(
         transformer.patch_nums,
@@ -173,7 +173,7 @@ def _memory(transformer: TransformerConfig, autoencoder: AutoencoderConfig, part
 
 def _files(checkpoint: Checkpoint) -> dict[str, Any]:
     """The weight files that a pipeline would read, from their headers."""
-    from ..weights import rename, tensor_shapes
+    from ..checkpoints.weights import rename, tensor_shapes
 
     found: dict[str, Any] = {}
     for file in checkpoint.transformer_files + checkpoint.autoencoder_files:

@@ -39,7 +39,7 @@ class Choice:
 
 def choose(device: str | None = None, dtype: str | None = None) -> Choice:
     """The device and dtype to use where they are None; InputError if `device` is not there."""
-    from ..loading import check_device
+    from ..checkpoints.loading import check_device
 
     asked = "asked for"
     chosen = str(check_device(device))

@@ -8,10 +8,10 @@ import os
 import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint import EMBEDDED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
 
 if TYPE_CHECKING:
-    from ..pipeline import HartPipeline
+    from ..pipelines.hart import HartPipeline
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -101,7 +101,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def load_pipeline(args: argparse.Namespace, *, text_encoder: str | Literal[False] | None) -> HartPipeline:
     """The pipeline that the options ask for, on its device and in its dtype."""
-    from ..pipeline import HartPipeline
+    from ..pipelines.hart import HartPipeline
     from .console import note
     from .machine import choose
 
@@ -148,7 +148,7 @@ def natural_int(text: str) -> int:
 
 def seed_int(text: str) -> int:
     """argparse type: a seed that every generator takes."""
-    from ..inputs import MAX_SEED
+    from ..pipelines.arguments import MAX_SEED
 
     value = _integer(text, 0, "a whole number of 0 or more")
     if value > MAX_SEED:

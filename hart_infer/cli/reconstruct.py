@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, OutOfMemoryError
-from ..pictures import make_grid, save_picture
+from ..images.files import make_grid, save_picture
 from . import options
 from .console import UsageError, emit, emit_json
 from .writing import check_outputs

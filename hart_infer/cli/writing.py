@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hart_infer
 
 from ..errors import InputError, OutputError
-from ..pictures import (
+from ..images.files import (
     MAX_SIDE,
     NameTakenError,
     check_writable,
@@ -27,7 +27,7 @@ from .options import public_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..outputs import Step
+    from ..pipelines.outputs import Step
 
 
 def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:

@@ -10,7 +10,7 @@ from .registry import Backend, op
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a quantised row is scaled to
 
 
-@op(cuda=Backend("..extension:rms_norm"))
+@op(cuda=Backend(".cuda:rms_norm"))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension of `x` [..., D] in fp32, round to x's dtype, then multiply by `weight` [D].
 
@@ -21,20 +21,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-@op(cuda=Backend("..extension:add_rms_norm"))
+@op(cuda=Backend(".cuda:add_rms_norm"))
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sum of two tensors [..., D], rounded to their dtype, and its norm."""
     total = x + update
     return total, rms_norm.reference(total, weight, eps)
 
 
-@op(cuda=Backend("..extension:rms_norm_modulate"))
+@op(cuda=Backend(".cuda:rms_norm_modulate"))
 def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """The norm of `x` [R, L, D], times 1 + `scale`, plus `shift`, [R, 1, D] each; `x` may be wider than the others."""
     return rms_norm.reference(x, weight, eps) * (1 + scale) + shift
 
 
-@op(cuda=Backend("..extension:rms_norm_quantized"))
+@op(cuda=Backend(".cuda:rms_norm_quantized"))
 def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The norm of `x` [..., D] in int8 or fp8 (e4m3), and each row's scale [...] fp32: values * scale is the norm.
 

@@ -1,6 +1,6 @@
 """Write the checkpoint that comes with the package, from what the trainings left.
 
-python recipes/mini/export.py OUT hart_infer/models/hart-mini
+python recipes/mini/export.py OUT hart_infer/assets/hart-mini
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hart_infer.config import AutoencoderConfig, Defaults, TransformerConfig
+from hart_infer.models.config import AutoencoderConfig, Defaults, TransformerConfig
 
 PATCH_NUMS = (1, 2, 3, 5, 8, 12)
 CONTEXT_TOKENS = 24

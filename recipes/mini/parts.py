@@ -14,8 +14,8 @@ from training import save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer import HartPipeline
-from hart_infer.model.autoencoder import Autoencoder
-from hart_infer.model.transformer import Transformer
+from hart_infer.models.next_scale import Transformer
+from hart_infer.models.parts.autoencoder import Autoencoder
 
 TOKENIZER, TRANSFORMER_STATE, WORDS = "tokenizer-final.pt", "transformer.pt", "text_tokenizer"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
-from hart_infer.text import TextEncoder
+from hart_infer.models.text import TextEncoder
 
 VOCABULARY, WIDTH, DEPTH = 2048, 192, 2
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -18,9 +18,9 @@ from parts import TOKENIZER
 from torch import Tensor
 from training import Average, Log, Muon, Pictures, learning_rate, psnr, save, shuffled, write_grid
 
-from hart_infer.model.autoencoder import Autoencoder
-from hart_infer.model.diffusion import LATENT_SCALE
-from hart_infer.model.quantizer import Quantizer
+from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.parts.diffusion import LATENT_SCALE
+from hart_infer.models.parts.quantizer import Quantizer
 
 CONTINUOUS_STEPS = 200  # before the codebook joins
 COMMITMENT = 0.25

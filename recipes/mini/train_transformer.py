@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from training import Average, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
 from hart_infer import HartPipeline
-from hart_infer.model.autoencoder import Autoencoder
-from hart_infer.model.quantizer import Quantizer
-from hart_infer.model.rope import context_table, image_table
-from hart_infer.model.transformer import Modulation, Transformer
-from hart_infer.schedule import Stage, build_schedule
+from hart_infer.generation.schedule import Stage, build_schedule
+from hart_infer.models.next_scale import Modulation, Transformer
+from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.parts.rope import context_table, image_table
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
 LOGITS_AT_ONCE = 1500  # rows of 4096

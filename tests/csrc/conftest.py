@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hart_infer.extension import library
+from hart_infer.ops.cuda import library
 from hart_infer.ops.registry import OPS
 from tests.csrc.build import compile_host, obstacle
 from tests.ops.conftest import poisoned as poisoned

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hart_infer.model.diffusion import ResidualDiffusion
+from hart_infer.models.parts.diffusion import ResidualDiffusion
 from hart_infer.ops.registry import use_backend
-from tests.model.test_transformer import ADAPTIVE, PLAIN, build, run
+from tests.models.test_next_scale import ADAPTIVE, PLAIN, build, run
 
 pytestmark = pytest.mark.usefixtures("on_host")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.errors import BackendError
-from hart_infer.extension import library
+from hart_infer.ops.cuda import library
 from hart_infer.ops.registry import use_backend
 from tests.ops.checks import check, every_dtype, strided
 

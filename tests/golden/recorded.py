@@ -13,16 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hart_infer.cache import KVCache
-from hart_infer.checkpoint import find_checkpoint
-from hart_infer.generation import prefill
-from hart_infer.loading import load_autoencoder, load_transformer
-from hart_infer.model.autoencoder import Autoencoder
-from hart_infer.model.quantizer import Quantizer
-from hart_infer.model.rope import image_table
-from hart_infer.model.transformer import Modulation, Transformer
-from hart_infer.sampling import Draws, Settings
-from hart_infer.schedule import Stage, build_schedule
+from hart_infer.checkpoints.layouts import find_checkpoint
+from hart_infer.checkpoints.loading import load_autoencoder, load_transformer
+from hart_infer.generation.next_scale import prefill
+from hart_infer.generation.sampling import Draws, Settings
+from hart_infer.generation.schedule import Stage, build_schedule
+from hart_infer.models.next_scale import Modulation, Transformer
+from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.parts.cache import KVCache
+from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.parts.rope import image_table
 
 from . import naive
 from .data import SUBSET, golden, golden_root

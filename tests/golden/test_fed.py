@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.generation import unconditional_prefill
-from hart_infer.model.layers import guide
-from hart_infer.model.transformer import Modulation
-from hart_infer.sampling import Draws, filter_logits, sample_scale
+from hart_infer.generation.next_scale import unconditional_prefill
+from hart_infer.generation.sampling import Draws, filter_logits, sample_scale
+from hart_infer.models.next_scale import Modulation
+from hart_infer.models.parts.layers import guide
 
 from . import naive
 from .recorded import (

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.generation import generate, prefill, unconditional_prefill
-from hart_infer.sampling import Draws
+from hart_infer.generation.next_scale import generate, prefill, unconditional_prefill
+from hart_infer.generation.sampling import Draws
 
 from .recorded import Model, Trace, load_model, load_trace, relative
 

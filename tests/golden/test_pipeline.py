@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hart_infer import HartPipeline, PromptEmbeds
-from hart_infer.sampling import Draws
+from hart_infer.generation.sampling import Draws
 
 from .data import golden
 from .recorded import load_trace, relative

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hart_infer.text import TextEncoder, system_prompt
+from hart_infer.models.text import TextEncoder, system_prompt
 
 from .data import TEXT_ENCODERS, golden, golden_root
 from .recorded import FED, relative

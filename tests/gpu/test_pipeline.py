@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hart_infer import HartPipeline, ops
-from hart_infer.cache import KVCache
-from hart_infer.model.diffusion import diffusion_schedule
-from hart_infer.model.rope import image_table
+from hart_infer.generation.schedule import build_schedule
+from hart_infer.models.parts.cache import KVCache
+from hart_infer.models.parts.diffusion import diffusion_schedule
+from hart_infer.models.parts.rope import image_table
 from hart_infer.ops.registry import OPS, Where, use_backend
-from hart_infer.schedule import build_schedule
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 PROMPTS = ["a red heart, fluent style", "a pizza, noto style", "a blue circle, twemoji style"]

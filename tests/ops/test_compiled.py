@@ -1,4 +1,4 @@
-"""What the compilers made of the kernels, on record in benchmarks/results; `make kernels` compiles anew and compares."""
+"""What the compilers made of the kernels, on record in tools/; `make kernels` compiles anew and compares."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FAMILIES = {80, 86, 89, 90}
 
 @pytest.fixture(scope="module")
 def kernels() -> list[dict]:
-    return json.loads((ROOT / "benchmarks/results/kernels.json").read_text(encoding="utf-8"))["kernels"]
+    return json.loads((ROOT / "tools/compiled_kernels.json").read_text(encoding="utf-8"))["kernels"]
 
 
 def test_every_kernel_is_on_record_for_every_gpu(kernels):
     """By the names of today's cases: a tile that was changed and not compiled anew has no row."""
     pytest.importorskip("triton")
-    script = "from kernel_cases import cases\nfor case in cases(): print(case.name, *case.targets, sep='|')"
+    script = "from triton_kernels import cases\nfor case in cases(): print(case.name, *case.targets, sep='|')"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, check=True)
     expected = set()
     for line in done.stdout.splitlines():
         name, *targets = line.split("|")

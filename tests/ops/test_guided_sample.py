@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.errors import BackendError, InputError, WeightsError
+from hart_infer.generation.sampling import Draws, Settings, check_codes, filter_logits, sample_scale
+from hart_infer.generation.schedule import build_schedule
 from hart_infer.ops.philox import philox
 from hart_infer.ops.registry import use_backend
-from hart_infer.sampling import Draws, Settings, check_codes, filter_logits, sample_scale
-from hart_infer.schedule import build_schedule
 from tests.ops.checks import check, every_dtype, strided
 
 pytest.importorskip("triton")

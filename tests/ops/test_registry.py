@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hart_infer import ops
-from hart_infer.describe import operations
 from hart_infer.errors import BackendError, InputError
 from hart_infer.ops import registry
 from hart_infer.ops.registry import OPS, Backend, Op, Where, use_backend
+from hart_infer.pipelines.describe import operations
 
 CUDA = Where("cuda", torch.bfloat16, (9, 0))
 

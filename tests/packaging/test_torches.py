@@ -25,7 +25,7 @@ pytestmark = [
 TORCHES = os.environ.get("HART_INFER_TORCHES", "").split()
 SCRIPT = """
 import torch
-from hart_infer.extension import library
+from hart_infer.ops.cuda import library
 from hart_infer.ops.registry import OPS
 loaded = library.load()
 assert isinstance(loaded, library.Library), loaded

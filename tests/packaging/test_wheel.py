@@ -16,7 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "tests", "benchmarks")
+LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "tests", "benchmarks", "tools")
 # What another checkout or an activated environment could leak into the fresh one.
 LEAKS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 

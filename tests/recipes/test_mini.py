@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from hart_infer.cache import KVCache
-from hart_infer.generation import prefill
-from hart_infer.model.autoencoder import Autoencoder
-from hart_infer.model.diffusion import LATENT_SCALE
-from hart_infer.model.rope import image_table
-from hart_infer.model.transformer import Transformer
-from hart_infer.schedule import build_schedule
+from hart_infer.generation.next_scale import prefill
+from hart_infer.generation.schedule import build_schedule
+from hart_infer.models.next_scale import Transformer
+from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.parts.cache import KVCache
+from hart_infer.models.parts.diffusion import LATENT_SCALE
+from hart_infer.models.parts.rope import image_table
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
 

@@ -1,0 +1,186 @@
+"""Exactly the needed files of a repository on the Hugging Face Hub, from the cache when the Hub can't be reached."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointNotFoundError, HartError, OutputError
+
+PAUSES = (0.5, 1, 2, 4)  # seconds before each further attempt at a download
+ELSEWHERE = "point cache_dir (HF_HOME for the command line) at"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+_TRANSIENT_STATUS = {408, 429}
+logger = logging.getLogger(__name__)
+
+
+def file_names(root: Path) -> list[str]:
+    """Names of the files in a folder and in its folders, relative to it."""
+    return [file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file()]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub or, where the Hub can't be asked, what the cache has of it."""
+
+    id: str
+    names: list[str]  # of all its files, or of those in the cache
+    where: dict[str, Any]  # revision, cache_dir, token
+    commit: str | None = None  # that `names` are of
+    cached: Path | None = None  # the snapshot's folder, where the Hub can't be asked
+    reason: str = ""  # why it can't
+
+    @classmethod
+    def open(
+        cls,
+        repo: str,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Repository:
+        """List a repository's files. Raises CheckpointNotFoundError where neither the Hub nor the cache has it."""
+        from huggingface_hub import HfApi
+
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        if local_files_only:
+            return cls._from_cache(repo, where, "local_files_only is set")
+        try:
+            info = HfApi().model_info(repo, revision=revision, token=token, timeout=30)
+        except _transfer_errors() as error:
+            if refusal := _refusal(error, repo, where):
+                raise refusal from error
+            return cls._from_cache(repo, where, _reason(error), error)
+        return cls(repo, [sibling.rfilename for sibling in info.siblings or []], where, info.sha)
+
+    @classmethod
+    def _from_cache(cls, repo: str, where: dict[str, Any], reason: str, error: BaseException | None = None) -> Repository:
+        root = _snapshot(repo, where)
+        if root is None:
+            raise CheckpointNotFoundError(
+                f"{repo} is not in the local cache and {reason}; connect, download it elsewhere and pass the folder, or "
+                f"{ELSEWHERE} a copy."
+            ) from error
+        return cls(repo, file_names(root), where, cached=root, reason=reason)
+
+    @property
+    def title(self) -> str:
+        """Its id, with a word of caution where only the cache could be asked."""
+        return f"{self.id} in the local cache ({self.reason})" if self.cached else self.id
+
+    def fetch(self, names: Iterable[str]) -> Path:
+        """Have `names` in the cache; returns the snapshot's folder.
+
+        huggingface_hub takes an interrupted transfer up where it stopped; where it gives up it is asked again, after pauses.
+        Raises CheckpointNotFoundError, or OutputError where the cache can't be written.
+        """
+        names = list(names)
+        if self.cached is not None:
+            return self._complete(self.cached, names, self.reason)
+        try:
+            root = self._download(names, self.where)
+            if root.name != self.commit:  # the revision has moved on since it was listed
+                root = self._download(names, {**self.where, "revision": self.commit})
+        except _transfer_errors() as error:
+            if refusal := _refusal(error, self.id, self.where):
+                raise refusal from error
+            return self._complete(_snapshot(self.id, self.where), names, _reason(error), error)
+        return self._complete(root, names, "not all of it arrived")
+
+    def _download(self, names: list[str], where: dict[str, Any]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        patterns = [glob.escape(name) for name in names]
+        for pause in PAUSES:
+            try:
+                return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+            except _transfer_errors() as error:
+                if not _may_pass(error):
+                    raise
+                logger.warning("Download of %s was interrupted (%s); trying again.", self.id, type(error).__name__)
+                time.sleep(pause)
+        return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+
+    def _complete(self, root: Path | None, names: list[str], reason: str, error: BaseException | None = None) -> Path:
+        missing = [name for name in names if root is None or not (root / name).exists()]
+        if root is None or missing:
+            raise CheckpointNotFoundError(
+                f"{self.id} is not complete in the local cache ({', '.join(missing)} missing) and {reason}; connect, download "
+                f"it elsewhere and pass the folder, or {ELSEWHERE} a copy."
+            ) from error
+        return root
+
+
+def _snapshot(repo: str, where: dict[str, Any]) -> Path | None:
+    """The folder of the cached files of a revision, without asking the Hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **where))
+    except (OSError, ValueError):
+        return None
+
+
+def _transfer_errors() -> tuple[type[BaseException], ...]:
+    """What a failed request raises: huggingface_hub's HTTP client has changed twice, its base error with it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (HfHubHTTPError.__mro__[1], OSError, HFValidationError)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a transfer that failed so is worth another attempt."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in _TRANSIENT_STATUS
+    return getattr(error, "errno", None) not in _DISK_ERRORS
+
+
+def _reason(error: BaseException) -> str:
+    status = _status(error)
+    if status == 401:
+        return "the Hub does not accept the token (401)"
+    if status is not None:
+        return f"the Hub answers with an error ({status})"
+    return f"the Hub can't be reached ({type(error.__cause__ or error).__name__})"
+
+
+def _refusal(error: BaseException, repo: str, where: dict[str, Any]) -> HartError | None:
+    """The error for what the cache can't mend either; None where the Hub just can't be reached."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return CheckpointNotFoundError(f"{repo!r} is not a valid Hub id: {error}")
+    if isinstance(error, LocalTokenNotFoundError):
+        return CheckpointNotFoundError(f"token=True, but no token is stored for {repo}: log in with `hf auth login`.")
+    if isinstance(error, GatedRepoError):
+        return CheckpointNotFoundError(
+            f"{repo} is gated: ask for access on its page, then pass token=... or log in with `hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointNotFoundError(f"{repo} has no revision {where['revision']!r}; check the name.")
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointNotFoundError(
+            f"{repo} is neither a folder here nor a repository on the Hub that you can read; check the spelling, or pass "
+            "token=... if it is private."
+        )
+    if getattr(error, "errno", None) in _DISK_ERRORS:
+        return OutputError(f"{repo} can't be stored in the local cache ({error}); free space, or {ELSEWHERE} another disk.")
+    return None

@@ -1,0 +1,123 @@
+"""A pipeline to one clean folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from ..errors import InputError, OutputError
+from .layouts import INDEX
+
+if TYPE_CHECKING:
+    from ..models.config import AutoencoderConfig, TransformerConfig
+    from ..pipelines.hart import HartPipeline
+
+PARTS = ("transformer", "autoencoder", "text_encoder")
+
+
+def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) -> Path:
+    """Write `transformer/`, `autoencoder/`, `text_encoder/` and `model_index.json` into `path`.
+
+    They are written into a temporary folder beside `path`, which then takes its place. A folder that holds anything else is
+    never replaced. Raises OutputError, or InputError for a bad `max_shard_size`.
+    """
+    check_shard_size(max_shard_size)
+    path = check_destination(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        _write(pipeline, new, max_shard_size)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path} can't be written ({reason}); free space or choose another folder.") from error
+    finally:
+        if temporary is not None and (path.exists() or not (temporary / "old").exists()):
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def check_shard_size(size: str) -> None:
+    """Raise InputError for a size that huggingface_hub, which makes the shards, doesn't understand."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f'max_shard_size must be a size such as "5GB" or "500MB", not {size!r}.') from error
+
+
+def check_destination(path: Path) -> Path:
+    """The folder that saving to `path` would make or replace; raises OutputError where it can't or shouldn't."""
+    path = Path(os.path.realpath(path.expanduser()))
+    try:
+        _check_replaceable(path)
+        existing = next(folder for folder in path.parents if folder.exists())
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} can't be written ({error.strerror}); choose another folder.") from error
+    reason = "Not a directory" if not existing.is_dir() else "Permission denied"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} can't be written ({reason}: {existing}); choose another folder.")
+    return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace what isn't ours, all of it."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OutputError(f"{path} is a file; give a new or empty folder.")
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        return
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        is_ours = "_hart_infer_version" in index
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise OutputError(f"{path} exists and is not a saved hart_infer checkpoint; give a new or empty folder.")
+    others = sorted(names - {INDEX, *PARTS})
+    if others:
+        raise OutputError(f"{path} also holds {', '.join(others)}, which would be lost; give a new or empty folder.")
+
+
+def _write(pipeline: HartPipeline, folder: Path, max_shard_size: str) -> None:
+    from .. import __version__
+
+    parts = ["transformer", "autoencoder"]
+    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", max_shard_size)
+    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", max_shard_size)
+    if pipeline.text_encoder is not None:
+        parts.append("text_encoder")
+        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
+    index: dict[str, Any] = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
+    index["defaults"] = pipeline.defaults.to_dict()
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, max_shard_size: str) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})

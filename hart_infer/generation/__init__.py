@@ -1,0 +1,1 @@
+"""The loops over scales, and their data."""

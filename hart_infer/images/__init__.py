@@ -1,0 +1,1 @@
+"""Pictures between tensors, PIL and files."""

@@ -1,0 +1,54 @@
+"""Between tensors in 0..1 and the forms in which pictures come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+def to_numpy(pixels: Tensor) -> np.ndarray[Any, Any]:
+    """[N, 3, H, W] -> numpy [N, H, W, 3] fp32."""
+    return pixels.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def to_pil(pixels: Tensor) -> list[Image]:
+    """[N, 3, H, W] in 0..1 -> 8-bit RGB pictures, rounded to the nearest level."""
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in (to_numpy(pixels) * 255).round().clip(0, 255).astype("uint8")]
+
+
+def to_tensor(image: Image | Sequence[Image] | Tensor, size: int) -> Tensor:
+    """Pictures -> [N, 3, size, size] fp32 in 0..1; PIL ones are scaled and centre-cropped, tensors must fit."""
+    if isinstance(image, Tensor):
+        if image.ndim != 4 or not len(image) or image.shape[1:] != (3, size, size):
+            raise InputError(f"An image tensor must have shape [N, 3, {size}, {size}], not {list(image.shape)}.")
+        if not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
+            raise InputError("An image tensor must be floating-point with values in 0..1.")
+        return image.float()
+    pictures = list(image) if isinstance(image, Sequence) else [image]
+    if not pictures:
+        raise InputError("The list of images is empty; give at least one.")
+    return torch.stack([_pil_to_tensor(picture, size) for picture in pictures])
+
+
+def _pil_to_tensor(picture: Image, size: int) -> Tensor:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if not isinstance(picture, Image.Image):
+        raise InputError(f"An image must be a PIL image or a tensor, not {type(picture).__name__}.")
+    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "pt": lambda pixels: pixels}

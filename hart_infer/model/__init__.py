@@ -1,1 +1,0 @@
-"""The model: one idea of the paper per file."""

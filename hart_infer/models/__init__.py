@@ -1,0 +1,1 @@
+"""Networks only, named as the papers name them."""

@@ -1,0 +1,205 @@
+"""The hybrid autoencoder: VQGAN encoder and decoder around the quantizer (paper section 3.1; released `HARTAutoEncoder`)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import ops
+from ..config import AutoencoderConfig
+from .layers import Conv2d
+from .quantizer import Quantizer, Tokens
+from .tiling import tiled
+
+NORM_EPS = 1e-6
+BLOCKS_PER_LEVEL = 2  # residual blocks of an encoder level; the decoder has one more
+Mode = Literal["discrete", "hybrid"]
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm, and SiLU behind it unless told otherwise, through `ops.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int, *, silu: bool = True) -> None:
+        """`channels` in `groups` groups."""
+        super().__init__(groups, channels, eps=NORM_EPS)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> the same shape."""
+        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions and a shortcut."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
+        """The shortcut is a 1x1 convolution where the channels change."""
+        super().__init__()
+        self.norm1 = GroupNorm(channels, groups)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(out_channels, groups)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, out_channels, h, w]."""
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.norm2(hidden))
+        return self.shortcut(x) + hidden
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels, scaled by channels^-1/2."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        """1x1 convolutions in and out."""
+        super().__init__()
+        self.norm = GroupNorm(channels, groups, silu=False)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, 1, channels, height * width)
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # [B, 1, hw, C]
+        attended = ops.attention.reference(q, k, v, scale=channels**-0.5)  # [B, hw, C]; one head, too wide for the kernels
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, channels, height, width))
+
+
+class Downsample(nn.Module):
+    """Halve the sides: pad right and bottom by one, then a stride-2 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Channels are kept."""
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h/2, w/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Channels are kept."""
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _middle(channels: int, groups: int) -> dict[str, nn.Module]:
+    return {
+        "mid_block_1": ResnetBlock(channels, channels, groups),
+        "mid_attn_1": AttentionBlock(channels, groups),
+        "mid_block_2": ResnetBlock(channels, channels, groups),
+    }
+
+
+def _out(channels: int, out_channels: int, groups: int) -> dict[str, nn.Module]:
+    return {"norm_out": GroupNorm(channels, groups), "conv_out": Conv2d(channels, out_channels, 3, padding=1)}
+
+
+def _encoder(config: AutoencoderConfig) -> nn.Sequential:
+    """Image [B, 3, h, w] -> latent [B, C, h/f, w/f], as one sequence of layers with the released names."""
+    channels, groups = config.ch, config.norm_groups
+    layers: dict[str, nn.Module] = {"conv_in": Conv2d(3, channels, 3, padding=1)}
+    lowest = len(config.ch_mult) - 1
+    for level, multiplier in enumerate(config.ch_mult):
+        for i in range(BLOCKS_PER_LEVEL):
+            layers[f"down_{level}_block_{i}"] = ResnetBlock(channels, config.ch * multiplier, groups)
+            channels = config.ch * multiplier
+            if level == lowest:
+                layers[f"down_{level}_attn_{i}"] = AttentionBlock(channels, groups)
+        if level < lowest:
+            layers[f"down_{level}_downsample"] = Downsample(channels)
+    return nn.Sequential(OrderedDict(layers | _middle(channels, groups) | _out(channels, config.z_channels, groups)))
+
+
+def _decoder(config: AutoencoderConfig) -> nn.Sequential:
+    """Latent [B, C, h/f, w/f] -> image [B, 3, h, w], as one sequence of layers with the released names."""
+    lowest = len(config.ch_mult) - 1
+    channels, groups = config.ch * config.ch_mult[lowest], config.norm_groups
+    layers: dict[str, nn.Module] = {"conv_in": Conv2d(config.z_channels, channels, 3, padding=1)}
+    layers |= _middle(channels, groups)
+    for level in range(lowest, -1, -1):
+        for i in range(BLOCKS_PER_LEVEL + 1):
+            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, config.ch * config.ch_mult[level], groups)
+            channels = config.ch * config.ch_mult[level]
+            if level == lowest:
+                layers[f"up_{level}_attn_{i}"] = AttentionBlock(channels, groups)
+        if level > 0:
+            layers[f"up_{level}_upsample"] = Upsample(channels)
+    return nn.Sequential(OrderedDict(layers | _out(channels, 3, groups)))
+
+
+class Autoencoder(nn.Module):
+    """Images to hybrid tokens and back. Pictures are in -1..1 here; the quantizer stays in fp32 in every dtype."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        """Everything in a checkpoint's `tokenizer/` but the discriminator."""
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.quantizer = Quantizer(config)
+        self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.decoder = _decoder(config)
+
+    def encode_latent(self, image: Tensor) -> Tensor:
+        """Image [B, 3, h, w] in -1..1 -> continuous latent [B, C, h/f, w/f] fp32."""
+        return self.quant_conv(self.encoder(self._laid_out(image))).float()
+
+    def encode(self, image: Tensor) -> Tokens:
+        """Hybrid tokenization of an image [B, 3, size, size] in -1..1: codes per scale and the continuous residual."""
+        return self.quantizer.encode(self.encode_latent(image))
+
+    def decode(self, latent: Tensor, *, tile: int | None = None) -> Tensor:
+        """Latent [B, C, h/f, w/f] -> image [B, 3, h, w] fp32, clamped to -1..1.
+
+        `tile`: run the levels above the lowest in tiles of so many latent cells (approximate: their group norms see a tile).
+        """
+        hidden = self.post_quant_conv(self._laid_out(latent))
+        if tile is None or tile >= max(latent.shape[-2:]):
+            image = self.decoder(hidden)
+        else:
+            lowest = len(self.config.ch_mult) - 1
+            split = 1 + max(i for i, (name, _) in enumerate(self.decoder.named_children()) if name.startswith(f"up_{lowest}_"))
+            hidden = self.decoder[:split](hidden)
+            image = tiled(self.decoder[split:], hidden, tile * (hidden.shape[-1] // latent.shape[-1]))
+        return image.float().clamp_(-1, 1)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """`x` in the weights' dtype; channels last in half precision, which is faster but rounds otherwise."""
+        dtype = self.quant_conv.weight.dtype
+        suits = dtype != torch.float32 and x.device.type in ("cpu", "cuda")
+        layout = torch.channels_last if suits else torch.contiguous_format
+        return x.to(dtype, memory_format=layout)
+
+    def to_device(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move and cast in place; the quantizer is moved only."""
+        for child in self.children():
+            child.to(device=device, dtype=None if isinstance(child, Quantizer) else dtype)
+
+    def reconstruct(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
+        """Image -> tokens -> image, [B, 3, size, size] in -1..1; `mode` as in `latent`."""
+        return self.decode(self.latent(image, mode))
+
+    def latent(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
+        """What reconstructs an image [B, 3, size, size] in -1..1 when decoded: [B, C, size/f, size/f] fp32.
+
+        "hybrid" is the continuous latent, "discrete" the sum of the codes alone (paper figure 4).
+        """
+        latent = self.encode_latent(image)
+        if mode == "discrete":
+            latent = self.quantizer.discrete(self.quantizer.encode(latent).embeddings)
+        return latent

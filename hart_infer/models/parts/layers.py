@@ -1,0 +1,112 @@
+"""Small layers shared by the transformer and the residual diffusion."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a learned weight (released `LlamaRMSNorm`, named `ln_wo_grad` there although it has one)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        """`width` is the size of the last dimension."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width], dtype kept."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + update, its norm), [..., width] each."""
+        return ops.add_rms_norm(x, update, self.weight, self.eps)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
+        return ops.rms_norm_modulate(x, self.weight, scale, shift, self.eps)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """A square convolution with bias, through `ops.conv2d`."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0) -> None:
+        """No dilation, no groups."""
+        super().__init__(channels, out_channels, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, out_channels, h', w']."""
+        assert self.bias is not None
+        return ops.conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+
+
+MANY_ROWS = 16  # CPU BLAS multiplies this many rows, or more, in one way
+
+
+class SteadyLinear(Linear):
+    """A linear map for inputs of few rows, whose rounding is the released code's.
+
+    CPU BLAS takes another path for a handful of rows and rounds differently, and 1 / tau amplifies that from scale to scale.
+    So there the rows come in the number that the released code has for one image: many (`MANY_ROWS` or more round alike), or
+    the two guidance halves.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, halves: bool = False) -> None:
+        """`halves`: in the released code this product has one row per guidance half of an image."""
+        super().__init__(in_features, out_features)
+        self.halves = halves
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        rows = x.reshape(-1, self.in_features)
+        if x.device.type != "cpu" or (not self.halves and len(rows) >= MANY_ROWS):
+            return super().forward(x)
+        if self.halves:
+            out = torch.cat([super(SteadyLinear, self).forward(row.expand(2, -1))[:1] for row in rows])
+        else:
+            out = super().forward(rows.repeat(-(-MANY_ROWS // len(rows)), 1))[: len(rows)]
+        return out.view(*x.shape[:-1], -1)
+
+
+def sinusoid(positions: Tensor, width: int = 256, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding [N, width] fp32 of `positions` [N]: cosines first, then sines."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    angles = positions[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class SinusoidEmbedding(nn.Module):
+    """A number embedded by a sinusoid and a two-layer MLP (released `TimestepEmbedder`): scale levels, diffusion steps."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        """`width` is the size of the embedding, `frequencies` that of the sinusoid."""
+        super().__init__()
+        self.frequencies = frequencies
+        self.fc1 = SteadyLinear(frequencies, width)
+        self.fc2 = SteadyLinear(width, width)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[N] -> [N, width] in the weights' dtype."""
+        features = sinusoid(positions, self.frequencies).to(self.fc1.weight.dtype)
+        return self.fc2(nn.functional.silu(self.fc1(features)))
+
+
+def guide(rows: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance of `rows` [2B, ...], conditional first: (1 + t) conditional - t unconditional [B, ...]."""
+    conditional, unconditional = rows.chunk(2)
+    return (1 + guidance) * conditional - guidance * unconditional

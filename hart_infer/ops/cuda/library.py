@@ -1,0 +1,136 @@
+"""The compiled library `hart_infer/_kernels.so`: whether it is there, what it was built for, and how it is called."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+
+FILE = Path(__file__).resolve().parents[2] / "_kernels.so"
+REASON = FILE.with_suffix(".absent")  # setup.py's, where it could not build one
+INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
+HOST = "host"  # the tests' build, whose kernels run on CPU tensors
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+HOW = "for them, HART_INFER_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir from the sources, where nvcc is"
+
+
+class View(ctypes.Structure):
+    """A tensor [groups, rows, width]: its address and its strides in elements; all zero where there is none."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("group", ctypes.c_int64), ("row", ctypes.c_int64)]
+
+    @staticmethod
+    def of(x: Tensor | None) -> View:
+        """Of three dimensions, the last of stride 1. A dimension of one element has stride 0: no stride of it is ever used."""
+        if x is None:
+            return View()
+        group, row = (stride if size > 1 else 0 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+        return View(x.data_ptr(), group, row)
+
+
+class Shape(ctypes.Structure):
+    """Groups, rows of a group, width."""
+
+    _fields_ = [("groups", ctypes.c_int64), ("rows", ctypes.c_int64), ("width", ctypes.c_int64)]
+
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+LAUNCHERS: dict[str, list[Any]] = {
+    "rms_norm": [View, View, _POINTER, View, View, View, View, Shape, _FLOAT, _INT, _INT, _POINTER],
+    "rms_norm_quantized": [View, _POINTER, View, _POINTER, Shape, _FLOAT, _INT, _INT, _POINTER],
+    "layer_norm_modulate": [View, View, View, _POINTER, _POINTER, View, View, View, View, Shape, _FLOAT, _INT, _POINTER],
+}
+
+
+class Library:
+    """A loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where it can't be loaded or has another interface."""
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        interface = self._c.hart_infer_interface()
+        if interface != INTERFACE:
+            raise OSError(f"{path.name} was built for another version of hart-infer (interface {interface}, not {INTERFACE})")
+        self._c.hart_infer_targets.restype = self._c.hart_infer_error.restype = ctypes.c_char_p
+        self.targets: str = self._c.hart_infer_targets().decode()
+        for name, arguments in LAUNCHERS.items():
+            getattr(self._c, f"hart_infer_{name}").argtypes = arguments
+
+    def launch(self, name: str, x: Tensor, *arguments: Any) -> None:
+        """Call a launcher on the current stream of x's device; raises BackendError where CUDA refuses."""
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else None
+        code = getattr(self._c, f"hart_infer_{name}")(*arguments, stream)
+        if code:
+            raise BackendError(f"The CUDA kernel {name} could not be launched: {self._c.hart_infer_error(code).decode()}.")
+
+    @lru_cache(maxsize=16)  # noqa: B019 - there is one library
+    def failure(self, index: int) -> str | None:
+        """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does.
+
+        `index`: of the current device, for which the answer is.
+        """
+        code = self._c.hart_infer_trial()
+        return self._c.hart_infer_error(code).decode() if code else None
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether it was built for such a GPU: for its generation, or as PTX for an older one."""
+        for major, minor, ptx in re.findall(r"(\d+)(\d)(\+PTX)?", self.targets):
+            target = int(major), int(minor)
+            if (ptx or target[0] == capability[0]) and target <= capability:
+                return True
+        return False
+
+
+@lru_cache(maxsize=1)
+def load() -> Library | str:
+    """The library, or why there is none."""
+    if not FILE.exists():
+        reason = f"when this package was built, {REASON.read_text(encoding='utf-8').strip()}; " if REASON.exists() else ""
+        return f"the compiled extension is absent ({reason}{HOW})"
+    try:
+        return Library(FILE)
+    except (OSError, AttributeError) as error:
+        reason = str(error).replace(f"{FILE.parent}/", "")  # not where it lies: reports get posted
+        return f"the compiled extension can't be used ({reason}; {HOW})"
+
+
+def library() -> Library:
+    """The library; BackendError where there is none."""
+    loaded = load()
+    if isinstance(loaded, str):
+        raise BackendError(f"The CUDA kernels can't run: {loaded}.")
+    return loaded
+
+
+def refusal(where: Any) -> str | None:
+    """Why the kernels don't run at a `Where` (device, dtype, capability), or None if they do."""
+    if where.dtype not in ACTIVATIONS:
+        return f"{where.dtype} is not supported"
+    loaded = load()
+    if isinstance(loaded, str):
+        return loaded
+    if loaded.targets == HOST:
+        return None if where.device == "cpu" else "this build is for tests on the CPU"
+    if where.device != "cuda":
+        return "CUDA kernels run on NVIDIA GPUs"
+    if not loaded.runs_on(where.capability):
+        return f"the compiled extension was built for {loaded.targets} (HART_INFER_CUDA_ARCHS)"
+    failure = loaded.failure(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return f"the compiled extension can't be used ({failure})" if failure else None
+
+
+def describe() -> str:
+    """Whether the library is there and for which targets, in words."""
+    loaded = load()
+    if isinstance(loaded, str):
+        return loaded
+    return "built for " + ", ".join(f"sm_{target}" for target in loaded.targets.split())

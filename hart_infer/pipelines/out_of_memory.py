@@ -1,0 +1,50 @@
+"""What happens when the memory runs out, or the user stops waiting, in the middle of a call."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import OutOfMemoryError
+
+# What torch's allocators say where they raise a plain RuntimeError: CPU on Unix, CPU on Windows, MPS.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_OURS = ("hart_infer", "torch")
+
+
+@contextmanager
+def memory_care() -> Iterator[None]:
+    """Free what an interrupted or out-of-memory call held, and turn the latter's error into one with advice."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _release(error)
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _release(error)
+        raise OutOfMemoryError(
+            "The device ran out of memory. Generate fewer pictures at once (num_images_per_prompt, prompts), load with "
+            "torch_dtype=torch.bfloat16, call enable_decoder_tiling(), or free what else is on the device."
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's allocator raised this."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _release(error: BaseException) -> None:
+    """Empty the finished frames of the traceback, ours and torch's: a notebook keeps it, and by it the key/value cache."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+            try:
+                frame.clear()
+            except RuntimeError:  # still running
+                continue

@@ -1,0 +1,114 @@
+"""The residual diffusion's schedule and sampler."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hart_infer.generation.sampling import Draws
+from hart_infer.models.parts.diffusion import LATENT_SCALE, ResidualDiffusion, diffusion_schedule
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return ResidualDiffusion(channels=4, condition_dim=32, width=16, depth=2).requires_grad_(False)
+
+
+def alpha_bar(timestep):
+    """Of the whole schedule's first steps, none of whose betas reaches .999."""
+    return (math.cos(((timestep + 1) / 1000 + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2
+
+
+def test_kept_steps():
+    assert [step.timestep for step in diffusion_schedule(8)] == [999, 856, 714, 571, 428, 285, 143, 0]
+    assert [step.adds_noise for step in diffusion_schedule(8)] == [True] * 7 + [False]
+
+
+@pytest.mark.parametrize("steps", [2, 8, 100, 1000])
+def test_constants_are_those_of_the_kept_alpha_bars(steps):
+    schedule = diffusion_schedule(steps)
+    for step, previous in zip(schedule[1:-1], schedule[2:], strict=True):
+        now, before = alpha_bar(step.timestep), alpha_bar(previous.timestep)
+        beta = 1 - now / before
+        assert step.x0_from_x == pytest.approx(now**-0.5)
+        assert step.x0_from_noise == pytest.approx((1 / now - 1) ** 0.5)
+        assert step.log_variance_max == pytest.approx(math.log(beta))
+        assert step.log_variance_min == pytest.approx(math.log(beta * (1 - before) / (1 - now)))
+        # The posterior mean of the noiseless x_t is the noiseless x_{t-1}.
+        assert step.mean_from_x0 + step.mean_from_x * now**0.5 == pytest.approx(before**0.5)
+
+
+def test_betas_are_at_most_999_thousandths():
+    """Without the limit the last alpha-bar would be all but 0: cos of a right angle."""
+    last, one_before = diffusion_schedule(1000)[:2]
+    assert math.exp(last.log_variance_max) == pytest.approx(0.999)
+    assert math.exp(one_before.log_variance_max) == pytest.approx(0.75, abs=0.01)
+    assert last.x0_from_x**-2 == pytest.approx(alpha_bar(998) * 0.001)
+
+
+def test_first_log_variance_is_clipped_to_the_second():
+    """The first posterior variance is zero."""
+    *_, second, first = diffusion_schedule(8)
+    assert first.log_variance_min == second.log_variance_min
+    assert math.isfinite(first.log_variance_min)
+
+
+def test_both_halves_share_x(network):
+    """One x_t for both guidance halves is what two equal ones give."""
+    x, condition = torch.randn(6, 4), torch.randn(12, 16)
+    timestep = torch.tensor([428])
+    shared = network(x, timestep, condition)
+    for ours, doubled in zip(shared, network(torch.cat([x, x]), timestep, condition), strict=True):
+        torch.testing.assert_close(ours, doubled)
+
+
+def test_variance_is_the_conditional_half_s():
+    """Guidance acts on the noise only: equal noises, and the unconditional variance does not count."""
+    step = diffusion_schedule(8)[3]
+    x, noise = torch.randn(6, 4), torch.randn(6, 4)
+    eps, conditional, unconditional = torch.randn(3, 6, 4)
+
+    class Fixed(ResidualDiffusion):
+        def forward(self, x, timestep, condition):
+            halves = len(condition) // len(x)
+            return eps.repeat(halves, 1), torch.cat([conditional, unconditional])[: len(condition)]
+
+    fixed = Fixed(channels=4, condition_dim=32, width=16, depth=1)
+    guided = fixed.step(x, step, torch.zeros(12, 16), 3.0, noise)
+    torch.testing.assert_close(guided, fixed.step(x, step, torch.zeros(6, 16), 0.0, noise))
+
+
+def test_last_step_adds_no_noise_and_clips(network):
+    """Its noise is drawn in the released code; nothing is drawn after it, so here it is not."""
+    last = diffusion_schedule(8)[-1]
+    x, condition = 10 * torch.randn(6, 4), torch.randn(6, 16)
+    quiet, loud = (network.step(x, last, condition, 0.0, noise) for noise in (torch.zeros(6, 4), torch.full((6, 4), 9.0)))
+    assert quiet.equal(loud)
+    assert quiet.abs().max() <= 1
+
+
+def test_sample_is_in_units_of_the_latent(network):
+    """Clipped to 1 in the network's units, which are 1 / 0.6 of the latent's."""
+    condition = torch.randn(2, 50, 32)
+    sample = network.sample(condition, images=2, guidance=0.0, steps=8, draws=Draws([0, 1], "cpu"))
+    assert sample.shape == (2, 50, 4)
+    assert sample.abs().max() == pytest.approx(LATENT_SCALE)
+
+
+def test_guidance_of_exactly_one_is_guidance(network):
+    """The released code takes t = 1 for none at all."""
+    condition = torch.randn(4, 50, 32)
+
+    def sample(condition, guidance):
+        return network.sample(condition, images=2, guidance=guidance, steps=8, draws=Draws([0, 1], "cpu"))
+
+    torch.testing.assert_close(sample(condition, 1.0), sample(condition, 1 + 1e-7), atol=1e-3, rtol=0)
+    assert (sample(condition, 1.0) - sample(condition[:2], 1.0)).abs().max() > 0.1

@@ -1,0 +1,264 @@
+"""Prompts to context: the kept system prompt, padding, limits, warnings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hart_infer import HartPipeline, InputError, WeightsError
+from hart_infer.models.text import PromptEmbeds, TextEncoder, system_prompt
+from tests.golden.data import golden
+
+T = 24
+FP32 = 1e-5  # relative: the issue's bound for a step fed equal inputs in fp32
+PROMPTS = ["a", "a cat", "a photo of a red fox in the snow"]  # 1, 2 and 17 tokens
+LONG = "a photo of a red fox in the snow, morning light, 35mm film, very detailed"
+
+
+def load(side: str, **options: Any) -> TextEncoder:
+    return TextEncoder.from_pretrained(golden(f"text-tiny-{side}"), **{"torch_dtype": torch.float32, **options})
+
+
+@pytest.fixture(scope="module", params=["right", "left"])
+def encoder(request: pytest.FixtureRequest) -> TextEncoder:
+    """A text encoder that pads on either side."""
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def right() -> TextEncoder:
+    return load("right")
+
+
+def relative(given: Tensor, expected: Tensor) -> float:
+    return ((given - expected).abs().max() / expected.abs().max()).item()
+
+
+def padded_tokens(encoder: TextEncoder, prompts: list[str], limit: int = T) -> tuple[Tensor, Tensor]:
+    """The tokenizer's own padding and truncation: tokens and mask."""
+    batch = encoder.tokenizer(prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def in_one_go(encoder: TextEncoder, prompts: list[str], *, with_system_prompt: bool, limit: int = T) -> Tensor:
+    """What transformers' model says to the system prompt and the prompts as one sequence, no cache, default positions."""
+    tokens, mask = padded_tokens(encoder, prompts, limit)
+    before = 0
+    if with_system_prompt:
+        system = encoder.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
+        before = system.shape[1]
+        system = system.expand(len(prompts), -1)
+        tokens, mask = torch.cat([system, tokens], dim=1), torch.cat([torch.ones_like(system), mask], dim=1)
+    with torch.no_grad():
+        return encoder.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[:, before:]
+
+
+@contextmanager
+def calls_of(encoder: TextEncoder) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the tokens that the model is run on."""
+    seen: list[tuple[int, ...]] = []
+    hook = encoder.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+# The system prompt's keys and values, kept.
+
+
+@pytest.mark.parametrize("with_system_prompt", [True, False])
+def test_the_context_is_that_of_one_plain_call(encoder: TextEncoder, with_system_prompt: bool) -> None:
+    expected = in_one_go(encoder, PROMPTS, with_system_prompt=with_system_prompt)
+    for _ in range(2):  # the second time from the kept keys and values
+        embeds = encoder.encode(PROMPTS, context_tokens=T, use_system_prompt=with_system_prompt)
+        # Left padding without a system prompt has nothing to attend to, and transformers' versions differ in what comes of it.
+        defined = torch.ones_like(embeds.mask) if with_system_prompt else embeds.position_ids >= 0
+        assert relative(embeds.context[defined], expected[defined]) <= FP32
+
+
+def test_the_system_prompt_matters(encoder: TextEncoder) -> None:
+    plain, instructed = (encoder.encode(PROMPTS, context_tokens=T, use_system_prompt=on).context for on in (False, True))
+    assert relative(plain, instructed) > 0.01
+
+
+def test_the_system_prompt_is_run_once_for_each_limit() -> None:
+    encoder = load("right")
+    system = len(encoder.tokenizer(system_prompt())["input_ids"])
+
+    def tokens_run(**options: Any) -> list[tuple[int, ...]]:
+        with calls_of(encoder) as calls:
+            encoder.encode(["a"], **{"context_tokens": T, **options})
+        return calls
+
+    assert tokens_run() == [(1, T), (1, T)]  # the system prompt is longer than T, so cut to it
+    assert tokens_run() == [(1, T)]
+    assert tokens_run(context_tokens=300) == [(1, system), (1, 300)]
+    assert tokens_run(context_tokens=300, max_sequence_length=5) == [(1, 300)]
+    assert tokens_run(use_system_prompt=False) == tokens_run() == [(1, T)]
+    encoder.to(dtype=torch.bfloat16)  # the kept ones are of other weights now
+    assert tokens_run() == [(1, T), (1, T)]
+
+
+def test_use_leaves_the_kept_keys_and_values_alone(right: TextEncoder) -> None:
+    alone = right.encode(["a cat"], context_tokens=T).context
+    right.encode(PROMPTS, context_tokens=T)
+    assert torch.equal(right.encode(["a cat"], context_tokens=T).context, alone)
+    other = load("right")
+    other.encode(PROMPTS, context_tokens=T)
+    assert torch.equal(other.encode(["a cat"], context_tokens=T).context, alone)
+
+
+# Form, padding, limits.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_context_is_fp32_and_the_mask_bool(dtype: torch.dtype) -> None:
+    embeds = load("right", torch_dtype=dtype).encode(PROMPTS, context_tokens=T)
+    assert (embeds.context.shape, embeds.context.dtype) == ((3, T, 48), torch.float32)
+    assert (embeds.mask.shape, embeds.mask.dtype) == ((3, T), torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("side", "words", "padding"), [("right", slice(0, 2), slice(2, None)), ("left", slice(-2, None), slice(-2))]
+)
+def test_padding_is_on_the_tokenizer_s_side(side: str, words: slice, padding: slice) -> None:
+    embeds = load(side).encode(["a cat"], context_tokens=T)
+    assert embeds.mask[0, words].all()
+    assert not embeds.mask[0, padding].any()
+    assert embeds.position_ids[0, words].tolist() == [0, 1]
+    assert embeds.position_ids[0, padding].unique().tolist() == [-1 if side == "left" else 1]
+
+
+def test_mask_and_tokens_are_the_tokenizer_s(encoder: TextEncoder) -> None:
+    _, mask = padded_tokens(encoder, PROMPTS)
+    assert torch.equal(encoder.encode(PROMPTS, context_tokens=T).mask, mask.bool())
+
+
+def test_a_prompt_s_context_does_not_depend_on_the_others(encoder: TextEncoder) -> None:
+    together = encoder.encode(PROMPTS, context_tokens=T)
+    for i, prompt in enumerate(PROMPTS):
+        alone = encoder.encode([prompt], context_tokens=T)
+        assert torch.equal(alone.context[0], together.context[i])
+        assert torch.equal(alone.mask[0], together.mask[i])
+
+
+@pytest.mark.filterwarnings("ignore:Prompt 0 has")
+def test_a_long_prompt_is_cut_to_the_limit(encoder: TextEncoder) -> None:
+    embeds = encoder.encode([LONG], context_tokens=T)
+    assert embeds.mask.all()
+    assert relative(embeds.context, in_one_go(encoder, [LONG], with_system_prompt=True)) <= FP32
+
+
+@pytest.mark.filterwarnings("ignore:Prompt 0 has")
+def test_max_sequence_length_cuts_and_the_rest_is_padding(right: TextEncoder) -> None:
+    embeds = right.encode([LONG], context_tokens=T, max_sequence_length=3)
+    assert (embeds.context.shape[1], embeds.mask.sum().item()) == (T, 3)
+    whole = right.encode([LONG], context_tokens=T)
+    # Causal: the first three tokens know nothing of the cut.
+    assert relative(embeds.context[:, :3], whole.context[:, :3]) <= FP32
+
+
+@pytest.mark.parametrize("limit", [0, T + 1, 2.0, True])
+def test_a_limit_outside_the_checkpoint_s_is_refused(right: TextEncoder, limit: Any) -> None:
+    with pytest.raises(InputError, match="max_sequence_length must be a whole number from 1 to 24"):
+        right.encode(["a"], context_tokens=T, max_sequence_length=limit)
+
+
+def test_position_ids_count_the_tokens_before() -> None:
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    embeds = PromptEmbeds(torch.zeros(2, 3, 4), mask)
+    assert embeds.position_ids.tolist() == [[0, 1, 1], [-1, 0, 1]]
+    assert embeds.position_ids.dtype == torch.int64
+
+
+# Warnings about what was cut.
+
+
+def test_the_warning_says_what_was_cut_and_quotes_nothing(pipe: HartPipeline) -> None:
+    limit = pipe.transformer.config.context_token
+    with pytest.warns(UserWarning) as caught:
+        cut = pipe.encode_prompt(["a cat", LONG])
+    (message,) = [str(warning.message) for warning in caught]
+    found = re.fullmatch(
+        rf"Prompt 1 has (\d+) tokens; the limit is {limit}\. Its text from character (\d+) of {len(LONG)} on was cut\.", message
+    )
+    assert found
+    tokens, character = map(int, found.groups())
+    assert tokens == len(pipe.text_encoder.tokenizer(LONG)["input_ids"])
+    # What is left by that account is the same prompt to the encoder.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left = pipe.encode_prompt(["a cat", LONG[:character]])
+    assert torch.equal(left.context, cut.context)
+
+
+@pytest.mark.parametrize("through", ["call", "embeds", "negative", "list"])
+def test_the_warning_points_at_the_caller_s_line(pipe: HartPipeline, through: str) -> None:
+    def here() -> None:
+        if through == "call":
+            pipe(LONG, output_type="latent")
+        elif through == "embeds":
+            pipe.encode_prompt(LONG)
+        elif through == "negative":
+            pipe("a", negative_prompt=LONG, output_type="latent")
+        else:
+            pipe(["a", LONG], output_type="latent")
+
+    with pytest.warns(UserWarning, match="was cut") as caught:
+        here()
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert here.__code__.co_firstlineno < warning.lineno <= max(line for *_, line in here.__code__.co_lines() if line)
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    assert "LONG" in lines[warning.lineno - 1]
+
+
+@pytest.mark.parametrize("limit", [2, None])
+def test_a_prompt_that_just_fits_is_no_reason_to_warn(pipe: HartPipeline, limit: int | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embeds = pipe.encode_prompt("a cat", max_sequence_length=limit)
+    assert embeds.mask.sum() == 2
+
+
+def test_max_sequence_length_of_a_call_cuts_too(pipe: HartPipeline) -> None:
+    with pytest.warns(UserWarning, match="Prompt 0 has 2 tokens; the limit is 1"):
+        cut = pipe("a cat", max_sequence_length=1, seed=0, output_type="latent").images
+    assert torch.equal(cut, pipe("a", seed=0, output_type="latent").images)
+
+
+# Loading.
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    shutil.copytree(golden("text-tiny-right"), folder)
+    config = folder / "tokenizer_config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": None}))
+    with pytest.raises(WeightsError, match=r"has no padding token.*\.$"):
+        TextEncoder.from_pretrained(folder)
+
+
+def test_loading_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    load("right")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_model_is_for_inference(right: TextEncoder) -> None:
+    assert right.width == 48
+    assert not right.model.training
+    assert not any(parameter.requires_grad for parameter in right.model.parameters())
