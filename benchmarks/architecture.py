@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -44,6 +45,14 @@ class Preset:
         return self.patch_nums[-1] * 2 ** (len(self.ch_mult) - 1)
 
 
+RELEASED_FLAGS = {
+    "mlp_type": "llama",
+    "disable_aln": True,
+    "sep_aln_pooling_mode": "avg",
+    "use_timestep_embed": True,
+    "use_context_norm": True,
+    "quantizer_type": "var_hybrid",
+}
 PRESETS = {
     "tiny": Preset(
         patch_nums=(1, 2, 3, 4, 6, 8),
@@ -63,6 +72,12 @@ PRESETS = {
     "512": Preset(patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
     "1024": Preset(patch_nums=(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)),
 }
+
+
+def preset_config(preset: Preset, kind: type[Any]) -> Any:
+    """A preset as a configuration of the package: `HartConfig`, with the released model's flags, or `AutoencoderConfig`."""
+    known = {**vars(preset), "v_patch_nums": preset.patch_nums, **RELEASED_FLAGS}
+    return kind(**{field.name: known[field.name] for field in fields(kind) if field.name in known})
 
 
 @dataclass(frozen=True, kw_only=True)

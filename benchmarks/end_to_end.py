@@ -28,11 +28,13 @@ class StageClock:
 
     def __init__(self, pipe: Any) -> None:
         """Wrap the parts of `pipe`, for good: the process is the benchmark's own."""
+        from hart_infer.generation import next_scale
+
         self.pipe = pipe
         self.seconds: dict[str, float] = {}
         self._inside = 0.0  # seconds of wrapped parts since the last scale ended
         self._last = 0.0
-        pipe.transformer.diffusion.sample = self._timed("diffusion", pipe.transformer.diffusion.sample)
+        next_scale.sample_residual = self._timed("diffusion", next_scale.sample_residual)
         pipe.autoencoder.decode = self._timed("decode", pipe.autoencoder.decode)
         if pipe.text_encoder is not None:
             pipe.text_encoder.encode = self._timed("text", pipe.text_encoder.encode)

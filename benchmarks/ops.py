@@ -23,6 +23,7 @@ from typing import Any
 
 import measure
 import torch
+from architecture import PRESETS, preset_config
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,10 +68,39 @@ class Shapes:
         return self.heads * self.head_dim
 
 
-MODELS = {
-    "hart-mini": Shapes(8, 32, 12, 24 + 247, 1024, 192, 4096, 16, 16, 96, 8),
-    "released": Shapes(24, 64, 64, 300 + 9451, 4096, 1024, 4096, 32, 160, 1024, 32),
-}
+MODELS = ("hart-mini", "released")
+
+
+def shapes_of(model: str) -> Shapes:
+    """From the embedded model's configuration, or the published architecture's."""
+    from hart_infer.checkpoints.hart import inspect_checkpoint
+    from hart_infer.generation.schedule import hart_schedule
+    from hart_infer.models.hart import HartConfig
+    from hart_infer.models.parts.autoencoder import AutoencoderConfig
+
+    if model == "released":
+        transformer, autoencoder = (preset_config(PRESETS["1024"], kind) for kind in (HartConfig, AutoencoderConfig))
+    else:
+        found = inspect_checkpoint(model)
+        transformer, autoencoder = found.transformer, found.autoencoder
+    schedule = hart_schedule(
+        transformer.patch_nums,
+        context_tokens=transformer.context_token,
+        share_quant_resi=autoencoder.share_quant_resi,
+    )
+    return Shapes(
+        heads=transformer.num_heads,
+        head_dim=transformer.head_dim,
+        side=transformer.patch_nums[-1],
+        keys=schedule.scratch_length,
+        mlp=transformer.mlp_dim,
+        diffusion_width=transformer.diff_width,
+        codes=autoencoder.vocab_size,
+        channels=autoencoder.z_channels,
+        decoder_channels=autoencoder.ch,
+        image=transformer.patch_nums[-1] * autoencoder.downsample,
+        norm_groups=autoencoder.norm_groups,
+    )
 
 
 class Inputs:
@@ -157,7 +187,7 @@ def gated_layer_norm_modulate(x: Inputs) -> Call:
 
 def diffusion_step(x: Inputs) -> Call:
     """One step behind its network, guided."""
-    from hart_infer.models.parts.diffusion import diffusion_schedule
+    from hart_infer.generation.residual import diffusion_schedule
 
     step = dataclasses.asdict(diffusion_schedule(8)[0])
     del step["timestep"]
@@ -172,7 +202,7 @@ def guided_sample(x: Inputs) -> Call:
     s = x.shapes
     logits, codebook = x(2, s.tokens, s.codes, dtype=torch.float32), x(s.codes, s.channels, dtype=torch.float32)
     seeds, offset = (torch.tensor([n], device=x.device) for n in (7, 0))
-    options = {"guidance": 4.5, "top_k": 300, "top_p": 0.0, "gain": 1.9, "temperature": 0.03, "mixes": True}
+    options = {"guidance": 4.5, "top_k": 300, "top_p": 0.0, "logit_gain": 1.9, "temperature": 0.03, "more_smooth": True}
     return (logits, codebook, seeds, offset), options
 
 
@@ -228,7 +258,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from hart_infer.errors import BackendError
     from hart_infer.ops.registry import BACKENDS, OPS, REFERENCE, use_backend
 
-    inputs = Inputs(MODELS[args.model], args.device, DTYPES[args.dtype])
+    inputs = Inputs(shapes_of(args.model), args.device, DTYPES[args.dtype])
     device = measure.machine(args.device)["device"]
     peaks = next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
     for name, case in CASES.items():

@@ -23,15 +23,18 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RELEASED = PRESETS["1024"]
-SIDE = RELEASED.patch_nums[-2]
-KEYS = RELEASED.context_token + sum(side * side for side in RELEASED.patch_nums[1:-1])
 Product = Callable[..., Tensor]
 
 
 def products() -> dict[str, tuple[Product, list[tuple[int, ...]], float]]:
     """By name: the function, its arguments' shapes, and its floating-point operations."""
-    rows, width, hidden = 2 * SIDE**2, RELEASED.embed_dim, RELEASED.mlp_dim
+    from hart_infer.generation.schedule import hart_schedule
+
+    schedule = hart_schedule(RELEASED.patch_nums, context_tokens=RELEASED.context_token, share_quant_resi=4)
+    stage = schedule.stages[-2]
+    rows, width, hidden = 2 * stage.length, RELEASED.embed_dim, RELEASED.mlp_dim
     heads, head_dim = RELEASED.num_heads, RELEASED.embed_dim // RELEASED.num_heads
+    keys = stage.offset + stage.length
     channels, image = RELEASED.ch, RELEASED.size // 4
     return {
         "linear": (F.linear, [(rows, width), (hidden, width), (hidden,)], 2 * rows * width * hidden),
@@ -42,8 +45,8 @@ def products() -> dict[str, tuple[Product, list[tuple[int, ...]], float]]:
         ),
         "attention": (
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25 / head_dim**0.5),
-            [(1, heads, SIDE**2, head_dim), (1, heads, KEYS, head_dim), (1, heads, KEYS, head_dim)],
-            4 * heads * SIDE**2 * KEYS * head_dim,
+            [(1, heads, stage.length, head_dim), *[(1, heads, keys, head_dim)] * 2],
+            4 * heads * stage.length * keys * head_dim,
         ),
     }
 

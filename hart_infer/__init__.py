@@ -19,13 +19,13 @@ from .errors import (
     OutputError,
     WeightsError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
     from .models.text import PromptEmbeds
     from .pipelines.hart import HartPipeline
     from .pipelines.outputs import HartOutput, Step
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CheckpointNotFoundError",

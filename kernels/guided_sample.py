@@ -89,8 +89,8 @@ def _gumbel(word):
 @triton.jit(do_not_specialize=["tokens"])
 def draw_kernel(
     logits, codebook, seeds, offset, thresholds, indices, embeddings,
-    x_half, x_image, x_token, tokens, vocabulary, channels, with_guidance, guidance, gain, rate,
-    GUIDED: tl.constexpr, FILTERED: tl.constexpr, MIXES: tl.constexpr,
+    x_half, x_image, x_token, tokens, vocabulary, channels, with_guidance, guidance, logit_gain, rate,
+    GUIDED: tl.constexpr, FILTERED: tl.constexpr, MORE_SMOOTH: tl.constexpr,
     TOKENS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A few tokens of one image; `rate` is log2(e) / temperature, WIDTH the next power of two of `channels`."""
@@ -121,8 +121,8 @@ def draw_kernel(
         score, place = tl.max(score, 1, return_indices=True)
         winner = tl.where(score > best, start + place, winner)
         best = tl.maximum(best, score)
-        if MIXES:
-            noisy = tl.where(kept, x * gain + _gumbel(mixing), float("-inf"))
+        if MORE_SMOOTH:
+            noisy = tl.where(kept, x * logit_gain + _gumbel(mixing), float("-inf"))
             larger = tl.maximum(largest, tl.max(noisy, 1))
             base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing is kept so far
             weight = tl.exp2((noisy - base[:, None]) * rate)
@@ -133,7 +133,7 @@ def draw_kernel(
             mixture = tl.dot(weight, table, mixture * shrink[:, None], input_precision="ieee")
             largest = larger
     winner = tl.where(failed > 0, -1, winner)
-    if MIXES:
+    if MORE_SMOOTH:
         mixture = mixture / tl.where(total > 0.0, total, 1.0)[:, None]
     else:
         in_table = (winner[:, None] >= 0) & (lane[None, :] < channels)
@@ -176,13 +176,13 @@ def guided_sample(
     guidance: float,
     top_k: int,
     top_p: float,
-    gain: float,
+    logit_gain: float,
     temperature: float,
-    mixes: bool,
+    more_smooth: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference in `hart_infer/ops/guided_sample.py`."""
     _check(logits, codebook, seeds, offset)
-    if not 0 <= top_p <= 1 or (mixes and not temperature > 0):
+    if not 0 <= top_p <= 1 or (more_smooth and not temperature > 0):
         raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
     (rows, tokens, vocabulary), channels, images = logits.shape, codebook.shape[1], len(seeds)
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
@@ -202,8 +202,8 @@ def guided_sample(
         )  # fmt: skip
     draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
         logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,
-        *strides, tokens, vocabulary, channels, 1 + guidance, guidance, gain, LOG2E / temperature,
-        GUIDED=guided, FILTERED=any(cuts), MIXES=mixes,
+        *strides, tokens, vocabulary, channels, 1 + guidance, guidance, logit_gain, LOG2E / temperature,
+        GUIDED=guided, FILTERED=any(cuts), MORE_SMOOTH=more_smooth,
         TOKENS=TOKENS, CODES=CODES, WIDTH=max(16, triton.next_power_of_2(channels)), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return indices, embeddings

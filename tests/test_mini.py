@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from hart_infer import HartPipeline, InputError
-from hart_infer.checkpoints.layouts import EMBEDDED_MODEL, find_checkpoint
+from hart_infer.checkpoints.hart import find_checkpoint
+from hart_infer.checkpoints.layouts import EMBEDDED_MODEL
 
 SAME = 32.0  # dB
 REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at

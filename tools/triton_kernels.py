@@ -127,7 +127,7 @@ def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
 def guided_sample_cases(dtype: str) -> Iterator[Case]:
     """The released vocabulary, and the largest that is supported."""
     sample = module("guided_sample")
-    numbers = dict.fromkeys(("with_guidance", "guidance", "removable", "gain", "rate"), "fp32")
+    numbers = dict.fromkeys(("with_guidance", "guidance", "removable", "logit_gain", "rate"), "fp32")
     types = numbers | {"logits": f"*{dtype}", "indices": "*i64", "seeds": "*i64", "offset": "*i64"}
     types |= dict.fromkeys(("codebook", "thresholds", "embeddings"), "*fp32")
     for vocabulary in (4096, sample.MAX_VOCABULARY):
@@ -136,7 +136,7 @@ def guided_sample_cases(dtype: str) -> Iterator[Case]:
             name = f"guided_sample threshold {dtype} {vocabulary}{' top-p' * top_p}"
             yield Case(name, sample.threshold_kernel, types, constants, sample.warps_for(vocabulary), fusion=False)
     for mixes, guided in ((True, True), (False, True), (True, False)):
-        constants = {"GUIDED": guided, "FILTERED": guided, "MIXES": mixes}
+        constants = {"GUIDED": guided, "FILTERED": guided, "MORE_SMOOTH": mixes}
         constants |= {"TOKENS": sample.TOKENS, "CODES": sample.CODES, "WIDTH": 32}
         name = f"guided_sample draw {dtype}{' mixes' * mixes}{' plain' * (not guided)}"
         yield Case(name, sample.draw_kernel, types, constants, fusion=False)

@@ -1,4 +1,4 @@
-"""A pipeline to one clean folder, whole or not at all."""
+"""Parts of a model to one clean folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import InputError, OutputError
+from ..version import __version__
 from .layouts import INDEX
 
-if TYPE_CHECKING:
-    from ..models.config import AutoencoderConfig, TransformerConfig
-    from ..pipelines.hart import HartPipeline
-
-PARTS = ("transformer", "autoencoder", "text_encoder")
+VERSION_KEY = "_hart_infer_version"
+PARTS = ("transformer", "autoencoder", "text_encoder")  # folders that a saved checkpoint may have
+WritePart = Callable[[Path], None]  # into a folder that is not there yet
 
 
-def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) -> Path:
-    """Write `transformer/`, `autoencoder/`, `text_encoder/` and `model_index.json` into `path`.
+def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[str, Any]) -> Path:
+    """Write a folder for each of `parts`, and `index` as `model_index.json`, into `path`.
 
     They are written into a temporary folder beside `path`, which then takes its place. A folder that holds anything else is
-    never replaced. Raises OutputError, or InputError for a bad `max_shard_size`.
+    never replaced. Raises OutputError.
     """
-    check_shard_size(max_shard_size)
     path = check_destination(path)
     temporary = None
     try:
@@ -36,7 +35,10 @@ def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) ->
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
-        _write(pipeline, new, max_shard_size)
+        for name, write in parts.items():
+            write(new / name)
+        whole = {**index, VERSION_KEY: __version__, "parts": list(parts)}
+        (new / INDEX).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         if path.exists():
             path.rename(old)
         try:
@@ -52,6 +54,15 @@ def save_pipeline(pipeline: HartPipeline, path: Path, *, max_shard_size: str) ->
         if temporary is not None and (path.exists() or not (temporary / "old").exists()):
             shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def write_module(module: nn.Module, config: Mapping[str, Any], folder: Path, *, max_shard_size: str) -> None:
+    """Write a module's `config.json` and its weights, as safetensors, into a new folder."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
 def check_shard_size(size: str) -> None:
@@ -91,7 +102,7 @@ def _check_replaceable(path: Path) -> None:
         return
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        is_ours = "_hart_infer_version" in index
+        is_ours = VERSION_KEY in index
     except (OSError, ValueError, TypeError):
         is_ours = False
     if not is_ours:
@@ -99,25 +110,3 @@ def _check_replaceable(path: Path) -> None:
     others = sorted(names - {INDEX, *PARTS})
     if others:
         raise OutputError(f"{path} also holds {', '.join(others)}, which would be lost; give a new or empty folder.")
-
-
-def _write(pipeline: HartPipeline, folder: Path, max_shard_size: str) -> None:
-    from .. import __version__
-
-    parts = ["transformer", "autoencoder"]
-    _write_part(pipeline.transformer, pipeline.transformer.config, folder / "transformer", max_shard_size)
-    _write_part(pipeline.autoencoder, pipeline.autoencoder.config, folder / "autoencoder", max_shard_size)
-    if pipeline.text_encoder is not None:
-        parts.append("text_encoder")
-        pipeline.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
-    index: dict[str, Any] = {"_class_name": "HartPipeline", "_hart_infer_version": __version__, "parts": parts}
-    index["defaults"] = pipeline.defaults.to_dict()
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_part(module: nn.Module, config: TransformerConfig | AutoencoderConfig, folder: Path, max_shard_size: str) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})

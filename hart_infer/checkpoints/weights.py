@@ -1,11 +1,11 @@
-"""From files to modules: one rename table, one drop list, strict, by mmap, each tensor once."""
+"""From files to modules: strict, by mmap, each tensor once, under the names that a family's table gives them."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,79 +17,61 @@ from ..errors import CheckpointNotFoundError, WeightsError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Released name -> ours, in order; the first match wins. A trailing [i] fills part i of 3 of a bias (the released code keeps
-# those of q and v apart and has none for k).
-RENAMES: tuple[tuple[str, str], ...] = (
-    (r"(blocks\.\d+)\.ln_wo_grad\.(.*)", r"\1.norm.\2"),
-    (r"(blocks\.\d+)\.attn\.qkv_proj\.weight", r"\1.attn.qkv.weight"),
-    (r"(blocks\.\d+)\.attn\.q_bias", r"\1.attn.qkv.bias[0]"),
-    (r"(blocks\.\d+)\.attn\.v_bias", r"\1.attn.qkv.bias[2]"),
-    (r"(blocks\.\d+)\.attn\.scale_mul_1H11", r"\1.attn.log_scale"),
-    (r"(blocks\.\d+)\.ffn\.(gate|up|down)_proj\.(.*)", r"\1.mlp.\2.\3"),
-    (r"(blocks\.\d+)\.ffn\.(fc[12])\.(.*)", r"\1.mlp.\2.\3"),
-    (r"(blocks\.\d+)\.ada_lin\.1\.(.*)", r"\1.modulation.\2"),
-    (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation_table"),
-    (r"head_nm\.ln_wo_grad\.(.*)", r"head.norm.\1"),
-    (r"head_nm\.ada_lin\.1\.(.*)", r"head.modulation.\1"),
-    (r"head\.(weight|bias)", r"head.linear.\1"),
-    (r"lvl_embed\.mlp\.0\.(.*)", r"level_embed.fc1.\1"),
-    (r"lvl_embed\.mlp\.2\.(.*)", r"level_embed.fc2.\1"),
-    (r"lvl_embed\.weight", r"level_embed.weight"),
-    (r"diffloss\.net\.time_embed\.mlp\.0\.(.*)", r"diffusion.time_embed.fc1.\1"),
-    (r"diffloss\.net\.time_embed\.mlp\.2\.(.*)", r"diffusion.time_embed.fc2.\1"),
-    (r"diffloss\.net\.cond_embed\.(.*)", r"diffusion.condition_embed.\1"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln\.(.*)", r"diffusion.blocks.\1.norm.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.0\.(.*)", r"diffusion.blocks.\1.fc1.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.2\.(.*)", r"diffusion.blocks.\1.fc2.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.(.*)", r"diffusion.blocks.\1.modulation.\2"),
-    (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(.*)", r"diffusion.out_modulation.\1"),
-    (r"diffloss\.net\.final_layer\.linear\.(.*)", r"diffusion.out_proj.\1"),
-    (r"diffloss\.net\.(input_proj\..*)", r"diffusion.\1"),
-    (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(.*)", r"\1.\2_\3_\4_\5.\6"),
-    (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.((?:down|up)sample)\.(.*)", r"\1.\2_\3_\4.\5"),
-    (r"vae\.(encoder|decoder)\.mid\.(\w+)\.(.*)", r"\1.mid_\2.\3"),
-    (r"vae\.quantize\.embedding\.weight", r"quantizer.codebook.weight"),
-    (r"vae\.quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(.*)", r"quantizer.phi.\1.\2"),
-    (r"vae\.quantize\.quant_resi\.qresi\.(.*)", r"quantizer.phi.0.\1"),
-    (r"vae\.(.*)", r"\1"),
-)
-SECOND_RENAMES: tuple[tuple[str, str], ...] = (
-    (r"(.*)\.nin_shortcut\.(.*)", r"\1.shortcut.\2"),
-    (r"((?:encoder|decoder)\..*attn_\d+)\.proj_out\.(.*)", r"\1.proj.\2"),
-)
-# Stored, but without information: never read.
-DROPPED = re.compile(r"attn_bias_for_masking|lvl_1L|blocks\.\d+\.attn\.zero_k_bias|vae\.quantize\.ema_vocab_hit_SV|disc\..*")
-KEPT_IN_FP32 = re.compile(r"quantizer\..*")
 CHUNK_BYTES = 256 * 2**20  # converted tensors: the mapping is dropped and made anew after so much, to bound its resident pages
 
 
-def rename(name: str) -> str | None:
-    """Our name for a released tensor's; None if it is not read; names of ours pass through."""
-    if DROPPED.fullmatch(name):
-        return None
-    for pattern, replacement in (*_first_match(name), *SECOND_RENAMES):
-        name = re.sub(f"^{pattern}$", replacement, name)
-    return name
+class RenameTable:
+    """From the names of a family's released files to ours; names of ours pass through."""
+
+    def __init__(
+        self,
+        rules: Sequence[tuple[str, str]],
+        *,
+        then: Sequence[tuple[str, str]] = (),
+        dropped: str = "(?!)",
+        kept_in_fp32: str = "(?!)",
+    ) -> None:
+        """Patterns of whole names: the first of `rules` that matches counts, then all of `then`.
+
+        Stored tensors whose names match `dropped` are never read; ours that match `kept_in_fp32` are never cast.
+        """
+        self._rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+        self._then = [(re.compile(f"^{pattern}$"), replacement) for pattern, replacement in then]
+        self._dropped, self._kept_in_fp32 = re.compile(dropped), re.compile(kept_in_fp32)
+
+    def __call__(self, name: str) -> str | None:
+        """Our name for a stored tensor's; None if it is not read."""
+        if self._dropped.fullmatch(name):
+            return None
+        for pattern, replacement in self._rules:
+            if match := pattern.fullmatch(name):
+                name = match.expand(replacement)
+                break
+        for pattern, replacement in self._then:
+            name = pattern.sub(replacement, name)
+        return name
+
+    def is_kept_in_fp32(self, name: str) -> bool:
+        """Whether a tensor of ours stays in fp32 in every dtype."""
+        return self._kept_in_fp32.fullmatch(name) is not None
 
 
-def _first_match(name: str) -> tuple[tuple[str, str], ...]:
-    return next(((rule,) for rule in RENAMES if re.fullmatch(rule[0], name)), ())
-
-
-def load_module(build: Callable[[], ModuleT], files: Iterable[Path], *, torch_dtype: torch.dtype | None) -> ModuleT:
+def load_module(
+    build: Callable[[], ModuleT], files: Iterable[Path], rename: RenameTable, *, dtype: torch.dtype | None
+) -> ModuleT:
     """Build a module on the meta device and give it the tensors of `files`.
 
-    Tensors already in the wanted dtype stay views of the mapped file; others are converted one by one. `torch_dtype` None
-    keeps the stored dtype (that of the largest tensor, for all but the quantizer, which is fp32 always). Raises
+    Tensors already in the wanted dtype stay views of the mapped file; others are converted one by one. `dtype` None
+    keeps the stored dtype (that of the largest tensor, for all but what stays in fp32). Raises
     WeightsError naming every missing, unexpected or wrong-shaped tensor.
     """
     with torch.device("meta"):
         module = build()
     files = list(files)
-    torch_dtype = torch_dtype or _stored_dtype(files)
-    tensors = _Checked({name: tensor.shape for name, tensor in module.state_dict().items()})
+    dtype = dtype or _stored_dtype(files, rename)
+    tensors = _Checked({name: tensor.shape for name, tensor in module.state_dict().items()}, rename)
     for file in files:
-        for stored_name, tensor in _tensors(file, torch_dtype):
+        for stored_name, tensor in _tensors(file, rename, dtype):
             tensors.add(stored_name, tensor)
     problems = tensors.problems()
     if problems:
@@ -103,15 +85,16 @@ def load_module(build: Callable[[], ModuleT], files: Iterable[Path], *, torch_dt
 class _Checked:
     """Tensors under our names, as they come, and all that is wrong with them."""
 
-    def __init__(self, expected: dict[str, torch.Size]) -> None:
+    def __init__(self, expected: dict[str, torch.Size], rename: RenameTable) -> None:
         self.expected = expected
+        self._rename = rename
         self.loaded: dict[str, Tensor] = {}
-        self._given: set[str] = set()  # as `rename` has it
+        self._given: set[str] = set()  # as the table has it
         self._wrong: dict[str, list[str]] = defaultdict(list)
 
     def add(self, stored_name: str, tensor: Tensor) -> None:
         """Take a tensor, or its part of a merged one."""
-        renamed = rename(stored_name) or ""
+        renamed = self._rename(stored_name) or ""
         name, _, part = renamed.partition("[")
         shape = self.expected.get(name)
         if shape is not None and part:
@@ -142,18 +125,19 @@ class _Checked:
         return [f"{kind}: {shorten(names)}" for kind, names in wrong.items() if names]
 
 
-def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path, rename: RenameTable, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file that are read, in the dtype that they are kept in."""
     names, get = _open(file)
     limit = CHUNK_BYTES if _is_mapped(file) else math.inf
     converted = 0
     for name in names:
-        if rename(name) is None:
+        ours = rename(name)
+        if ours is None:
             continue
         if converted >= limit:
             get, converted = _open(file)[1], 0
         stored = get(name)
-        kept = torch.float32 if KEPT_IN_FP32.fullmatch(rename(name) or "") else dtype
+        kept = torch.float32 if rename.is_kept_in_fp32(ours) else dtype
         tensor = stored.to(kept if stored.is_floating_point() else stored.dtype)
         if tensor is not stored:
             converted += stored.nbytes
@@ -161,7 +145,7 @@ def _tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def _stored_dtype(files: list[Path]) -> torch.dtype:
+def _stored_dtype(files: list[Path], rename: RenameTable) -> torch.dtype:
     """The dtype of the largest tensor that is read and could be computed with."""
     largest, dtype = -1, torch.float32
     for file in files:

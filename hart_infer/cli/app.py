@@ -9,11 +9,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import hart_infer
-
 from ..errors import HartError
+from ..version import __version__
 from . import convert, doctor, generate, info, reconstruct
-from .console import PROGRAM, UsageError, library_messages, note
+from .console import PROGRAM, StdoutError, UsageError, library_messages, note
 from .options import HelpFormatter
 
 DESCRIPTION = "Pictures from prompts with HART, the hybrid autoregressive transformer."
@@ -50,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; imports nothing heavy."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {hart_infer.__version__}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for module in (generate, reconstruct, info, convert, doctor):
         module.add_parser(commands)
@@ -83,6 +82,8 @@ def _run(argv: Sequence[str] | None) -> int:
             code: int = args.run(args)
         return code
     except (UsageError, HartError) as error:
+        if isinstance(error, StdoutError):
+            _discard_stdout()
         if debug:
             traceback.print_exc()
         usage = isinstance(error, UsageError)
@@ -93,7 +94,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _discard_stdout() -> None:
-    """Keep the interpreter from complaining about the closed pipe when it flushes stdout at exit."""
+    """Keep the interpreter from complaining about a stdout that can't be written when it flushes it at exit."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
+
+from ..errors import OutputError
 
 PROGRAM = "hart-infer"
 
@@ -17,11 +20,13 @@ class UsageError(Exception):
     """The command line asks for something that makes no sense; exit code 2."""
 
 
+class StdoutError(OutputError):
+    """Results can't be told."""
+
+
 def emit(line: str) -> None:
     """Write one result line to stdout, at once, so that a pipe sees it while the command goes on."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stdout.flush()
+    _write(sys.stdout, line)
 
 
 def emit_json(values: Any, *, indent: int | None = None) -> None:
@@ -41,9 +46,21 @@ def emit_table(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> 
 
 def note(line: str) -> None:
     """Say something to the person at the terminal."""
-    encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stderr.flush()
+    _write(sys.stderr, line)
+
+
+def _write(stream: TextIO, line: str) -> None:
+    """A line with what the stream's encoding lacks, and what would steer a terminal, escaped."""
+    encoding = stream.encoding or "utf-8"
+    plain = "".join(c if c in "\t\n" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in line)
+    try:
+        stream.write(plain.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk behind a redirection, say
+        if stream is sys.stdout:
+            raise StdoutError(f"standard output cannot be written: {(error.strerror or str(error)).lower()}.") from error
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from pathlib import Path
 from ..errors import InputError
 from . import options
 from .console import UsageError, emit, note
+from .loading import load_pipeline
+from .machine import DTYPES
+from .options import MachineOptions, ModelOptions
 
 DETAILS = """\
 Writes safetensors in the chosen dtype and one model_index.json, without the
@@ -32,9 +35,11 @@ def add_parser(commands: options.Commands) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="SRC", help="checkpoint folder or Hugging Face id")
-    parser.add_argument("destination", metavar="DST", help="folder to write: new, empty, or converted before")
-    parser.add_argument("--dtype", choices=tuple(options.DTYPES), help="number format (default: as stored)")
+    parser.add_argument("model", metavar="SRC", type=options.named, help="checkpoint folder or Hugging Face id")
+    parser.add_argument(
+        "destination", metavar="DST", type=options.named, help="folder to write: new, empty, or converted before"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="number format (default: as stored)")
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
@@ -50,32 +55,35 @@ def add_parser(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load on the CPU, save."""
-    import torch
+    convert(
+        ModelOptions.of(args),
+        Path(args.destination),
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        with_text_encoder=not args.no_text_encoder,
+        quiet=args.quiet,
+    )
+    return 0
 
+
+def convert(
+    model: ModelOptions, destination: Path, *, dtype: str | None, max_shard_size: str, with_text_encoder: bool, quiet: bool
+) -> None:
+    """Check all that can be checked, load, write, and tell where."""
     from ..checkpoints.saving import check_destination, check_shard_size
-    from ..pipelines.hart import HartPipeline
 
-    destination = Path(args.destination)
     try:
-        check_shard_size(args.max_shard_size)
+        check_shard_size(max_shard_size)
     except InputError as error:
         raise UsageError(f"--max-shard-size: {error}") from error
     check_destination(destination)
-    if args.quiet:
-        options.silence_others()
-    else:
-        note(f"loading {args.model}")
-    pipe = HartPipeline.from_pretrained(
-        args.model,
-        text_encoder=False if args.no_text_encoder else args.text_encoder,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        use_ema=args.use_ema,
-        torch_dtype=getattr(torch, options.DTYPES[args.dtype]) if args.dtype else None,
-        device="cpu",
+    pipe = load_pipeline(
+        model,
+        MachineOptions(device="cpu", dtype=dtype, threads=None),
+        text_encoder=model.text_encoder if with_text_encoder else False,
+        quiet=quiet,
     )
-    if not args.quiet:
+    if not quiet:
         note(f"writing {destination}")
-    pipe.save_pretrained(destination, max_shard_size=args.max_shard_size)
+    pipe.save_pretrained(destination, max_shard_size=max_shard_size)
     emit(str(destination))
-    return 0

@@ -9,9 +9,8 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import hart_infer
-
 from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
+from ..version import __version__
 from . import machine, options
 from .console import emit_json, emit_table
 
@@ -62,7 +61,7 @@ def examine() -> dict[str, dict[str, Any]]:
 def _software() -> dict[str, Any]:
     versions = {name: _version(name) for name in PACKAGES}
     return {
-        "hart-infer": hart_infer.__version__,
+        "hart-infer": __version__,
         "python": f"{platform.python_version()} ({_tilde(sys.executable)})",
         "system": platform.platform(),
         **versions,

@@ -6,14 +6,17 @@ import argparse
 import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import options
 from .console import UsageError, note
+from .loading import load_pipeline
 from .naming import DEFAULT_NAME, Job, make_plan
-from .writing import Previews, Writer, check_outputs, sampling_settings
+from .options import MachineOptions, ModelOptions
+from .writing import OutputOptions, Previews, Writer, check_outputs
 
 if TYPE_CHECKING:
     from ..pipelines.hart import HartPipeline
@@ -54,6 +57,42 @@ examples:
 """
 
 
+MAX_PICTURES = 10**7  # of one command, whose names are all chosen before the first is made
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What shapes a picture, under the names of the pipeline's call; None is the checkpoint's default."""
+
+    size: int | None
+    guidance_scale: float | None
+    num_inference_steps: int
+    top_k: int | None
+    top_p: float | None
+    more_smooth: bool
+    negative_prompt: str | None
+    use_system_prompt: bool | None
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> SamplingOptions:
+        """From the options of `_add_sampling`."""
+        return SamplingOptions(
+            size=args.size,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.steps,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            more_smooth=args.more_smooth,
+            negative_prompt=args.negative_prompt,
+            use_system_prompt=args.use_system_prompt,
+        )
+
+    def completed(self, pipe: HartPipeline) -> SamplingOptions:
+        """With the checkpoint's defaults in their places."""
+        chosen = {name: getattr(pipe.defaults, name) for name in ("guidance_scale", "top_p", "use_system_prompt")}
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
+
 def add_parser(commands: options.Commands) -> None:
     """Add the subcommand."""
     parser = options.add_command(
@@ -77,7 +116,7 @@ def add_parser(commands: options.Commands) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures")
-    group.add_argument("-n", "--num", metavar="N", type=options.positive_int, default=1, help="pictures per prompt")
+    group.add_argument("-n", "--num", metavar="N", type=options.whole(1, MAX_PICTURES), default=1, help="pictures per prompt")
     group.add_argument("--no-overwrite", action="store_true", help="refuse to replace files, before anything is computed")
     group.add_argument(
         "--grid",
@@ -94,27 +133,29 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED
+
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add("-s", "--seed", type=options.seed_int, help="seed of the first picture (default: random)")
-    add("--size", metavar="PIXELS", type=options.positive_int, help="side of the picture (default: largest)")
+    add("-s", "--seed", type=options.whole(0, MAX_SEED), help="seed of the first picture (default: random)")
+    add("--size", metavar="PIXELS", type=options.whole(1), help="side of the picture (default: largest)")
     add(
         "--guidance-scale",
         metavar="X",
-        type=options.finite_float,
+        type=options.number(0, MAX_GUIDANCE),
         help="pull of the prompt (the checkpoint's default; 4.5 of the released one)",
     )
-    add("--steps", metavar="N", type=options.natural_int, default=8, help="residual diffusion steps, 0 for none (8)")
+    add("--steps", metavar="N", type=options.steps, default=8, help="residual diffusion steps, 0 for none (8)")
     add(
         "--top-k",
         metavar="K",
-        type=options.natural_int,
+        type=options.whole(0),
         help="codes to draw from, 0 for all (600, later 300)",
     )
     add(
         "--top-p",
         metavar="P",
-        type=options.probability,
+        type=options.number(0, 1),
         help="nucleus to draw from, 0 for all (the checkpoint's default; 0 of the released one)",
     )
     add(
@@ -125,51 +166,61 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--no-system-prompt", dest="use_system_prompt", action="store_false", default=None, help="nothing before the prompt")
-    add("--batch-size", metavar="N", type=options.positive_int, default=1, help="pictures at a time (1)")
+    add("--batch-size", metavar="N", type=options.whole(1), default=1, help="pictures at a time (1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, make the pictures."""
-    from ..pipelines.arguments import MAX_SEED
-
-    prompts = _prompts(args)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    prompts = _prompts(args.prompt, args.prompts)
     count = len(prompts) * args.num
-    if seed + count - 1 > MAX_SEED:
-        raise UsageError(f"--seed {seed} is too large for {count} pictures.")
+    if count > MAX_PICTURES:
+        raise UsageError(
+            f"{count:,} pictures are more than one command makes (at most {MAX_PICTURES:,}); call it several times."
+        )
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    _check_seeds(seed, count)
     if args.singles and args.grid is None:
         raise UsageError("--singles goes with --grid; without it every picture is written anyway.")
     plan = make_plan(args.out, prompts, num=args.num, first_seed=seed, grid=args.grid is not None)
     previews = Previews(Path(args.preview_dir), plan.jobs) if args.preview_dir else None
-    writer = Writer(args, plan)
-    check_outputs([*writer.targets(), *(previews.first_paths() if previews else [])], replace=not args.no_overwrite)
-    pipe = options.load_pipeline(args, text_encoder=args.text_encoder)
-    if args.guidance_scale is None:
-        args.guidance_scale = pipe.defaults.guidance_scale
-    if args.top_p is None:
-        args.top_p = pipe.defaults.top_p
-    if args.use_system_prompt is None:
-        args.use_system_prompt = pipe.defaults.use_system_prompt
-    writer.made_on(device=pipe.device.type, dtype=str(pipe.dtype).removeprefix("torch."))
-    writer.check_grid_size(args.size or max(pipe.sizes))
+    output = OutputOptions.of(args)
+    writer = Writer(output, plan)
+    check_outputs([*writer.targets(), *(previews.first_paths() if previews else [])], replace=output.replaces)
+    model = ModelOptions.of(args)
+    pipe = load_pipeline(model, MachineOptions.of(args), text_encoder=model.text_encoder, quiet=args.quiet)
+    sampling = SamplingOptions.of(args).completed(pipe)
+    writer.made_with(asdict(sampling), model, pipe)
+    writer.check_grid_size(sampling.size or max(pipe.sizes))
     if not args.quiet and args.seed is None:
         note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
-    _generate(args, pipe, plan.jobs, writer, previews)
+    _generate(pipe, plan.jobs, sampling, writer, previews, batch_size=args.batch_size, quiet=args.quiet)
     return 0
 
 
+def _check_seeds(first: int, count: int) -> None:
+    from ..pipelines.checks import check_seeds
+
+    try:
+        check_seeds(first, count, "--seed")
+    except InputError as error:
+        raise UsageError(f"--seed {first} is too large for {count} pictures.") from error
+
+
 def _generate(
-    args: argparse.Namespace,
     pipe: HartPipeline,
     jobs: Sequence[Job],
+    sampling: SamplingOptions,
     writer: Writer,
     previews: Previews | None,
+    *,
+    batch_size: int,
+    quiet: bool,
 ) -> None:
     """Make the pictures batch by batch, writing each batch before the next begins."""
-    settings = sampling_settings(args)
-    for first in range(0, len(jobs), args.batch_size):
-        batch = jobs[first : first + args.batch_size]
-        if len(jobs) > len(batch) and not args.quiet:
+    settings: dict[str, Any] = asdict(sampling)
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        if len(jobs) > len(batch) and not quiet:
             until = f"-{first + len(batch)}" if len(batch) > 1 else ""
             pipe.set_progress_bar_config(desc=f"{first + 1}{until} of {len(jobs)}")
         prompts, repeats = _factored([job.prompt for job in batch])
@@ -193,20 +244,17 @@ def _factored(prompts: list[str]) -> tuple[list[str], int]:
     return (once, repeats) if is_even else (prompts, 1)
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _prompts(given: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line, then those of the file."""
-    prompts = list(args.prompt)
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UsageError("a prompt is empty.")
-    if args.prompts is not None:
-        prompts += _read_prompts(args.prompts)
+    from ..pipelines.checks import check_prompts
+
+    prompts = [*given, *(_read_prompts(file) if file is not None else [])]
     if not prompts:
         raise UsageError("no prompt: give one in quotes, or a file of them with --prompts.")
-    for prompt in prompts:
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise UsageError(f"a prompt is not valid UTF-8: {prompt!r}.")
-    return prompts
+    try:
+        return check_prompts(prompts)
+    except InputError as error:
+        raise UsageError(str(error)) from error
 
 
 def _read_prompts(name: str) -> list[str]:
@@ -227,7 +275,7 @@ def _read_prompts(name: str) -> list[str]:
 def _columns(text: str) -> int:
     """argparse type of --grid: its value is optional, so a prompt after it lands here."""
     try:
-        return options.positive_int(text)
+        return options.whole(1)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of columns; put prompts before --grid, or another option between"

@@ -6,11 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .options import DTYPES
-
 if TYPE_CHECKING:
     import torch
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FIRST_BF16_CAPABILITY = (8, 0)
 STORED = "the stored dtype"
 DEFAULT_REASONS = {
@@ -39,7 +38,7 @@ class Choice:
 
 def choose(device: str | None = None, dtype: str | None = None) -> Choice:
     """The device and dtype to use where they are None; InputError if `device` is not there."""
-    from ..checkpoints.loading import check_device
+    from ..pipelines.arguments import check_device
 
     asked = "asked for"
     chosen = str(check_device(device))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 
+from ..images.files import MAX_NAME_BYTES
 from .console import UsageError
 
 DEFAULT_NAME = "hart-{index:03d}.png"
@@ -92,7 +93,10 @@ def next_free_index(folder: Path) -> int:
 
 def _check_pattern(pattern: str) -> None:
     try:
-        unknown = {name for _, name, _, _ in Formatter().parse(pattern) if name is not None} - set(PLACEHOLDERS)
+        fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None]
+        unknown = {name for name, _ in fields} - set(PLACEHOLDERS)
+        if any(int(width) > MAX_NAME_BYTES for _, spec in fields for width in re.findall(r"\d{1,9}", spec)):
+            raise ValueError(f"a width of more than {MAX_NAME_BYTES} fits in no name")
         if not unknown:
             _fill(pattern, 0, 0, "prompt")
     except (ValueError, KeyError, IndexError) as error:

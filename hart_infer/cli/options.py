@@ -1,4 +1,4 @@
-"""Options that several subcommands share, their types, and the pipeline they ask for."""
+"""Options that several subcommands share, their types, and what is read from them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,55 @@ import argparse
 import math
 import os
 import textwrap
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import EMBEDDED_MODEL
+from ..errors import InputError
+from .machine import DTYPES
 
-if TYPE_CHECKING:
-    from ..pipelines.hart import HartPipeline
+Commands = Any  # argparse keeps the type of add_subparsers' result private
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which checkpoint, and which of its weights."""
+
+    model: str | None  # None is the embedded model
+    revision: str | None
+    local_files_only: bool
+    use_ema: bool
+    text_encoder: str | None
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> ModelOptions:
+        """From the options of `add_model`, or of `add_source` and a positional model."""
+        return ModelOptions(args.model, args.revision, args.local_files_only, args.use_ema, getattr(args, "text_encoder", None))
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and in what numbers to compute; None leaves the choice to the machine."""
+
+    device: str | None
+    dtype: str | None
+    threads: int | None
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> MachineOptions:
+        """From the options of `add_machine`."""
+        return MachineOptions(args.device, args.dtype, args.threads)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of descriptions, and model ids in one piece."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
-        """A wider column for the options than argparse's."""
         super().__init__(prog, **{"max_help_position": 28, **settings})
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)
-
-
-Commands = Any  # argparse keeps the type of add_subparsers' result private
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_command(commands: Commands, name: str, *, usage: str, summary: str, details: str = "", epilog: str = "") -> Any:
@@ -61,6 +88,7 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
         "-m",
         "--model",
         metavar="PATH|ID",
+        type=named,
         help=f"checkpoint folder or Hugging Face id (default: {EMBEDDED_MODEL}, which is in the package)",
     )
     add_source(group)
@@ -84,12 +112,13 @@ def add_text_encoder(group: Any) -> None:
     group.add_argument(
         "--text-encoder",
         metavar="PATH|ID",
+        type=named,
         help="text encoder's folder or id (default: the one beside the checkpoint, else the released one)",
     )
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """--device and --dtype."""
+    """--device, --dtype and --threads."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     group.add_argument(
@@ -97,36 +126,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DTYPES),
         help="number format (default: bf16 on CUDA, else as stored; see doctor)",
     )
-
-
-def load_pipeline(args: argparse.Namespace, *, text_encoder: str | Literal[False] | None) -> HartPipeline:
-    """The pipeline that the options ask for, on its device and in its dtype."""
-    from ..pipelines.hart import HartPipeline
-    from .console import note
-    from .machine import choose
-
-    choice = choose(args.device, args.dtype)
-    quiet = getattr(args, "quiet", False)
-    is_default = args.model is None
-    args.model = args.model or EMBEDDED_MODEL
-    if quiet:
-        silence_others()
-    else:
-        note(f"loading {args.model} on {choice.device} in {choice.dtype}")
-    pipe = HartPipeline.from_pretrained(
-        args.model,
-        text_encoder=text_encoder,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        use_ema=args.use_ema,
-        torch_dtype=choice.torch_dtype,
-        device=choice.device,
-    )
-    if quiet:
-        pipe.set_progress_bar_config(disable=True)
-    elif is_default:
-        note(f"{EMBEDDED_MODEL} knows emoji, in {max(pipe.sizes)} px; for all else, in 1024: -m {RELEASED_MODEL} (a download)")
-    return pipe
+    group.add_argument("--threads", metavar="N", type=whole(1, 4096), help="of the CPU (default: see doctor)")
 
 
 def public_name(path_or_id: str) -> str:
@@ -136,60 +136,57 @@ def public_name(path_or_id: str) -> str:
     return path_or_id
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer from 1."""
-    return _integer(text, 1, "a whole number of 1 or more")
+# argparse's types. Each is a check that a pipeline's call makes too.
 
 
-def natural_int(text: str) -> int:
-    """argparse type: an integer from 0."""
-    return _integer(text, 0, "a whole number of 0 or more")
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number in range."""
+
+    def parse(text: str) -> int:
+        from ..pipelines.checks import check_int
+
+        return _checked(lambda: check_int(_number(int, text), "", low, high))
+
+    return parse
 
 
-def seed_int(text: str) -> int:
-    """argparse type: a seed that every generator takes."""
-    from ..pipelines.arguments import MAX_SEED
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A finite number in range."""
 
-    value = _integer(text, 0, "a whole number of 0 or more")
-    if value > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is too large for a seed (at most {MAX_SEED})")
-    return value
+    def parse(text: str) -> float:
+        from ..pipelines.checks import check_float
+
+        return _checked(lambda: check_float(_number(float, text), "", low, high))
+
+    return parse
 
 
-def finite_float(text: str) -> float:
-    """argparse type: a number that is neither infinite nor NaN."""
+def steps(text: str) -> int:
+    """Steps of the residual diffusion."""
+    from ..pipelines.checks import check_steps
+
+    return _checked(lambda: check_steps(_number(int, text), ""))
+
+
+def named(text: str) -> str:
+    """A path or id, which is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a folder or an id (owner/name)")
+    return text
+
+
+def _checked(check: Callable[[], Any]) -> Any:
+    """The value that passes, or argparse's own error with the sentence."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
+        return check()
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).strip(" .")) from error
 
 
-def probability(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    value = finite_float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _integer(text: str, least: int, expected: str) -> int:
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    """The number that is written, or the text, which no check takes."""
     try:
-        value = int(text)
+        value = kind(text)
     except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
-
-
-def silence_others() -> None:
-    """Progress bars and warnings of the libraries that load the weights."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
-
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        return text
+    return text if isinstance(value, float) and not math.isfinite(value) else value

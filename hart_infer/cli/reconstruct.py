@@ -7,10 +7,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, OutOfMemoryError
+from ..errors import InputError
 from ..images.files import make_grid, save_picture
+from ..images.reading import read_image
+from ..pipelines.checks import check_size
 from . import options
 from .console import UsageError, emit, emit_json
+from .loading import load_pipeline
+from .options import MachineOptions, ModelOptions
 from .writing import check_outputs
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ def add_parser(commands: options.Commands) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the picture to reconstruct")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="where to write; replaced if it exists")
     parser.add_argument("--mode", choices=MODES, default="hybrid", help="what to decode (default: hybrid)")
-    parser.add_argument("--size", metavar="PIXELS", type=options.positive_int, help="side to scale to (default: the model's)")
+    parser.add_argument("--size", metavar="PIXELS", type=options.whole(1), help="side to scale to (default: the model's)")
     options.add_json(parser, "one JSON object with path and PSNR per mode")
     options.add_model(parser)
     options.add_machine(parser)
@@ -54,13 +58,17 @@ def add_parser(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, reconstruct, write, report."""
-    source = read_picture(args.image)
+    from ..images.tensors import fit
+
+    source = read_image(args.image)
     check_outputs([Path(args.out)], replace=True)
-    pipe = options.load_pipeline(args, text_encoder=False)
+    pipe = load_pipeline(ModelOptions.of(args), MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
     side = args.size or max(pipe.sizes)
-    if side not in pipe.sizes:
-        raise UsageError(f"--size {side} is not one of the model's: {', '.join(map(str, pipe.sizes))}.")
-    original = _square(source, side)
+    try:
+        check_size(side, pipe.sizes, "--size")
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    original = fit(source, side)
     modes: tuple[Any, ...] = ("discrete", "hybrid") if args.mode == "both" else (args.mode,)
     results: dict[str, Any] = {mode: pipe.reconstruct(original, mode=mode) for mode in modes}
     picture = make_grid([original, *results.values()], 3) if args.mode == "both" else results[args.mode]
@@ -74,24 +82,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_picture(path: str) -> Image:
-    """An RGB picture, upright as its camera said, on white where transparent; InputError if there is none."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGBA")
-    except OSError as error:
-        reason = error.strerror.lower() if error.strerror else "it is not a whole picture of a known format"
-        raise InputError(f"{path} cannot be read: {reason}.") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}.") from error
-    except MemoryError as error:
-        raise OutOfMemoryError(f"{path} is too large for the memory.") from error
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright).convert("RGB")
-
-
 def psnr(first: Image, second: Image) -> float:
     """Peak signal-to-noise ratio in dB of two RGB pictures of one size; infinite if they are equal."""
     import numpy as np
@@ -99,13 +89,6 @@ def psnr(first: Image, second: Image) -> float:
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     error = float(np.mean(difference**2))
     return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def _square(image: Image, side: int) -> Image:
-    from PIL import Image as Pillow
-    from PIL import ImageOps
-
-    return ImageOps.fit(image, (side, side), method=Pillow.Resampling.LANCZOS)
 
 
 def _finite(score: float) -> float | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import hart_infer
 
 from ..errors import InputError, OutputError
 from ..images.files import (
@@ -20,13 +19,15 @@ from ..images.files import (
     picture_format,
     save_picture,
 )
+from ..version import __version__
 from .console import UsageError, emit, emit_json
 from .naming import Job, Plan, distinct, renumbered
-from .options import public_name
+from .options import ModelOptions, public_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..pipelines.hart import HartPipeline
     from ..pipelines.outputs import Step
 
 
@@ -43,34 +44,44 @@ def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
     check_writable(paths)
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that shape a picture, under the names of the pipeline's call."""
-    return {
-        "size": args.size,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.steps,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "more_smooth": args.more_smooth,
-        "negative_prompt": args.negative_prompt,
-        "use_system_prompt": args.use_system_prompt,
-    }
+@dataclass(frozen=True)
+class OutputOptions:
+    """How pictures are written and reported."""
+
+    grid: int | None  # columns; 0 for about square, None for no grid
+    singles: bool  # beside a grid
+    replaces: bool
+    with_metadata: bool
+    as_json: bool
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> OutputOptions:
+        """From the options of `generate`."""
+        return OutputOptions(args.grid, args.singles, not args.no_overwrite, args.metadata, args.json)
 
 
 class Writer:
-    """Writes the pictures of one plan and reports each."""
+    """Writes the pictures of one plan and reports each; touches no file before the first."""
 
-    def __init__(self, args: argparse.Namespace, plan: Plan) -> None:
-        """Take the options and the names; touches no file."""
-        self._args = args
+    def __init__(self, options: OutputOptions, plan: Plan) -> None:
+        self._options = options
         self._plan = plan
-        self._wants_singles = plan.grid is None or args.singles
+        self._wants_singles = plan.grid is None or options.singles
         self._grid_images: list[Image] = []
-        self._machine: dict[str, str] = {}
+        self._metadata: dict[str, Any] = {}
 
-    def made_on(self, *, device: str, dtype: str) -> None:
-        """Tell what the pictures are computed on, for their metadata."""
-        self._machine = {"device": device, "dtype": dtype}
+    def made_with(self, settings: Mapping[str, Any], model: ModelOptions, pipe: HartPipeline) -> None:
+        """Tell what the pictures are made with, for their metadata."""
+        self._metadata = {
+            **settings,
+            "model": public_name(pipe.name),
+            "revision": model.revision,
+            "text_encoder": public_name(model.text_encoder) if model.text_encoder else None,
+            "use_ema": model.use_ema,
+            "device": pipe.device.type,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "software": f"hart-infer {__version__}",
+        }
 
     def targets(self) -> list[Path]:
         """Every file that will be written."""
@@ -83,7 +94,7 @@ class Writer:
         if path is None:
             return
         count = len(self._plan.jobs)
-        size = max(grid_size(count, grid_columns(count, self._args.grid), (side, side)))
+        size = max(grid_size(count, grid_columns(count, self._options.grid), (side, side)))
         limit = MAX_SIDE[picture_format(path)]
         if size > limit:
             raise OutputError(f"{path} cannot be written: {size} pixels are more than its format holds ({limit}).")
@@ -102,12 +113,14 @@ class Writer:
             return
         prompts, seeds = [job.prompt for job in self._plan.jobs], [job.seed for job in self._plan.jobs]
         made_of = {"prompts": prompts, "seeds": seeds, "size": self._grid_images[0].width}
-        path = self._save(make_grid(self._grid_images, self._args.grid or None), self._plan.grid, made_of)
+        path = self._save(make_grid(self._grid_images, self._options.grid or None), self._plan.grid, made_of)
         self._report(path, {"prompts": prompts, "seeds": seeds})
 
     def _save(self, image: Image, path: Path, made_of: dict[str, Any]) -> Path:
-        metadata = {**made_of, **self._common_metadata(made_of)} if self._args.metadata else None
-        overwrite = self._plan.may_replace and not self._args.no_overwrite
+        metadata = None
+        if self._options.with_metadata:
+            metadata = {key: value for key, value in {**self._metadata, **made_of}.items() if value is not None}
+        overwrite = self._plan.may_replace and self._options.replaces
         while True:
             try:
                 return save_picture(image, path, metadata=metadata, overwrite=overwrite)
@@ -116,21 +129,8 @@ class Writer:
                     raise
                 path = renumbered(path)
 
-    def _common_metadata(self, made_of: dict[str, Any]) -> dict[str, Any]:
-        args = self._args
-        settings = {key: value for key, value in sampling_settings(args).items() if key not in made_of}
-        source = {
-            "model": public_name(args.model),
-            "revision": args.revision,
-            "text_encoder": public_name(args.text_encoder) if args.text_encoder else None,
-            "use_ema": args.use_ema,
-            **self._machine,
-            "software": f"hart-infer {hart_infer.__version__}",
-        }
-        return {key: value for key, value in {**settings, **source}.items() if value is not None}
-
     def _report(self, path: Path, made_of: dict[str, Any]) -> None:
-        if self._args.json:
+        if self._options.as_json:
             emit_json({"path": str(path), **made_of})
         else:
             emit(str(path))

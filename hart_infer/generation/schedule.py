@@ -1,32 +1,46 @@
-"""The paper's next-scale schedule as data: one `Stage` per scale, every quirk a field that can be seen and tested."""
+"""The next-scale schedule as data: one `Stage` per scale, every quirk and every saving a field."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
+from ..models.parts.quantizer import phi_index
 
-DEFAULT_TOP_K = (600, 300)  # before scale 7, and from it on (released `autoregressive_infer_cfg`)
-TOP_K_CHANGES_AT = 7
-MIN_TEMPERATURE = 0.005
+HART_TOP_K = (600, 300)  # before scale 7, and from it on (released `autoregressive_infer_cfg`)
+HART_TOP_K_CHANGES_AT = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a caller chooses about the sampling."""
+
+    guidance_scale: float = 4.5  # at the last scale; 0 is none
+    num_inference_steps: int = 8  # of the residual diffusion; 0 leaves it out (the released `final_stage=1`)
+    top_k: int | None = None  # None is the released schedule; 0 keeps all codes
+    top_p: float = 0.0  # 0 is off
+    more_smooth: bool = True  # feed on Gumbel-softmax mixtures of codes instead of drawn codes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One scale of the autoregression.
-
-    `progress` is s / (S - 1), except at the last scale, where the released code leaves the one before's in place.
-    """
+    """One scale of the autoregression: what it feeds the transformer, how its codes are drawn, what becomes of them."""
 
     index: int
-    side: int
-    offset: int  # position in the key/value cache of its first token
-    length: int  # tokens it feeds the transformer: the context's at scale 0, side * side after
-    progress: float
-    top_k: int
-    phi: int | None  # which of the shared residual convolutions; none at the last scale
-    is_last: bool
+    side: int  # of its grid of codes
+    length: int  # tokens that it feeds the transformer: the context's at HART's scale 0, else side * side
+    offset: int = 0  # position in the key/value cache of its first token
+    prefilled: bool = False  # its tokens are the condition's, which go through the transformer before the first scale
+    cached: bool = True  # later scales attend to it
+    ends_cache: bool = False  # nothing attends to the cache after it
+    guided: bool  # its logits need the unconditional half
+    guidance: float  # t: logits = (1 + t) conditional - t unconditional
+    progress: float  # r, from 0 to 1: sharpens the mixture
+    top_k: int  # 0 keeps all codes
+    top_p: float  # 0 is off
+    more_smooth: bool
+    phi: int | None  # which of the shared residual convolutions refines its codes; None for none
+    num_inference_steps: int = 0  # of the residual diffusion behind it; 0 for none
 
     @property
     def tokens(self) -> int:
@@ -40,47 +54,78 @@ class Stage:
 
     @property
     def temperature(self) -> float:
-        """Temperature tau of the Gumbel mixture."""
-        return max(0.27 * (1.0 - self.progress * 0.95), MIN_TEMPERATURE)
-
-    def guidance(self, guidance_scale: float) -> float:
-        """Guidance t of this scale: logits = (1 + t) conditional - t unconditional."""
-        return guidance_scale * self.progress
+        """Temperature tau of the Gumbel mixture. The released floor of 0.005 is out of reach: at r = 1 tau is 0.0135."""
+        return 0.27 * (1.0 - self.progress * 0.95)
 
 
-def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
-    """Which of the K shared residual convolutions serves scale s: the tick nearest to s / (S - 1).
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of one generation, in order, and the side P of the latent that they fill."""
 
-    The K ticks run evenly from a to 1 - a, with a = 1/(3K) where K is 4, else 1/(2K). Which of two equally near ticks wins
-    is a matter of rounding, so the released expression is kept to the operation.
+    stages: tuple[Stage, ...]
+    latent_side: int
+
+    def __len__(self) -> int:
+        """Number of scales."""
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        """The stages in order."""
+        return iter(self.stages)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale needs the unconditional half."""
+        return any(stage.guided for stage in self.stages)
+
+    @property
+    def cached_length(self) -> int:
+        """Positions that the key/value cache keeps."""
+        return sum(stage.length for stage in self.stages if stage.cached)
+
+    @property
+    def scratch_length(self) -> int:
+        """Positions that the largest scale which isn't cached attends to; 0 where all are cached."""
+        return max((stage.offset + stage.length for stage in self.stages if not stage.cached), default=0)
+
+
+def placed(stages: Sequence[Stage], latent_side: int) -> Schedule:
+    """A schedule of `stages`, each with its place in the cache behind the cached ones before it."""
+    result, offset = [], 0
+    for index, stage in enumerate(stages):
+        result.append(replace(stage, offset=offset, ends_cache=index == len(stages) - 1))
+        offset += stage.length if stage.cached else 0
+    return Schedule(tuple(result), latent_side)
+
+
+def hart_schedule(
+    patch_nums: Sequence[int], *, context_tokens: int, share_quant_resi: int, settings: Settings | None = None
+) -> Schedule:
+    """HART's stages. The first feeds on the context of `context_tokens` tokens; the last is not cached and not refined.
+
+    At the last scale the released code leaves the progress r, and with it guidance and temperature, at the one before's.
     """
-    count = share_quant_resi or num_scales
-    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-    ticks = np.linspace(margin, 1 - margin, count)
-    return int(np.argmin(np.abs(ticks - index / (num_scales - 1))))
-
-
-def build_schedule(
-    patch_nums: Sequence[int], *, context_tokens: int, share_quant_resi: int, top_k: int | None = None
-) -> tuple[Stage, ...]:
-    """The stages of a checkpoint. `top_k` replaces the released 600 / 300 at every scale; 0 keeps all codes."""
-    num_scales = len(patch_nums)
+    settings = settings or Settings()
+    last = len(patch_nums) - 1
     stages = []
-    offset = 0
     for index, side in enumerate(patch_nums):
-        is_last = index == num_scales - 1
-        length = context_tokens if index == 0 else side * side
+        progress = min(index, last - 1) / last
+        guidance = settings.guidance_scale * progress
         stages.append(
             Stage(
                 index=index,
                 side=side,
-                offset=offset,
-                length=length,
-                progress=(index - 1 if is_last else index) / (num_scales - 1),
-                top_k=DEFAULT_TOP_K[index >= TOP_K_CHANGES_AT] if top_k is None else top_k,
-                phi=None if is_last else phi_index(index, num_scales, share_quant_resi),
-                is_last=is_last,
+                length=side * side if index else context_tokens,
+                prefilled=index == 0,
+                cached=index < last,
+                guided=guidance > 0,
+                guidance=guidance,
+                progress=progress,
+                top_k=HART_TOP_K[index >= HART_TOP_K_CHANGES_AT] if settings.top_k is None else settings.top_k,
+                top_p=settings.top_p,
+                more_smooth=settings.more_smooth,
+                phi=phi_index(index, len(patch_nums), share_quant_resi) if index < last else None,
+                num_inference_steps=0 if index < last else settings.num_inference_steps,
             )
         )
-        offset += length
-    return tuple(stages)
+    return placed(stages, patch_nums[-1])

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import stat
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,16 +99,23 @@ def save_picture(image: Image, path: str | Path, *, metadata: Mapping[str, Any] 
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `save_picture` was given as metadata; None where the picture carries none of ours."""
-    from PIL import Image, UnidentifiedImageError
+    """What `save_picture` was given as metadata; None where the picture carries none of ours. Decodes no pixel.
+
+    Raises InputError where there is no picture.
+    """
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
         values = json.loads(text) if text else None
-    except (UnidentifiedImageError, OSError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture.") from error
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .reading import to_rgb
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,11 +21,22 @@ def to_numpy(pixels: Tensor) -> np.ndarray[Any, Any]:
     return pixels.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[N, 3, H, W] in 0..1 -> [N, H, W, 3] uint8 in main memory, rounded to the nearest level on the device they are on."""
+    levels = (pixels * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if levels.device.type != "cuda":
+        return levels.cpu()
+    pinned = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)
+    pinned.copy_(levels, non_blocking=True)
+    torch.cuda.current_stream(levels.device).synchronize()
+    return pinned
+
+
 def to_pil(pixels: Tensor) -> list[Image]:
     """[N, 3, H, W] in 0..1 -> 8-bit RGB pictures, rounded to the nearest level."""
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in (to_numpy(pixels) * 255).round().clip(0, 255).astype("uint8")]
+    return [Image.fromarray(picture) for picture in to_uint8(pixels).numpy()]
 
 
 def to_tensor(image: Image | Sequence[Image] | Tensor, size: int) -> Tensor:
@@ -43,12 +55,19 @@ def to_tensor(image: Image | Sequence[Image] | Tensor, size: int) -> Tensor:
 
 def _pil_to_tensor(picture: Image, size: int) -> Tensor:
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not isinstance(picture, Image.Image):
         raise InputError(f"An image must be a PIL image or a tensor, not {type(picture).__name__}.")
-    fitted = ImageOps.fit(picture.convert("RGB"), (size, size), method=Image.Resampling.LANCZOS)
+    fitted = fit(to_rgb(picture), size)
     return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def fit(picture: Image, size: int) -> Image:
+    """The centred square of a picture, scaled to `size` pixels a side."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(picture, (size, size), method=Image.Resampling.LANCZOS)
 
 
 FORMS: dict[str, Callable[[Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "pt": lambda pixels: pixels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import inspect
 import sys
 import threading
 import warnings
@@ -11,24 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checkpoints.weights import shorten
-from ..errors import CheckpointNotFoundError, ConfigError, WeightsError
-from ..pipelines.arguments import check_int
-from .config import read_json
+from ..errors import WeightsError
+from .parts.layers import weights_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 _TOKENIZING = threading.RLock()  # a tokenizer changes itself in a call, and fails if two threads do so at once
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: what tokenizer.json says
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# For rows that see nothing these give numbers; cuDNN's attention may give NaN, which would spread over the whole picture.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,11 @@ class PromptEmbeds:
     def position_ids(self) -> Tensor:
         """[U, T] int64: cumsum(mask) - 1, so -1 at left-padding positions."""
         return self.mask.long().cumsum(dim=1) - 1
+
+    def split(self, rows: int) -> list[PromptEmbeds]:
+        """Parts of so many prompts each."""
+        pairs = zip(self.context.split(rows), self.mask.split(rows), strict=True)
+        return [PromptEmbeds(context, mask) for context, mask in pairs]
 
 
 @lru_cache(maxsize=1)
@@ -74,40 +76,18 @@ class TextEncoder:
             raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._prefixes: dict[int, _Prefix] = {}
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> TextEncoder:
-        """Load from a folder; strictly: a weight that is missing or of the wrong shape is an error."""
-        path = Path(path)
-        if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one up
-            raise CheckpointNotFoundError(f"The text encoder in {path} has no tokenizer: tokenizer.json is not in it.")
-        try:
-            with _quiet_transformers():
-                model, report = _load_model(path, torch_dtype)
-                tokenizer = _load_tokenizer(path)
-        except Exception as error:
-            if _was_refused(error):
-                raise WeightsError(
-                    f"The text encoder in {path} holds more than tensors and was refused: loading it could run code. Use "
-                    "safetensors instead."
-                ) from error
-            kind = CheckpointNotFoundError if isinstance(error, OSError) else WeightsError
-            raise kind(f"The text encoder in {path} can't be loaded: {_first_line(error)}") from error
-        if model.config.model_type != "qwen2":
-            raise ConfigError(f"The text encoder in {path} is a {model.config.model_type} model; only qwen2 is supported.")
-        problems = {kind: report.get(f"{kind}_keys") for kind in ("missing", "mismatched")}
-        if any(problems.values()):
-            listed = "; ".join(f"{kind}: {shorten(map(_key, keys))}" for kind, keys in problems.items() if keys)
-            raise WeightsError(f"The text encoder in {path} does not fit its configuration; {listed}.")
-        return cls(model.to(device), tokenizer)
+        self._cache_argument = _cache_argument(model)
+        self._prefixes: dict[int, tuple[object, _Prefix]] = {}  # by token limit, with the weights that computed it
 
     @property
     def width(self) -> int:
         """Features of the context."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.config.vocab_size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
         """Move or cast the model, in place; only its weights are cast: the rotary frequencies are fp32 in every dtype."""
@@ -117,12 +97,6 @@ class TextEncoder:
         self._prefixes.clear()
         return self
 
-    def save_pretrained(self, path: Path, *, max_shard_size: int | str) -> None:
-        """Write model and tokenizer into one folder."""
-        with _quiet_transformers():
-            self.model.save_pretrained(path, max_shard_size=max_shard_size)
-        self.tokenizer.save_pretrained(path)
-
     @torch.no_grad()
     def encode(
         self,
@@ -131,14 +105,16 @@ class TextEncoder:
         context_tokens: int,
         max_sequence_length: int | None = None,
         use_system_prompt: bool = True,
+        at_once: int | None = None,
     ) -> PromptEmbeds:
         """Encode `prompts`, padded to `context_tokens` T and truncated to `max_sequence_length` (T by default).
 
+        `at_once`: prompts that go through the model together; None is all of them, 1 makes a context independent of its batch.
         Warns about a prompt that is cut, saying from which character on.
         """
         tokens, mask = self.tokenize(prompts, context_tokens=context_tokens, max_sequence_length=max_sequence_length)
         prefix = self._system_prefix(context_tokens) if use_system_prompt else NO_PREFIX
-        at_once = 1 if tokens.device.type == "cpu" else len(tokens)  # so that a context doesn't depend on its batch
+        at_once = at_once or len(tokens)
         hidden = [self.hidden(*part, prefix) for part in zip(tokens.split(at_once), mask.split(at_once), strict=True)]
         return PromptEmbeds(torch.cat(hidden).float(), mask)
 
@@ -146,9 +122,7 @@ class TextEncoder:
         self, prompts: Sequence[str], *, context_tokens: int, max_sequence_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Token ids [U, T] int64 of `prompts`, cut and padded as in `encode`, and their mask [U, T] bool."""
-        limit = context_tokens
-        if max_sequence_length is not None:
-            limit = check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
+        limit = max_sequence_length or context_tokens
         with _TOKENIZING:
             tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
         tokens = tokens.to(self.model.device)
@@ -175,24 +149,43 @@ class TextEncoder:
         for layer, (keys, values) in enumerate(prefix.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with _attention_backends(tokens.device):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
+                position_ids=position_ids,
+                use_cache=True,
+                **{self._cache_argument: cache},
+            )
         return output.last_hidden_state
 
     def _system_prefix(self, limit: int) -> _Prefix:
-        if limit not in self._prefixes:
+        """The system prompt cut to `limit` tokens, run once for each state of the weights."""
+        key = weights_key(self.model)
+        kept = self._prefixes.get(limit)
+        if kept is None or kept[0] != key:
             with _TOKENIZING:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             layers: list[tuple[Tensor, Tensor]] = []
             self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
-            self._prefixes[limit] = _Prefix(layers, ids.shape[1])
-        return self._prefixes[limit]
+            kept = self._prefixes[limit] = (key, _Prefix(layers, ids.shape[1]))
+        return kept[1]
+
+
+@contextmanager
+def _attention_backends(device: torch.device) -> Iterator[None]:
+    """Attention by _BACKENDS on a CUDA device; elsewhere there are no others."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(_BACKENDS):
+        yield
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its key/value cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _attention_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
@@ -226,68 +219,3 @@ def _recording_cache(record: list[tuple[Tensor, Tensor]] | None) -> Any:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     return RecordingCache()
-
-
-def _dtype_argument(version: str) -> str:
-    """What transformers calls the dtype argument: renamed in 4.56."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-
-
-def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and transformers' report on what didn't fit."""
-    import transformers
-
-    options: dict[str, Any] = {_dtype_argument(transformers.__version__): dtype or "auto"}
-    return transformers.AutoModel.from_pretrained(
-        str(path),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported, and refused by us with their names
-        trust_remote_code=False,
-        local_files_only=True,
-        attn_implementation="sdpa",  # the one that takes the mask of `_attention_mask` in every version
-        **options,
-    )
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    config = path / "tokenizer_config.json"
-    kind = read_json(config).get("tokenizer_class") if config.exists() else None
-    if kind in _GENERIC and (path / "tokenizer.json").exists():  # else transformers 5 takes Qwen2's way of splitting words
-        return PreTrainedTokenizerFast.from_pretrained(str(path), **options)
-    return AutoTokenizer.from_pretrained(str(path), **options)
-
-
-def _was_refused(error: BaseException | None) -> bool:
-    """Whether a pickle that holds more than tensors is at the bottom of an error."""
-    while error is not None and not isinstance(error, pickle.UnpicklingError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _key(entry: Any) -> str:
-    """The name in an entry of transformers' report, which may have shapes beside it."""
-    return entry if isinstance(entry, str) else str(entry[0])
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars over shards, and its reports, which become our errors."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

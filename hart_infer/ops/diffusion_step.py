@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .logits import guide
 from .registry import Backend, op
 
 
@@ -29,8 +30,7 @@ def diffusion_step(
     variance is the conditional half's own. The constants are a `DiffusionStep`'s.
     """
     if len(eps) > len(x):
-        conditional, unconditional = eps.chunk(2)
-        eps, variance = (1 + guidance) * conditional - guidance * unconditional, variance[: len(x)]
+        eps, variance = guide(eps, guidance), variance[: len(x)]
     x0 = (x0_from_x * x - x0_from_noise * eps).clamp_(-1, 1)
     mean = mean_from_x0 * x0 + mean_from_x * x
     if not adds_noise:

@@ -1,76 +1,21 @@
-"""Checks of a call's arguments, each with one clear sentence."""
+"""Checks of what users pass to a pipeline: seeds and generators, devices, dtypes, and the settings of the sampling."""
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..generation.schedule import Settings
+from .checks import MAX_GUIDANCE, MAX_SEED, check_bool, check_float, check_int, check_seeds, check_steps
 
-MAX_SEED = 2**64 - 1  # what a torch.Generator takes
 DRAWN_SEEDS = 2**32  # fresh ones are short, to be typed again
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda", "mps")
 GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
-
-
-def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
-    """One or many non-empty strings, as a list."""
-    listed = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(listed, list | tuple):
-        raise InputError(f"{name} must be a string or a list of strings, not {type(prompts).__name__}.")
-    if not listed:
-        raise InputError(f"{name} is an empty list; give at least one string.")
-    for i, item in enumerate(listed):
-        if not isinstance(item, str):
-            raise InputError(f"{name}[{i}] must be a string, not {type(item).__name__}.")
-        if any("\ud800" <= letter <= "\udfff" for letter in item):
-            raise InputError(f"{name}[{i}] is not valid Unicode text (it has half of a surrogate pair); decode it as UTF-8.")
-        if not item.strip():
-            raise InputError(f"{name}[{i}] is empty; describe the picture you want.")
-    return list(listed)
-
-
-def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
-    """A whole number in range; booleans are not numbers."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):
-        bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
-        raise InputError(f"{name} must be a whole number {bounds}, not {value!r}.")
-    return int(value)
-
-
-def check_float(value: Any, name: str, low: float, high: float = math.inf) -> float:
-    """A finite number in range."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
-        raise InputError(f"{name} must be a number {bounds}, not {value!r}.")
-    return float(value)
-
-
-def check_size(size: Any, sizes: Sequence[int]) -> None:
-    """One of the sizes that the checkpoint was trained for, or None."""
-    if size is None:
-        return
-    if type(size) is not int or size not in sizes:
-        raise InputError(f"size {size!r} is not one that this checkpoint was trained for; it has {_listed(sizes)}.")
-
-
-def check_output_type(value: Any) -> None:
-    """One of the four forms of the result."""
-    if not isinstance(value, str) or value not in OUTPUT_TYPES:
-        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {value!r}.")
-
-
-def check_callable(value: Any, name: str) -> None:
-    """A function, or None."""
-    if value is not None and not callable(value):
-        raise InputError(f"{name} must be a function, not {type(value).__name__}.")
 
 
 def seeds_for(
@@ -100,7 +45,7 @@ def seeds_for(
             name = "seed" if generator is None else "generator"
             raise InputError(f"{name} has {len(seed)} entries for {count} images; give one per image, or a single one.")
         return [check_int(item, "seed", 0, MAX_SEED) for item in seed], draw_device
-    first = check_int(seed, "seed", 0, MAX_SEED - count + 1)
+    first = check_seeds(seed, count)
     return [first + i for i in range(count)], draw_device
 
 
@@ -122,5 +67,46 @@ def _next_seed(generator: torch.Generator) -> int:
     return generator.initial_seed() if is_fresh else int(drawn)
 
 
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(str(size) for size in sorted(sizes))
+def check_settings(
+    *, guidance_scale: Any, num_inference_steps: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int
+) -> Settings:
+    """What a caller chooses about the sampling; raises InputError."""
+    return Settings(
+        guidance_scale=check_float(guidance_scale, "guidance_scale", 0, MAX_GUIDANCE),
+        num_inference_steps=check_steps(num_inference_steps),
+        top_k=None if top_k is None else check_int(top_k, "top_k", 0, vocab_size),
+        top_p=check_float(top_p, "top_p", 0, 1),
+        more_smooth=check_bool(more_smooth, "more_smooth"),
+    )
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device, or the default one for None; raises InputError where it is unknown, of no use, or not here."""
+    if device is None:
+        return default_device()
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{device!r} is not a device; cuda, cuda:0, mps and cpu are examples.") from error
+    if parsed.type not in DEVICES:
+        raise InputError(f"{device!r} is not a device that hart_infer runs on; {', '.join(DEVICES)} are.")
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (parsed.index or 0) >= count:
+            raise InputError(f"{parsed} is not here: torch {torch.__version__} sees {count or 'no'} CUDA devices.")
+    if parsed.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"mps is not here: torch {torch.__version__} sees no Apple GPU.")
+    return parsed
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """One of the dtypes that the models run in, or None; raises InputError."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"The dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype!r}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,23 +12,20 @@ from torch import nn
 from .. import ops
 from ..ops.registry import OPS, REFERENCE, Where
 
-if TYPE_CHECKING:
-    from .hart import HartPipeline
 
-
-def describe_pipeline(pipeline: HartPipeline) -> str:
-    """Several lines: the model, its parts with parameters and memory, and what runs each operation."""
-    parts = {"transformer": pipeline.transformer, "autoencoder": pipeline.autoencoder}
-    encoder = pipeline.text_encoder
-    lines = [f"{pipeline.name or 'HART'} on {pipeline.device}, {str(pipeline.dtype).removeprefix('torch.')}"]
-    lines += [f"  {name}: {_size(module)}" for name, module in parts.items()]
-    lines.append(f"  text encoder: {_size(encoder.model) if encoder else 'none (calls need prompt_embeds)'}")
-    config = pipeline.transformer.config
-    lines.append(f"  sizes: {', '.join(map(str, pipeline.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}")
-    with torch.cuda.device(pipeline.device) if pipeline.device.type == "cuda" else nullcontext():  # whose kernels are tried
-        chosen = operations(Where.of(next(pipeline.transformer.parameters())))
-    lines += [f"  {name}: {by}" for name, by in chosen.items()]
-    return "\n".join(lines)
+def describe(
+    name: str, components: Mapping[str, Any], device: torch.device, dtype: torch.dtype, facts: Mapping[str, str]
+) -> str:
+    """Several lines: the model, its parts with parameters and memory, its family's facts, and what runs each operation."""
+    lines = [f"{name} on {device}, {str(dtype).removeprefix('torch.')}"]
+    lines += [f"  {part.replace('_', ' ')}: {_part(module)}" for part, module in components.items()]
+    lines += [f"  {fact}: {value}" for fact, value in facts.items()]
+    if device.type == "cpu":
+        lines.append("  operations: by PyTorch, every one; kernels are for GPUs")
+        return "\n".join(lines)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # whose kernels are tried
+        chosen = operations(Where.of(torch.empty(0, dtype=dtype, device=device)))
+    return "\n".join([*lines, *(f"  {operation}: {by}" for operation, by in chosen.items())])
 
 
 def operations(where: Where) -> dict[str, str]:
@@ -46,7 +44,11 @@ def operations(where: Where) -> dict[str, str]:
     return told
 
 
-def _size(module: nn.Module) -> str:
+def _part(part: Any) -> str:
+    """A module, or something that has one as `model`, with its size; or that it is not there."""
+    if part is None:
+        return "none (calls need prompt_embeds)"
+    module: nn.Module = part if isinstance(part, nn.Module) else part.model
     parameters = list(module.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     size = sum(parameter.nbytes for parameter in parameters)

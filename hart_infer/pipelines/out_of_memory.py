@@ -16,7 +16,7 @@ _OURS = ("hart_infer", "torch")
 
 
 @contextmanager
-def memory_care() -> Iterator[None]:
+def out_of_memory_advice() -> Iterator[None]:
     """Free what an interrupted or out-of-memory call held, and turn the latter's error into one with advice."""
     try:
         yield

@@ -25,7 +25,7 @@ from torch import Tensor
 from training import Pictures, psnr, write_grid
 
 from hart_infer import HartPipeline
-from hart_infer.checkpoints.layouts import find_checkpoint
+from hart_infer.checkpoints.hart import find_checkpoint
 
 BATCH = 16
 

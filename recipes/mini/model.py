@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hart_infer.models.config import AutoencoderConfig, Defaults, TransformerConfig
+from hart_infer.checkpoints.hart import Defaults
+from hart_infer.models.hart import HartConfig
+from hart_infer.models.parts.autoencoder import AutoencoderConfig
 
 PATCH_NUMS = (1, 2, 3, 5, 8, 12)
 CONTEXT_TOKENS = 24
@@ -16,7 +18,7 @@ AUTOENCODER = AutoencoderConfig(
     norm_groups=8,
     quantizer_type="var_hybrid",
 )
-TRANSFORMER = TransformerConfig(
+TRANSFORMER = HartConfig(
     patch_nums=PATCH_NUMS,
     context_token=CONTEXT_TOKENS,
     context_dim=192,

@@ -14,7 +14,7 @@ from training import save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer import HartPipeline
-from hart_infer.models.next_scale import Transformer
+from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
 
 TOKENIZER, TRANSFORMER_STATE, WORDS = "tokenizer-final.pt", "transformer.pt", "text_tokenizer"
@@ -24,7 +24,7 @@ def assemble(out: Path) -> HartPipeline:
     """The trained tokenizer in `out` with a transformer and a text encoder of random weights, fp32."""
     autoencoder = Autoencoder(AUTOENCODER)
     autoencoder.load_state_dict(torch.load(out / TOKENIZER, weights_only=True))
-    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    transformer = HartTransformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
     text_encoder = build_text_encoder(PreTrainedTokenizerFast.from_pretrained(out / WORDS))
     pipe = HartPipeline(
         transformer, autoencoder.eval().requires_grad_(False), text_encoder, name="hart-mini", defaults=DEFAULTS

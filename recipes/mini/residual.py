@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hart_infer.models.parts.diffusion import LATENT_SCALE, TRAIN_STEPS, ResidualDiffusion, diffusion_schedule
+from hart_infer.generation.residual import LATENT_SCALE, TRAIN_STEPS, diffusion_schedule
+from hart_infer.models.parts.diffusion import ResidualDiffusion
 
 DRAWS = 4  # random steps per residual: the diffusion is small beside the transformer that conditions it
 

@@ -18,9 +18,9 @@ from parts import TOKENIZER
 from torch import Tensor
 from training import Average, Log, Muon, Pictures, learning_rate, psnr, save, shuffled, write_grid
 
+from hart_infer.generation.residual import LATENT_SCALE
 from hart_infer.models.parts.autoencoder import Autoencoder
-from hart_infer.models.parts.diffusion import LATENT_SCALE
-from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.parts.quantizer import Quantizer, phi_index
 
 CONTINUOUS_STEPS = 200  # before the codebook joins
 COMMITMENT = 0.25
@@ -88,7 +88,8 @@ def quantize(quantizer: Quantizer, latent: Tensor) -> tuple[Tensor, Tensor, list
     inputs, fit, commitment = [], torch.zeros(()), torch.zeros(())
     for index, (embedding, side) in enumerate(zip(tokens.embeddings, quantizer.patch_nums, strict=True)):
         inputs.append(quantizer.next_input(rest - f_hat.detach(), side))
-        f_hat = f_hat + quantizer.enlarge(embedding.detach(), quantizer._phi(index))
+        phi = phi_index(index, len(quantizer.patch_nums), quantizer.share)
+        f_hat = f_hat + quantizer.contribution(embedding.detach(), phi)
         fit = fit + F.mse_loss(f_hat, latent.detach())
         commitment = commitment + F.mse_loss(latent, f_hat.detach())  # of every scale: the first ones must mean something
     return f_hat, (fit + COMMITMENT * commitment) / len(inputs), tokens.indices, inputs

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from training import Average, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
 from hart_infer import HartPipeline
-from hart_infer.generation.schedule import Stage, build_schedule
-from hart_infer.models.next_scale import Modulation, Transformer
+from hart_infer.generation.schedule import Stage, hart_schedule
+from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
-from hart_infer.models.parts.rope import context_table, image_table
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
 LOGITS_AT_ONCE = 1500  # rows of 4096
@@ -52,38 +52,51 @@ class TeacherCache:
         self.rows = rows
         self.stored: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def slot(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Fresh memory for this stage's keys and values of a block."""
-        shape = (self.rows, TRANSFORMER.num_heads, stage.length, TRANSFORMER.head_dim)
+    def at(self, stage: Stage) -> TeacherPlace:
+        """The place of a stage, behind all that were asked for before."""
+        return TeacherPlace(self, stage.length)
+
+
+class TeacherPlace:
+    """As a `Place`: where a scale's keys and values go, and what it attends to."""
+
+    def __init__(self, cache: TeacherCache, length: int) -> None:
+        """Of a scale of `length` tokens."""
+        self.cache, self.length = cache, length
+
+    def slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Fresh memory for the scale's keys and values of a block."""
+        shape = (self.cache.rows, TRANSFORMER.num_heads, self.length, TRANSFORMER.head_dim)
         pair = torch.empty(shape), torch.empty(shape)
-        self.stored.setdefault(layer, []).append(pair)
+        self.cache.stored.setdefault(layer, []).append(pair)
         return pair
 
-    def visible(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        """All stages' until and with this one."""
-        keys, values = zip(*self.stored[layer], strict=True)
+    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All scales' until and with this one."""
+        keys, values = zip(*self.cache.stored[layer], strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def forward(
-    transformer: Transformer, stages: Sequence[Stage], context: Tensor, mask: Tensor, position_ids: Tensor, inputs: list[Tensor]
-) -> tuple[list[Tensor], Modulation]:
+    transformer: HartTransformer, stages: Sequence[Stage], context: Tensor, mask: Tensor, position_ids: Tensor,
+    inputs: list[Tensor],
+) -> tuple[list[Tensor], Modulation]:  # fmt: skip
     """Hidden states [B, p * p, D] of the given `stages`, the first ones, from the teacher-forced inputs [B, C, p, p] of all
     but the first."""
-    cache: Any = TeacherCache(len(context))
-    embedded = transformer.embed_context(context)
-    modulation = transformer.modulate(embedded, mask)
-    table = context_table(position_ids, TRANSFORMER.head_dim, context.dtype)
-    hidden = [transformer(embedded + transformer.embed_level(0), modulation, table, cache, stages[0])[:, -1:]]
+    cache = TeacherCache(len(context))
+    condition = transformer.condition(context, mask, position_ids)
+    assert condition.copies == 1, "a batch has rows enough"
+    place: Any = cache.at(stages[0])
+    hidden = [transformer(condition.inputs, condition.modulation, condition.table, place)[:, -1:]]
     for stage, latent in zip(stages[1:], inputs, strict=True):
-        table = image_table(stage.side, TRANSFORMER.patch_nums[-1], position_ids[:, -1], TRANSFORMER.head_dim, context.dtype)
-        hidden.append(transformer(transformer.embed_tokens(latent, stage.index), modulation, table, cache, stage))
-    return hidden, modulation
+        table, place = transformer.image_table(stage.side, condition.shift), cache.at(stage)
+        hidden.append(transformer(transformer.embed_tokens(latent, stage.index), condition.modulation, table, place))
+    return hidden, condition.modulation
 
 
 def losses(
-    transformer: Transformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor, codes: list[Tensor],
-    latent: Tensor, generator: torch.Generator,
+    transformer: HartTransformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor,
+    codes: list[Tensor], latent: Tensor, generator: torch.Generator,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The loss, and its parts: the codes' cross-entropy by scale and, where the last scale takes part, the residual's.
 
@@ -100,10 +113,9 @@ def losses(
     entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
     found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
     found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
-    if stages[-1].is_last:
+    if stages[-1].num_inference_steps:
         with torch.no_grad():
-            before = sum(quantizer.enlarge(e, s.phi) for e, s in zip(embeddings, stages, strict=True) if s.phi is not None)
-            residual = latent - before - embeddings[-1]
+            residual = latent - sum(quantizer.contribution(e, s.phi) for e, s in zip(embeddings, stages, strict=True))
         condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
         found["diffusion"] = diffusion_loss(
             transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator
@@ -112,7 +124,7 @@ def losses(
     return found
 
 
-def code_entropy(transformer: Transformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
+def code_entropy(transformer: HartTransformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
     """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time, so that logits take little memory."""
     at_once = max(1, LOGITS_AT_ONCE // codes.shape[1])
     parts = zip(*(x.split(at_once) for x in (hidden, modulation, codes)), strict=True)
@@ -141,7 +153,7 @@ def tokenize(autoencoder: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(latents)
 
 
-def initialise(transformer: Transformer) -> None:
+def initialise(transformer: HartTransformer) -> None:
     """Modulations start at none, queries and keys larger than PyTorch's: the softmax scale is a quarter of the usual one."""
     for module in (
         transformer.head.modulation,
@@ -227,9 +239,9 @@ def main() -> None:
     log(step=start, options={name: str(value) for name, value in vars(args).items() if value is not None})
     codes, latents = tokenize(pipe.autoencoder, pictures.tensor(train))
     place = {picture: row for row, picture in enumerate(train)}
-    stages = build_schedule(
+    stages = hart_schedule(
         TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
-    )
+    ).stages
     batches = shuffled(train, args.batch, args.seed, start)
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
@@ -256,7 +268,6 @@ def main() -> None:
             state["tokenizer"] = tokenizer_hash(args.out)
             save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
             average.swap()
-            pipe.to("cpu")  # forgets what it computed with the weights before
             drawn = pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
             write_grid(args.out / f"samples-{step + 1:05d}.png", list(drawn.split(6)))
             average.swap()

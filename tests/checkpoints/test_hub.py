@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, constants, file_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hart_infer import HartPipeline
+from hart_infer.checkpoints.hart import HartCheckpoint, find_checkpoint, inspect_checkpoint
 from hart_infer.checkpoints.hub import PAUSES
-from hart_infer.checkpoints.layouts import Checkpoint, find_checkpoint, find_text_encoder, inspect_checkpoint
+from hart_infer.checkpoints.text_encoder import find_text_encoder
 from hart_infer.errors import CheckpointNotFoundError, ConfigError, OutputError
 from tests.hub import HubServer
 
@@ -82,7 +83,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
-def find(repo: str = REPO, **options: Any) -> Checkpoint:
+def find(repo: str = REPO, **options: Any) -> HartCheckpoint:
     return find_checkpoint(repo, **{"with_text_encoder": False, **options})
 
 
@@ -94,7 +95,7 @@ def refusal(repo: str = REPO, **options: Any) -> str:
     return message
 
 
-def weights(found: Checkpoint) -> list[str]:
+def weights(found: HartCheckpoint) -> list[str]:
     files = (*found.transformer_files, *found.autoencoder_files)
     assert all(file.is_file() for file in files)
     return [f"{file.parent.name}/{file.name}" for file in files]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hart_infer.checkpoints.layouts import Checkpoint, find_checkpoint, find_text_encoder
+from hart_infer.checkpoints.hart import Defaults, HartCheckpoint, find_checkpoint
+from hart_infer.checkpoints.text_encoder import find_text_encoder
 from hart_infer.errors import CheckpointNotFoundError, ConfigError
-from hart_infer.models.config import Defaults
 
 RELEASED = ("llm/model.safetensors", "llm/ema_model.bin", "tokenizer/model.safetensors")
 OWN = ("model_index.json", "transformer/model.safetensors", "autoencoder/model.safetensors")
@@ -39,7 +39,7 @@ def make(tmp_path: Path, hart_tiny: Path) -> Make:
     return build
 
 
-def names(found: Checkpoint, root: Path) -> list[str]:
+def names(found: HartCheckpoint, root: Path) -> list[str]:
     return [file.relative_to(root).as_posix() for file in (*found.transformer_files, *found.autoencoder_files)]
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hart_infer import HartPipeline
-from hart_infer.checkpoints.loading import default_device
+from hart_infer.checkpoints.text_encoder import load_text_encoder
 from hart_infer.errors import CheckpointNotFoundError, ConfigError, HartError, InputError, WeightsError
 from hart_infer.models.text import TextEncoder
+from hart_infer.pipelines.arguments import default_device
 
 EncoderFolder = Callable[..., Path]
 
@@ -248,7 +249,7 @@ def test_a_text_encoder_without_its_tokenizer(hart_tiny: Path, encoder_folder: E
 
 
 def test_a_tokenizer_that_cannot_pad(text_tiny: Path) -> None:
-    encoder = TextEncoder.from_pretrained(text_tiny)
+    encoder = load_text_encoder(text_tiny)
     encoder.tokenizer.pad_token = None
     with pytest.raises(WeightsError, match="no padding token; HART pads every prompt"):
         TextEncoder(encoder.model, encoder.tokenizer)

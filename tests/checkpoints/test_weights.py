@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hart_infer.checkpoints import weights
-from hart_infer.checkpoints.weights import load_module, rename, tensor_shapes
+from hart_infer.checkpoints.configs import config_from_dict, config_to_dict, read_config
+from hart_infer.checkpoints.hart import AUTOENCODER_KEYS, RENAMES, TRANSFORMER_KEYS
+from hart_infer.checkpoints.weights import load_module, tensor_shapes
 from hart_infer.errors import CheckpointNotFoundError, WeightsError
-from hart_infer.models.config import AutoencoderConfig, TransformerConfig
-from hart_infer.models.next_scale import Transformer
-from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.hart import HartConfig, HartTransformer
+from hart_infer.models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from tests.golden.data import CHECKPOINTS, REPOSITORY, golden
 
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
@@ -38,11 +39,11 @@ Build = Callable[[], nn.Module]
 
 def builder(root: Path, part: str) -> Build:
     """What builds the module of a released checkpoint's part."""
-    autoencoder = AutoencoderConfig.from_json(root / "tokenizer/config.json")
+    autoencoder = read_config(AutoencoderConfig, root / "tokenizer/config.json", AUTOENCODER_KEYS)
     if part == "tokenizer":
         return lambda: Autoencoder(autoencoder)
-    config = TransformerConfig.from_json(root / "llm/config.json")
-    return lambda: Transformer(config, vocab_size=autoencoder.vocab_size, channels=autoencoder.z_channels)
+    config = read_config(HartConfig, root / "llm/config.json", TRANSFORMER_KEYS)
+    return lambda: HartTransformer(config, vocab_size=autoencoder.vocab_size, channels=autoencoder.z_channels)
 
 
 def keys(build: Build) -> set[str]:
@@ -74,7 +75,7 @@ def write(file: Path, tensors: dict[str, Any]) -> Path:
 
 def refusal(build: Build, *files: Path) -> str:
     with pytest.raises(WeightsError) as caught:
-        load_module(build, files, torch_dtype=torch.float32)
+        load_module(build, files, RENAMES, dtype=torch.float32)
     message = str(caught.value)
     assert "\n" not in message
     assert all(str(file) in message for file in files)
@@ -86,7 +87,7 @@ def refusal(build: Build, *files: Path) -> str:
 def test_released_names_become_exactly_the_modules(name: str, part: str) -> None:
     root = golden(name)
     released = tensor_shapes(root / part / "model.safetensors")
-    renamed = {key: rename(key) for key in released}
+    renamed = {key: RENAMES(key) for key in released}
     assert {key for key, ours in renamed.items() if ours is None} == {key for key in released if is_dead(key)}
     live = [ours for ours in renamed.values() if ours is not None]
     assert len(set(live)) == len(live)
@@ -99,19 +100,19 @@ def test_released_names_become_exactly_the_modules(name: str, part: str) -> None
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_our_names_pass_through(name: str, part: str) -> None:
     expected = keys(builder(golden(name), part))
-    assert {key: rename(key) for key in expected} == {key: key for key in expected}
+    assert {key: RENAMES(key) for key in expected} == {key: key for key in expected}
 
 
 @pytest.mark.parametrize("name", ["attn_bias_for_masking.x", "my_lvl_1L", "blocks.0.attn.zero_k_bias2", "discriminator"])
 def test_nothing_else_is_dropped(name: str) -> None:
-    assert rename(name) == name
+    assert RENAMES(name) == name
 
 
 def test_values_arrive(build: Build, hart_tiny: Path, stored: dict[str, Tensor]) -> None:
-    module = load_module(build, [hart_tiny / "llm/model.safetensors"], torch_dtype=torch.float32)
+    module = load_module(build, [hart_tiny / "llm/model.safetensors"], RENAMES, dtype=torch.float32)
     state = module.state_dict()
     for name, tensor in stored.items():
-        ours, _, part = (rename(name) or "").partition("[")
+        ours, _, part = (RENAMES(name) or "").partition("[")
         if ours:
             assert torch.equal(state[ours].view(3, -1)[int(part[0])] if part else state[ours], tensor), name
     assert all(not state[f"blocks.{i}.attn.qkv.bias"].view(3, -1)[1].any() for i in range(3))  # k has none
@@ -149,7 +150,7 @@ def test_dead_buffers_are_never_read(hart_tiny: Path, dtype: torch.dtype | None,
     for part in PARTS:
         file = hart_tiny / part / "model.safetensors"
         read.clear()
-        load_module(builder(hart_tiny, part), [file], torch_dtype=dtype)
+        load_module(builder(hart_tiny, part), [file], RENAMES, dtype=dtype)
         stored = set(tensor_shapes(file))
         assert any(is_dead(name) for name in stored)
         assert sorted(read) == sorted(name for name in stored if not is_dead(name))  # each live one once
@@ -160,10 +161,10 @@ def test_dead_buffers_of_any_shape_and_type_are_no_problem(
     build: Build, stored: dict[str, Tensor], tmp_path: Path, suffix: str
 ) -> None:
     stored |= {"attn_bias_for_masking": torch.ones(3, dtype=torch.int8), "lvl_1L": torch.ones(2, 2)}
-    load_module(build, [write(tmp_path / f"model.{suffix}", stored)], torch_dtype=torch.float32)
+    load_module(build, [write(tmp_path / f"model.{suffix}", stored)], RENAMES, dtype=torch.float32)
     for name in [name for name in stored if is_dead(name)]:
         del stored[name]
-    load_module(build, [write(tmp_path / f"model.{suffix}", stored)], torch_dtype=torch.float32)
+    load_module(build, [write(tmp_path / f"model.{suffix}", stored)], RENAMES, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -209,7 +210,7 @@ def test_another_models_weights(build: Build, hart_tiny: Path) -> None:
 )
 def test_a_tensor_given_twice(build: Build, stored: dict[str, Tensor], tmp_path: Path, again: str) -> None:
     with torch.device("meta"):
-        shape = build().state_dict()[(rename(again) or "").partition("[")[0]].shape
+        shape = build().state_dict()[(RENAMES(again) or "").partition("[")[0]].shape
     second = {again: torch.ones(128 if again.endswith("q_bias") else shape)}
     files = write(tmp_path / "a.safetensors", stored), write(tmp_path / "b.safetensors", second)
     assert f"given twice: {again}" in refusal(build, *files)
@@ -219,12 +220,12 @@ def test_a_dtype_without_a_torch_counterpart(build: Build, tmp_path: Path) -> No
     file = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"head.weight": np.ones((2, 2), dtype=np.uint16)}, file)
     with pytest.raises(WeightsError, match=r"model\.safetensors: head\.weight is stored as U16, which is not supported"):
-        load_module(build, [file], torch_dtype=None)
+        load_module(build, [file], RENAMES, dtype=None)
 
 
 def test_a_missing_file(build: Build, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"gone\.safetensors does not exist; the checkpoint needs it"):
-        load_module(build, [tmp_path / "gone.safetensors"], torch_dtype=torch.float32)
+        load_module(build, [tmp_path / "gone.safetensors"], RENAMES, dtype=torch.float32)
 
 
 def damage(data: bytes, how: str) -> bytes:
@@ -250,7 +251,7 @@ def test_a_damaged_file(build: Build, hart_tiny: Path, tmp_path: Path, file: str
     bad = tmp_path / Path(file).name
     bad.write_bytes(damage((hart_tiny / file).read_bytes(), how))
     with pytest.raises(WeightsError) as caught:
-        load_module(build, [bad], torch_dtype=dtype)
+        load_module(build, [bad], RENAMES, dtype=dtype)
     assert str(caught.value).startswith(str(bad))
     assert "damaged" in str(caught.value)
     assert "ownload" in str(caught.value)
@@ -318,7 +319,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_module(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = hart_tiny / "llm/model.safetensors"
-    plain = load_module(build, [file], torch_dtype=dtype)
+    plain = load_module(build, [file], RENAMES, dtype=dtype)
     names = list(stored)
     halves = [{name: stored[name] for name in names[i::2]} for i in range(2)]  # q_bias and v_bias may part
     files = [tmp_path / "model.bin"]
@@ -334,7 +335,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_module(
     else:
         suffix = "bin" if form == "bin shards" else "safetensors"
         files = [write(tmp_path / f"{i}.{suffix}", half) for i, half in enumerate(halves)]
-    module = load_module(build, files, torch_dtype=dtype)
+    module = load_module(build, files, RENAMES, dtype=dtype)
     assert equal(module, plain)
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -348,7 +349,7 @@ def test_the_old_format_is_read_once(
     monkeypatch.setattr(weights, "_load_pickle", lambda file: (reads.append(file), load(file))[1])
     monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
     torch.save(stored, tmp_path / "model.bin", _use_new_zipfile_serialization=is_archive)
-    load_module(build, [tmp_path / "model.bin"], torch_dtype=torch.float64)
+    load_module(build, [tmp_path / "model.bin"], RENAMES, dtype=torch.float64)
     assert min(len(reads), 2) == times
 
 
@@ -359,7 +360,7 @@ def test_no_dtype_keeps_that_of_the_largest_tensor(
     def dtypes(**changed: torch.dtype) -> set[torch.dtype]:
         mixed = {k: v.to(changed.get(k.partition(".")[0], torch.bfloat16)) for k, v in stored.items() if not is_dead(k)}
         mixed["attn_bias_for_masking"] = torch.zeros(2**20)  # larger, but dead
-        module = load_module(build, [write(tmp_path / f"model.{suffix}", mixed)], torch_dtype=None)
+        module = load_module(build, [write(tmp_path / f"model.{suffix}", mixed)], RENAMES, dtype=None)
         return {tensor.dtype for tensor in module.state_dict().values()}
 
     assert dtypes() == {torch.bfloat16}
@@ -371,7 +372,7 @@ def test_no_dtype_keeps_that_of_the_largest_tensor(
 def test_mixed_dtypes_become_the_wanted_one(build: Build, stored: dict[str, Tensor], tmp_path: Path) -> None:
     cycle = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     mixed = {k: v.to(cycle[i % 4]) for i, (k, v) in enumerate(stored.items()) if not is_dead(k)}
-    module = load_module(build, [write(tmp_path / "model.safetensors", mixed)], torch_dtype=torch.float32)
+    module = load_module(build, [write(tmp_path / "model.safetensors", mixed)], RENAMES, dtype=torch.float32)
     state = module.state_dict()
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert torch.equal(state["head.linear.weight"], mixed["head.weight"].float())
@@ -380,7 +381,7 @@ def test_mixed_dtypes_become_the_wanted_one(build: Build, stored: dict[str, Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_quantizer_stays_in_fp32_unchanged(hart_tiny: Path, dtype: torch.dtype) -> None:
     file = hart_tiny / "tokenizer/model.safetensors"
-    module = load_module(builder(hart_tiny, "tokenizer"), [file], torch_dtype=dtype)
+    module = load_module(builder(hart_tiny, "tokenizer"), [file], RENAMES, dtype=dtype)
     assert isinstance(module, Autoencoder)
     stored = load_file(file)
     assert torch.equal(module.quantizer.codebook.weight, stored["vae.quantize.embedding.weight"])
@@ -405,7 +406,7 @@ def mapped_file(tensor: Tensor) -> str:
 @pytest.mark.parametrize("file", ["llm/model.safetensors", "llm/ema_model.bin"])
 def test_tensors_in_the_wanted_dtype_stay_views_of_the_file(build: Build, hart_tiny: Path, file: str) -> None:
     def backing(dtype: torch.dtype | None) -> dict[str, str]:
-        module = load_module(build, [hart_tiny / file], torch_dtype=dtype)
+        module = load_module(build, [hart_tiny / file], RENAMES, dtype=dtype)
         return {name: mapped_file(tensor) for name, tensor in module.state_dict().items()}
 
     path = str((hart_tiny / file).resolve())
@@ -419,9 +420,11 @@ MEASURE = """
     import ctypes, gc, json, sys
     from pathlib import Path
     import torch
+    from dataclasses import replace
     from hart_infer.checkpoints import weights
-    from hart_infer.models.config import TransformerConfig
-    from hart_infer.models.next_scale import Transformer
+    from hart_infer.checkpoints.configs import config_from_dict, config_to_dict, read_config
+    from hart_infer.checkpoints.hart import RENAMES, TRANSFORMER_KEYS
+    from hart_infer.models.hart import HartConfig, HartTransformer
 
     def status(key):
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -432,15 +435,15 @@ MEASURE = """
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = status("VmRSS")
-        module = weights.load_module(lambda: Transformer(config, vocab_size=64, channels=8), [file], torch_dtype=dtype)
+        module = weights.load_module(lambda: HartTransformer(config, vocab_size=64, channels=8), [file], RENAMES, dtype=dtype)
         for parameter in module.parameters():
             parameter.view(-1)[:: 4096 // parameter.element_size()].sum()  # every page, as a first call would
         return status("VmHWM") - before
 
     weights.CHUNK_BYTES = 8 * 2**20  # as much smaller than the real value as this checkpoint is than the real one
     root = Path(sys.argv[1])
-    config = TransformerConfig.from_json(root / "config.json")
-    tiny = TransformerConfig.from_dict({**config.to_dict(), "embed_dim": 64, "depth": 1})
+    config = read_config(HartConfig, root / "config.json", TRANSFORMER_KEYS)
+    tiny = replace(config, embed_dim=64, depth=1)
     dtypes = {"None": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     try:
         peak(tiny, root / "fp32.safetensors", torch.bfloat16)  # warms up what is imported late
@@ -480,10 +483,10 @@ def write_large(root: Path) -> int:
     """About 110 MB of live tensors in fp32, whose bytes are returned, and a dead buffer of half the size."""
     values = {"patch_nums": [1, 2, 4], "context_token": 4, "context_dim": 64, "embed_dim": 1024, "num_heads": 8, "depth": 2}
     flags = {"attn_type": "llama", "mlp_type": "llama", "disable_aln": True, "diff_width": 64}
-    config = TransformerConfig.from_dict(values | flags)
-    (root / "config.json").write_text(json.dumps(config.to_dict()))
+    config = config_from_dict(HartConfig, values | flags, TRANSFORMER_KEYS)
+    (root / "config.json").write_text(json.dumps(config_to_dict(config, TRANSFORMER_KEYS)))
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in Transformer(config, vocab_size=64, channels=8).state_dict().items()}
+        shapes = {name: t.shape for name, t in HartTransformer(config, vocab_size=64, channels=8).state_dict().items()}
     state = {name: torch.ones(shape) for name, shape in shapes.items()}
     live = sum(tensor.nbytes for tensor in state.values())
     state["attn_bias_for_masking"] = torch.ones(live // 8)

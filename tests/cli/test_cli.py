@@ -26,11 +26,11 @@ from PIL import Image
 
 import hart_infer
 from hart_infer import ops
+from hart_infer.checkpoints.hart import Defaults
 from hart_infer.cli import main, naming
 from hart_infer.cli.console import UsageError
 from hart_infer.errors import OutOfMemoryError
 from hart_infer.images.files import read_metadata
-from hart_infer.models.config import Defaults
 from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
 from tests.hub import HubServer
@@ -64,7 +64,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         @classmethod
         def from_pretrained(cls, path: str, **options: Any) -> Pipeline:
             calls.loads.append({"path": path, **options})
-            return cls()
+            made = cls()
+            made.name = path
+            return made
 
         def set_progress_bar_config(self, **options: Any) -> None:
             calls.bars.append(options)
@@ -151,14 +153,14 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         ([], "COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
         (["generate"], "no prompt"),
-        (["generate", ""], "a prompt is empty"),
-        (["generate", "a", "--num", "0"], "'0' is not a whole number of 1 or more"),
-        (["generate", "a", "--seed", "-1"], "'-1' is not a whole number of 0 or more"),
-        (["generate", "a", "--seed", str(2**64)], "too large for a seed"),
+        (["generate", ""], "prompt[0] is empty"),
+        (["generate", "a", "--num", "0"], "--num: must be a whole number from 1 to 10000000, not 0"),
+        (["generate", "a", "--seed", "-1"], "--seed: must be a whole number from 0 to 18446744073709551615, not -1"),
+        (["generate", "a", "--seed", str(2**64)], "--seed: must be a whole number from 0 to"),
         (["generate", "a", "--num", "2", "--seed", str(2**64 - 1)], "too large for 2 pictures"),
-        (["generate", "a", "--top-p", "1.5"], "1.5 is not between 0 and 1"),
-        (["generate", "a", "--guidance-scale", "nan"], "'nan' is not a number"),
-        (["generate", "a", "--steps", "many"], "'many' is not a whole number"),
+        (["generate", "a", "--top-p", "1.5"], "--top-p: must be a number from 0 to 1, not 1.5"),
+        (["generate", "a", "--guidance-scale", "nan"], "--guidance-scale: must be a number from 0 to 1000, not 'nan'"),
+        (["generate", "a", "--steps", "many"], "--steps: must be a whole number from 0 to 1000, not 'many'"),
         (["generate", "a", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["generate", "--grid", "a cat"], "'a cat' is not a number of columns; put prompts before --grid"),
         (["generate", "a", "--singles"], "--singles goes with --grid"),
@@ -169,7 +171,17 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         (["generate", "a", "-o", "{}.png"], "there are {index}, {seed}, {prompt}"),
         (["generate", "a", "-o", "{index.png"], "is not a pattern"),
         (["generate", "a", "-o", "{prompt:03d}.png"], "is not a pattern"),
-        (["generate", "\udcff"], "not valid UTF-8"),
+        (["generate", "\udcff"], "prompt[0] is not valid Unicode text"),
+        (["generate", "a", "--num", "1000000000"], "--num: must be a whole number from 1 to 10000000"),
+        (["generate", *["a"] * 11, "--num", "1000000"], "11,000,000 pictures are more than one command makes"),
+        (["generate", "a", "--guidance-scale", "1" + "0" * 400], "must be a number from 0 to 1000, not '1000"),
+        (["generate", "a", "--steps", "1"], "--steps: must be 0 (no residual) or from 2 to 1000, not 1"),
+        (["generate", "a", "-m", ""], "--model: it is empty; give a folder or an id"),
+        (["generate", "a", "--text-encoder", " "], "--text-encoder: it is empty"),
+        (["convert", "", "b"], "SRC: it is empty"),
+        (["generate", "a", "--threads", "0"], "--threads: must be a whole number from 1"),
+        (["generate", "a", "-o", "{index:99999999d}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", "{prompt:.99999999}{seed:0300d}.png"], "a width of more than 255 fits in no name"),
         (["reconstruct", "a.png"], "required: -o/--out"),
         (
             ["convert", "a", "b", "--max-shard-size", "big"],
@@ -581,7 +593,7 @@ def test_reconstruct_what_is_no_picture(calls: Calls, capsys: pytest.CaptureFixt
         assert complaint in capsys.readouterr().err
     Image.new("RGBA", (64, 32), (0, 0, 0, 0)).save("clear.png")
     assert main(["reconstruct", "clear.png", "-o", "out.png", "--size", "33"]) == 2
-    assert "--size 33 is not one of the model's: 32." in capsys.readouterr().err
+    assert "--size 33 is not one that this checkpoint was trained for; it has 32." in capsys.readouterr().err
     assert main(["reconstruct", "clear.png", "-o", "out.png"]) == 0
     assert Image.open("out.png").getpixel((0, 0)) == (255, 255, 255)
 
@@ -713,7 +725,6 @@ def test_reconstruct_with_a_real_tokenizer(model: list[str], capsys: pytest.Capt
     ("arguments", "complaint"),
     [
         (["--size", "7"], "7"),
-        (["--steps", "1"], "1"),
         (["--top-k", "999999"], "999999"),
         (["-m", "no/such/folder"], "no/such/folder"),
         (["-m", "."], "checkpoint"),

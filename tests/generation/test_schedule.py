@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import pytest
 
-from hart_infer.generation.schedule import build_schedule, phi_index
+from hart_infer.generation.schedule import Settings, hart_schedule, placed
 
 RELEASED = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 
 @pytest.fixture
 def stages():
-    return build_schedule(RELEASED, context_tokens=300, share_quant_resi=4)
+    return hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4).stages
 
 
 def test_offsets_of_the_cache(stages):
@@ -26,12 +26,19 @@ def test_offsets_of_the_cache(stages):
 
 def test_progress_repeats_at_the_last_scale(stages):
     assert [stage.progress * 13 for stage in stages] == pytest.approx([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12])
-    assert [stage.is_last for stage in stages] == [False] * 13 + [True]
 
 
 def test_guidance_grows_with_progress(stages):
-    assert stages[0].guidance(4.5) == 0
-    assert stages[-1].guidance(4.5) == stages[-2].guidance(4.5) == pytest.approx(4.5 * 12 / 13)
+    assert stages[0].guidance == 0
+    assert stages[-1].guidance == stages[-2].guidance == pytest.approx(4.5 * 12 / 13)
+    assert [stage.guided for stage in stages] == [False] + [True] * 13
+
+
+def test_without_guidance_no_scale_needs_the_unconditional_half():
+    settings = Settings(guidance_scale=0)
+    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4, settings=settings)
+    assert not schedule.guided
+    assert not any(stage.guided for stage in schedule)
 
 
 def test_temperature_and_gain(stages):
@@ -40,9 +47,39 @@ def test_temperature_and_gain(stages):
     assert [stage.logit_gain for stage in stages] == [1 + stage.progress for stage in stages]
 
 
-def test_temperature_has_a_floor(stages):
-    """No schedule reaches it: at progress 1 the formula gives 0.0135."""
-    assert replace(stages[0], progress=1.04).temperature == 0.005
+def test_the_temperature_s_released_floor_is_out_of_reach(stages):
+    """0.005, and the formula gives 0.0135 at the most progress that there is."""
+    assert dataclasses.replace(stages[0], progress=1.0).temperature == pytest.approx(0.0135)
+
+
+def test_the_last_scale_alone_is_not_cached_not_refined_and_has_a_residual(stages):
+    assert [stage.cached for stage in stages] == [True] * 13 + [False]
+    assert [stage.ends_cache for stage in stages] == [False] * 13 + [True]
+    assert [stage.num_inference_steps for stage in stages] == [0] * 13 + [8]
+    assert [stage.prefilled for stage in stages] == [True] + [False] * 13
+
+
+def test_lengths_of_the_cache_and_its_scratch():
+    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4)
+    kept = 300 + sum(side * side for side in RELEASED[1:-1])
+    assert (schedule.cached_length, schedule.scratch_length) == (kept, kept + 64 * 64)
+
+
+@pytest.mark.parametrize("index", [3, 13])
+def test_a_scale_that_is_not_cached_takes_no_place(stages, index):
+    """Later scales attend to what is before it, as if it had not been."""
+    changed = placed([dataclasses.replace(s, cached=s.index != index) for s in stages], 64)
+    offsets = [stage.offset for stage in changed]
+    assert offsets[: index + 1] == [stage.offset for stage in stages[: index + 1]]
+    assert offsets[index + 1 :] == [stage.offset - stages[index].length for stage in stages[index + 1 :]]
+    assert changed.scratch_length == stages[index].offset + stages[index].length
+
+
+def test_a_schedule_may_stop_early(stages):
+    """The latent keeps its side, and the new last scale ends the cache."""
+    schedule = placed(stages[:-1], 64)
+    assert [stage.ends_cache for stage in schedule] == [False] * 12 + [True]
+    assert schedule.latent_side == 64
 
 
 def test_released_top_k_changes_at_scale_seven(stages):
@@ -51,8 +88,16 @@ def test_released_top_k_changes_at_scale_seven(stages):
 
 @pytest.mark.parametrize("top_k", [0, 50])
 def test_given_top_k_holds_at_every_scale(top_k):
-    stages = build_schedule(RELEASED, context_tokens=300, share_quant_resi=4, top_k=top_k)
-    assert {stage.top_k for stage in stages} == {top_k}
+    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4, settings=Settings(top_k=top_k))
+    assert {stage.top_k for stage in schedule} == {top_k}
+
+
+def test_settings_are_every_stage_s():
+    settings = Settings(guidance_scale=3, num_inference_steps=4, top_p=0.9, more_smooth=False)
+    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4, settings=settings)
+    assert {(stage.top_p, stage.more_smooth) for stage in schedule} == {(0.9, False)}
+    assert [stage.guidance for stage in schedule] == [3 * stage.progress for stage in schedule]
+    assert schedule.stages[-1].num_inference_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -65,10 +110,5 @@ def test_given_top_k_holds_at_every_scale(top_k):
 )
 def test_residual_convolution_is_the_nearest_tick_and_none_at_the_end(share, expected):
     """Four have their ticks at 1/12, 13/36, ...; evenly spaced from 1/8 they would give scale 3 to the first."""
-    stages = build_schedule(RELEASED, context_tokens=300, share_quant_resi=share)
-    assert [stage.phi for stage in stages] == [*expected, None]
-
-
-def test_last_scale_has_a_convolution_in_the_tokenizer():
-    assert phi_index(13, 14, 4) == 3
-    assert phi_index(13, 14, 0) == 13
+    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=share)
+    assert [stage.phi for stage in schedule] == [*expected, None]

@@ -13,16 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hart_infer.checkpoints.layouts import find_checkpoint
-from hart_infer.checkpoints.loading import load_autoencoder, load_transformer
-from hart_infer.generation.next_scale import prefill
-from hart_infer.generation.sampling import Draws, Settings
-from hart_infer.generation.schedule import Stage, build_schedule
-from hart_infer.models.next_scale import Modulation, Transformer
+from hart_infer.checkpoints.hart import find_checkpoint
+from hart_infer.generation.next_scale import new_cache
+from hart_infer.generation.sampling import GeneratorSampler, ResidualNoise
+from hart_infer.generation.schedule import Schedule, Settings, hart_schedule
+from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
-from hart_infer.models.parts.cache import KVCache
+from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
-from hart_infer.models.parts.rope import image_table
 
 from . import naive
 from .data import SUBSET, golden, golden_root
@@ -45,13 +43,21 @@ def rms(ours: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Model:
-    transformer: Transformer
+    transformer: HartTransformer
     autoencoder: Autoencoder
-    stages: tuple[Stage, ...]
 
     @property
     def quantizer(self) -> Quantizer:
         return self.autoencoder.quantizer
+
+    def schedule(self, settings: Settings | None = None) -> Schedule:
+        config = self.transformer.config
+        return hart_schedule(
+            config.patch_nums,
+            context_tokens=config.context_token,
+            share_quant_resi=self.autoencoder.config.share_quant_resi,
+            settings=settings,
+        )
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:
@@ -74,14 +80,8 @@ def load_model(checkpoint: str, dtype: torch.dtype = torch.float32, *, use_ema: 
 @cache
 def _load_model(folder, dtype, use_ema) -> Model:
     found = find_checkpoint(folder, use_ema=use_ema, with_text_encoder=False)
-    transformer = load_transformer(found, dtype)
-    autoencoder = load_autoencoder(found, transformer.dtype)
-    stages = build_schedule(
-        found.transformer.patch_nums,
-        context_tokens=found.transformer.context_token,
-        share_quant_resi=found.autoencoder.share_quant_resi,
-    )
-    return Model(transformer, autoencoder, stages)
+    transformer = found.load_transformer(dtype)
+    return Model(transformer, found.load_autoencoder(transformer.dtype))
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,14 @@ def _load_trace(path) -> Trace:
     return Trace(load_file(path), int(said["B"]), int(said["seed"]), settings)
 
 
-class Recorded(Draws):
-    """Stands in for `Draws`: hands out a trace's indices and noises in the order in which they are asked for."""
+class Recorded(GeneratorSampler):
+    """Hands out a trace's indices and noises in the order in which they are asked for."""
 
     def __init__(self, trace: Trace, *, scale: int = 0) -> None:
-        super().__init__([trace.seed], "cpu", images_per_seed=trace.images)
+        super().__init__([trace.seed], images_per_seed=trace.images)
+        self.noise = RecordedNoise(trace)
         self._trace = trace
         self._scale = scale
-        self._step = 0
 
     def multinomial(self, probabilities: Tensor) -> Tensor:
         indices = self._trace.at(self._scale, "indices")
@@ -154,12 +154,24 @@ class Recorded(Draws):
     def gumbel(self, like: Tensor) -> Tensor:
         return self._trace.at(self._scale - 1, "gumbel")
 
-    def start_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
-        return self._trace["diffusion.noise_init"].view(images, tokens, channels)
 
-    def step_noise(self, images: int, tokens: int, channels: int, device: torch.device) -> Tensor:
+class RecordedNoise(ResidualNoise):
+    """A trace's noises of the residual diffusion, at all token positions or a few of them."""
+
+    def __init__(self, trace: Trace, positions: Tensor | slice = slice(None)) -> None:
+        self._trace = trace
+        self._positions = positions
+        self._step = 0
+
+    def start(self, tokens: int, channels: int, device: torch.device) -> Tensor:
+        return self._noise("_init", channels)
+
+    def step(self, tokens: int, channels: int, device: torch.device) -> Tensor:
         self._step += 1
-        return self._trace[f"diffusion.noise{self._step - 1}"].view(images, tokens, channels)
+        return self._noise(self._step - 1, channels)
+
+    def _noise(self, name: str | int, channels: int) -> Tensor:
+        return self._trace[f"diffusion.noise{name}"].view(self._trace.images, -1, channels)[:, self._positions]
 
 
 def both_halves(trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,28 +188,30 @@ def both_halves(trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
 
 def recorded_inputs(model: Model, trace: Trace) -> list[Tensor]:
     """The inputs of scales 1, 2, ...: as recorded, or, in a thin hard trace, what the recorded indices make of them."""
-    later = model.stages[1:]
+    stages = model.schedule().stages
     if trace.has("scale0.next_input"):
-        return [trace.at(stage.index - 1, "next_input") for stage in later]
+        return [trace.at(stage.index - 1, "next_input") for stage in stages[1:]]
     assert not trace.settings.more_smooth
-    codes = [model.quantizer.embed(trace.at(stage.index, "indices")) for stage in model.stages]
+    codes = [model.quantizer.embed(trace.at(stage.index, "indices")) for stage in stages]
     return model.quantizer.inputs(codes)
 
 
 @torch.inference_mode()
 def feed_transformer(model: Model, trace: Trace, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Modulation]:
     """Hidden states [2B, L, D] of scale 0 and of one scale per input, both guidance halves, and the modulation."""
-    transformer, config = model.transformer, model.transformer.config
-    start, hidden = prefill(transformer, *(x.to(transformer.device) for x in both_halves(trace)), model.stages[0])
-    cache = KVCache(config, model.stages, rows=len(hidden), dtype=transformer.dtype, device=transformer.device)
-    cache.keys[:, :, :, : config.context_token] = start.keys
-    cache.values[:, :, :, : config.context_token] = start.values
-    result = [hidden]
-    for stage, latent in zip(model.stages[1:], inputs, strict=False):
-        table = image_table(stage.side, model.stages[-1].side, start.last_position, config.head_dim, transformer.dtype)
+    transformer, schedule = model.transformer, model.schedule()
+    condition = transformer.condition(*both_halves(trace))
+    assert condition.copies == 1
+    rows = len(condition.inputs)
+    cache = new_cache(transformer, rows=rows, length=schedule.cached_length, scratch_length=schedule.scratch_length)
+    context = cache.at(0, schedule.stages[0].length)
+    result = [transformer(condition.inputs, condition.modulation, condition.table, context)]
+    for stage, latent in zip(schedule.stages[1:], inputs, strict=False):
+        table = transformer.image_table(stage.side, condition.shift)
         x = transformer.embed_tokens(latent.to(transformer.device), stage.index).repeat(2, 1, 1)
-        result.append(transformer(x, start.modulation, table, cache, stage))
-    return result, start.modulation
+        place = cache.at(stage.offset, stage.length, cached=stage.cached)
+        result.append(transformer(x, condition.modulation, table, place))
+    return result, condition.modulation
 
 
 @cache

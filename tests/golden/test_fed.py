@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.generation.next_scale import unconditional_prefill
-from hart_infer.generation.sampling import Draws, filter_logits, sample_scale
-from hart_infer.models.next_scale import Modulation
-from hart_infer.models.parts.layers import guide
+from hart_infer.generation.next_scale import prefill_alone
+from hart_infer.generation.residual import sample_residual
+from hart_infer.generation.sampling import GeneratorSampler
+from hart_infer.models.parts.modulation import Modulation
+from hart_infer.ops.logits import filter_logits, guide
 
 from . import naive
 from .recorded import (
     FED,
     Recorded,
+    RecordedNoise,
     feed_transformer,
     load_model,
     load_trace,
@@ -66,7 +68,7 @@ def test_hidden(checkpoint, scale):
 def test_unconditional_half(checkpoint):
     """Encoded alone, one row, it is what the released code computes beside every prompt."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    hidden = unconditional_prefill(model.transformer, model.stages[0]).hidden
+    hidden = prefill_alone(model.transformer, model.transformer.unconditional()).hidden
     for row in trace.at(0, "hidden")[trace.images :]:
         assert relative(hidden[0], row[-1:]) <= FED
 
@@ -84,8 +86,8 @@ def test_logits(checkpoint, scale):
 def test_guided_logits(checkpoint, scale):
     """The last scale's guidance is the one before's; at scale 0 the last position counts, and it is not guided."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    stage, recorded = model.stages[scale], trace.at(scale, "guided_logits")
-    guided = guide(trace.at(scale, "logits")[:, -stage.tokens :], stage.guidance(trace.settings.guidance_scale))
+    stage, recorded = model.schedule(trace.settings).stages[scale], trace.at(scale, "guided_logits")
+    guided = guide(trace.at(scale, "logits")[:, -stage.tokens :], stage.guidance)
     assert relative(guided, recorded) <= FED
 
 
@@ -93,18 +95,18 @@ def test_guided_logits(checkpoint, scale):
 def test_draws(checkpoint):
     """Recorded logits and the seed give the recorded indices and Gumbel noise: the order and shape of every draw."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    draws = Draws([trace.seed], "cpu", images_per_seed=trace.images)
-    for stage in model.stages:
+    sampler = GeneratorSampler([trace.seed], images_per_seed=trace.images)
+    for stage in model.schedule(trace.settings):
         logits = trace.at(stage.index, "guided_logits").clone()
-        filtered = filter_logits(logits, top_k=stage.top_k, top_p=trace.settings.top_p)
-        assert torch.equal(draws.multinomial(filtered.softmax(dim=-1)), trace.at(stage.index, "indices"))
-        assert relative(draws.gumbel(filtered), trace.at(stage.index, "gumbel")) <= FED
+        filtered = filter_logits(logits, top_k=stage.top_k, top_p=stage.top_p)
+        assert torch.equal(sampler.multinomial(filtered.softmax(dim=-1)), trace.at(stage.index, "indices"))
+        assert relative(sampler.gumbel(filtered), trace.at(stage.index, "gumbel")) <= FED
 
 
 @every_checkpoint
 @every_scale
 def test_temperature(checkpoint, scale):
-    assert load_model(checkpoint).stages[scale].temperature == pytest.approx(
+    assert load_model(checkpoint).schedule().stages[scale].temperature == pytest.approx(
         load_trace(checkpoint, "smooth").at(scale, "tau").item(), rel=FED
     )
 
@@ -114,7 +116,7 @@ def test_temperature(checkpoint, scale):
 def test_embedding(checkpoint, scale):
     """The mixture that is fed on; 1 / tau multiplies the logits' own rounding, so they are the recorded ones."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    stage = model.stages[scale]
+    stage = model.schedule().stages[scale]
     mixed = _mixture(checkpoint, scale).transpose(1, 2).unflatten(2, (stage.side, stage.side))
     assert relative(mixed, trace.at(scale, "embedding")) <= FED
 
@@ -126,7 +128,7 @@ def test_f_hat(checkpoint, scale):
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     reference = trace.at(scale, "f_hat")
     before = trace.at(scale - 1, "f_hat") if scale else torch.zeros_like(reference)
-    added = model.quantizer.enlarge(trace.at(scale, "embedding"), model.stages[scale].phi)
+    added = model.quantizer.contribution(trace.at(scale, "embedding"), model.schedule().stages[scale].phi)
     assert relative(before + added, reference) <= FED
 
 
@@ -134,7 +136,7 @@ def test_f_hat(checkpoint, scale):
 @scales_before_last
 def test_next_input(checkpoint, scale):
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    resized = model.quantizer.next_input(trace.at(scale, "f_hat"), model.stages[scale + 1].side)
+    resized = model.quantizer.next_input(trace.at(scale, "f_hat"), model.schedule().stages[scale + 1].side)
     assert relative(resized, trace.at(scale, "next_input")) <= FED
 
 
@@ -151,9 +153,8 @@ def test_diffusion_condition(checkpoint):
 def test_diffusion_sample(checkpoint):
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1))
-    sample = model.transformer.diffusion.sample(
-        condition, images=trace.images, guidance=trace["diffusion.cfg"].item(), steps=8, draws=Recorded(trace)
-    )
+    guidance, noise = trace["diffusion.cfg"].item(), RecordedNoise(trace)
+    sample = sample_residual(model.transformer.diffusion, condition, guidance=guidance, num_inference_steps=8, noise=noise)
     _check_sample(sample, checkpoint, trace, condition)
 
 
@@ -161,13 +162,13 @@ def test_diffusion_sample(checkpoint):
 def test_diffusion_guidance_and_noise(checkpoint, name):
     """The last scale's guidance, and a second generator with the same seed that draws both halves' noise."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, name)
-    assert model.stages[-1].guidance(trace.settings.guidance_scale) == pytest.approx(trace["diffusion.cfg"].item(), rel=FED)
-    draws = Draws([trace.seed], "cpu", images_per_seed=trace.images)
-    tokens, channels = model.stages[-1].tokens, model.transformer.diffusion.channels
-    shape = (trace.images, tokens, channels, torch.device("cpu"))
-    assert relative(draws.start_noise(*shape).flatten(0, 1), trace["diffusion.noise_init"]) <= FED
+    last = model.schedule(trace.settings).stages[-1]
+    assert last.guidance == pytest.approx(trace["diffusion.cfg"].item(), rel=FED)
+    noise = GeneratorSampler([trace.seed], images_per_seed=trace.images).noise
+    shape = (last.tokens, model.transformer.diffusion.channels, torch.device("cpu"))
+    assert relative(noise.start(*shape).flatten(0, 1), trace["diffusion.noise_init"]) <= FED
     for step in range(8):
-        assert relative(draws.step_noise(*shape).flatten(0, 1), trace[f"diffusion.noise{step}"]) <= FED
+        assert relative(noise.step(*shape).flatten(0, 1), trace[f"diffusion.noise{step}"]) <= FED
 
 
 @every_checkpoint
@@ -208,12 +209,12 @@ def test_diffusion_sample_of_thin_trace(checkpoint, name):
     positions = trace.at(LAST, "positions")
     codes = model.quantizer.codebook(trace.at(LAST, "indices")[:, positions])
     condition = model.transformer.residual_condition(trace.at(LAST, "hidden"), codes)
-    sample = model.transformer.diffusion.sample(
+    sample = sample_residual(
+        model.transformer.diffusion,
         condition if trace.settings.guidance_scale else condition[: trace.images],
-        images=trace.images,
         guidance=trace["diffusion.cfg"].item(),
-        steps=8,
-        draws=_RecordedAt(trace, positions),
+        num_inference_steps=8,
+        noise=RecordedNoise(trace, positions),
     )
     _check_sample(sample, checkpoint, trace, condition, positions)
 
@@ -223,31 +224,18 @@ def test_final_f_hat_of_hard_trace(checkpoint):
     model, trace = load_model(checkpoint), load_trace(checkpoint, "hard")
     quantizer = model.quantizer
     codes = [quantizer.embed(trace.at(scale, "indices")) for scale in SCALES]
-    f_hat = codes[-1] + sum(quantizer.enlarge(codes[scale], model.stages[scale].phi) for scale in SCALES[:-1])
+    f_hat = sum(quantizer.contribution(codes[stage.index], stage.phi) for stage in model.schedule())
     sample = _conditional_sample(trace).unflatten(0, (trace.images, -1)).transpose(1, 2)
     assert relative(f_hat + sample.reshape(f_hat.shape), trace["f_hat"]) <= FED
 
 
-class _RecordedAt(Recorded):
-    """A trace's diffusion noises at a few token positions."""
-
-    def __init__(self, trace, positions):
-        super().__init__(trace)
-        self._positions = positions
-
-    def start_noise(self, images, tokens, channels, device):
-        return super().start_noise(images, -1, channels, device)[:, self._positions]
-
-    def step_noise(self, images, tokens, channels, device):
-        return super().step_noise(images, -1, channels, device)[:, self._positions]
-
-
 def _mixture(checkpoint: str, scale: int) -> Tensor:
-    """What `sample_scale` feeds on, given the recorded logits and draws."""
+    """What a sampler gives to feed on, given the recorded logits and draws."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     logits = trace.at(scale, "guided_logits").clone()
     codebook = model.quantizer.codebook.weight
-    indices, mixed = sample_scale(logits, codebook, model.stages[scale], Recorded(trace, scale=scale), trace.settings)
+    stage = model.schedule(trace.settings).stages[scale]
+    indices, mixed = Recorded(trace, scale=scale).draw(logits, codebook, stage)
     assert torch.equal(indices, trace.at(scale, "indices"))
     return mixed
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.generation.next_scale import generate, prefill, unconditional_prefill
-from hart_infer.generation.sampling import Draws
+from hart_infer.generation.next_scale import GenerationState, finish, new_cache, prefill, run_scale
+from hart_infer.generation.sampling import GeneratorSampler
+from hart_infer.models.parts.cache import KVCache
 
 from .recorded import Model, Trace, load_model, load_trace, relative
 
@@ -36,21 +37,41 @@ def run(checkpoint: str, name: str) -> Run:
     return generate_as_recorded(load_model(checkpoint, use_ema=name == "ema"), load_trace(checkpoint, name))
 
 
+class Owner:
+    """Of no cache."""
+
+    def give_back(self, cache: KVCache) -> None:
+        pass
+
+
 @torch.inference_mode()
 def generate_as_recorded(model: Model, trace: Trace) -> Run:
-    """Generate as the trace was; without guidance only the conditional half."""
-    start = (trace[key] for key in ("context", "context_mask", "context_position_ids"))
-    halves = [prefill(model.transformer, *start, model.stages[0])[0]]
-    if trace.settings.guidance_scale:
-        halves.append(unconditional_prefill(model.transformer, model.stages[0]))
-    draws = Draws([trace.seed], "cpu", images_per_seed=trace.images)
+    """Generate as the trace was, one generator for all its images; without guidance only the conditional half."""
+    transformer, schedule = model.transformer, model.schedule(trace.settings)
+    conditions = [transformer.condition(*(trace[key] for key in ("context", "context_mask", "context_position_ids")))]
+    if schedule.guided:
+        conditions.append(transformer.unconditional())
+    cache = new_cache(
+        transformer,
+        rows=trace.images * len(conditions),
+        length=schedule.cached_length,
+        scratch_length=schedule.scratch_length,
+    )
+    halves = [slice(i * trace.images, (i + 1) * trace.images) for i in range(len(conditions))]
+    prefixes = [prefill(transformer, condition, cache, rows) for condition, rows in zip(conditions, halves, strict=True)]
+    sampler = GeneratorSampler([trace.seed], images_per_seed=trace.images)
+    state = GenerationState(transformer, model.quantizer, schedule, sampler, prefixes, cache, Owner())
     hidden: list[Tensor] = []
-    hook = model.transformer.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    f_hats: list[Tensor] = []
+    hook = transformer.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     try:
-        outputs = list(generate(model.transformer, model.quantizer, model.stages, halves, draws, trace.settings))
+        for stage in schedule:
+            run_scale(state, stage)
+            f_hats.append(state.f_hat.clone())
     finally:
         hook.remove()
-    return Run([output.indices for output in outputs], [output.f_hat for output in outputs], hidden)
+    assert torch.equal(finish(state), f_hats[-1])
+    return Run(state.indices, f_hats, hidden)
 
 
 @every_run

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hart_infer import HartPipeline, PromptEmbeds
-from hart_infer.generation.sampling import Draws
+from hart_infer.generation.sampling import GeneratorSampler
 
 from .data import golden
 from .recorded import load_trace, relative
@@ -24,8 +24,8 @@ def call(checkpoint, name, monkeypatch, **options):
     pipe.set_progress_bar_config(disable=True)
     trace = load_trace(checkpoint, name)
     codes = []
-    multinomial = Draws.multinomial
-    monkeypatch.setattr(Draws, "multinomial", lambda self, rows: codes.append(multinomial(self, rows)) or codes[-1])
+    multinomial = GeneratorSampler.multinomial
+    monkeypatch.setattr(GeneratorSampler, "multinomial", lambda self, rows: codes.append(multinomial(self, rows)) or codes[-1])
     settings = trace.settings
     output = pipe(
         prompt_embeds=PromptEmbeds(trace["context"], trace["context_mask"]),

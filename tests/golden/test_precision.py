@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from hart_infer.generation.residual import sample_residual
+
 from . import naive
 from .recorded import (
     FED,
     HARD,
     Model,
-    Recorded,
+    RecordedNoise,
     Trace,
     both_halves,
     feed_transformer,
@@ -77,8 +79,8 @@ def ours(model: Model, trace: Trace, part: str, dtype: torch.dtype) -> list[Tens
         return [model.transformer.head(trace.at(scale, "hidden").to(dtype), modulation) for scale in SCALES[part]]
     condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1)).to(dtype)
     guidance = trace["diffusion.cfg"].item()
-    sample = model.transformer.diffusion.sample(
-        condition, images=trace.images, guidance=guidance, steps=8, draws=Recorded(trace)
+    sample = sample_residual(
+        model.transformer.diffusion, condition, guidance=guidance, num_inference_steps=8, noise=RecordedNoise(trace)
     )
     return [sample.flatten(0, 1)]
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hart_infer.models.text import TextEncoder, system_prompt
+from hart_infer.checkpoints.text_encoder import load_text_encoder
+from hart_infer.models.text import system_prompt
 
 from .data import TEXT_ENCODERS, golden, golden_root
 from .recorded import FED, relative
@@ -29,7 +30,7 @@ def load(name):
     path = golden(name) / "trace.safetensors"
     with safe_open(path, "pt") as file:
         prompts = json.loads(file.metadata()["prompts"])
-    return TextEncoder.from_pretrained(golden(name), torch_dtype=torch.float32), prompts, load_file(path)
+    return load_text_encoder(golden(name), dtype=torch.float32), prompts, load_file(path)
 
 
 def key(limit, system, what):

@@ -75,7 +75,7 @@ def sampling() -> None:
     """With and without guidance, filters and mixing; small codebooks and the largest."""
     seeds, offset = (torch.tensor([n]).cuda() for n in (7, 1))
     for rows, top_k, top_p, mixes in itertools.product((1, 2), (0, 5), (0.0, 0.9), (False, True)):
-        options = {"guidance": 2.0, "top_k": top_k, "top_p": top_p, "gain": 1.5, "temperature": 0.1, "mixes": mixes}
+        options = {"guidance": 2.0, "top_k": top_k, "top_p": top_p, "logit_gain": 1.5, "temperature": 0.1, "more_smooth": mixes}
         ops.guided_sample(rand(rows, 19, 500), rand(500, 12), seeds, offset, **options)
     for codes, dtype in ((16384, torch.float32), (4096, torch.bfloat16)):
         ops.guided_sample(rand(2, 3, codes, dtype=dtype), rand(codes, 32), seeds, offset, **options)

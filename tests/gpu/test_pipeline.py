@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from hart_infer import HartPipeline, ops
-from hart_infer.generation.schedule import build_schedule
-from hart_infer.models.parts.cache import KVCache
-from hart_infer.models.parts.diffusion import diffusion_schedule
-from hart_infer.models.parts.rope import image_table
+from hart_infer.generation.next_scale import new_cache
+from hart_infer.generation.residual import denoise, diffusion_schedule
+from hart_infer.generation.schedule import hart_schedule
 from hart_infer.ops.registry import OPS, Where, use_backend
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -103,7 +102,7 @@ def test_a_replayed_graph_equals_eager(dtype, part):
 def test_a_replayed_draw_takes_a_new_seed_and_offset():
     logits, codebook = torch.randn(2, 9, 500, device="cuda"), torch.randn(500, 16, device="cuda")
     seed, offset = (torch.tensor([n], device="cuda") for n in (3, 0))
-    options = {"guidance": 2.0, "top_k": 50, "top_p": 0.9, "gain": 1.5, "temperature": 0.1, "mixes": True}
+    options = {"guidance": 2.0, "top_k": 50, "top_p": 0.9, "logit_gain": 1.5, "temperature": 0.1, "more_smooth": True}
 
     def run() -> Tensor:
         return ops.guided_sample(logits, codebook, seed, offset, **options)[1]
@@ -132,7 +131,7 @@ def _diffusion_step(pipe: HartPipeline) -> Callable[[], Tensor]:
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return diffusion.step(x, step, embedded, 3.0, noise)
+        return denoise(diffusion, x, step, embedded, 3.0, noise)
 
     return run
 
@@ -158,23 +157,24 @@ def _scale(pipe: HartPipeline, place: int = -2) -> Callable[[], Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda", dtype=transformer.dtype)
 
-    stages = build_schedule(
+    schedule = hart_schedule(
         config.patch_nums,
         context_tokens=config.context_token,
         share_quant_resi=pipe.autoencoder.config.share_quant_resi,
     )
-    stage = stages[place]
-    cache = KVCache(config, stages, rows=2, dtype=transformer.dtype, device=transformer.device)
+    stage = schedule.stages[place]
+    cache = new_cache(transformer, rows=2, length=schedule.cached_length, scratch_length=schedule.scratch_length)
     cache.keys.copy_(random(*cache.keys.shape))
     cache.values.copy_(random(*cache.values.shape))
     x = random(2, stage.length, config.embed_dim)
     mask = torch.ones(2, config.context_token, dtype=torch.bool, device="cuda")
-    modulation = transformer.modulate(transformer.embed_context(random(2, config.context_token, config.context_dim)), mask)
-    positions = torch.full((2,), config.context_token - 1, device="cuda")
-    table = image_table(stage.side, config.patch_nums[-1], positions, config.head_dim, transformer.dtype)
+    context = random(2, config.context_token, config.context_dim)
+    condition = transformer.condition(context, mask, mask.long().cumsum(dim=1) - 1)
+    table = transformer.image_table(stage.side, condition.shift)
+    where = cache.at(stage.offset, stage.length, cached=stage.cached)
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return transformer(x, modulation, table, cache, stage)
+        return transformer(x, condition.modulation, table, where)
 
     return run

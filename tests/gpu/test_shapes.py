@@ -56,7 +56,7 @@ def compare(name: str, found: Tensor, reference: Tensor, exact: Tensor) -> None:
 
 def check(calls: Any, name: str, model: str, device: str, rows: int) -> None:
     """A kernel against PyTorch's error in bf16, which the same call in fp32 tells."""
-    shapes = calls.dataclasses.replace(calls.MODELS[model], rows=rows)
+    shapes = calls.dataclasses.replace(calls.shapes_of(model), rows=rows)
     arguments, options = calls.CASES[name](calls.Inputs(shapes, device, torch.bfloat16))
     found = results(name, arguments, options)
     with use_backend("torch"):

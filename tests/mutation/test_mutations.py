@@ -16,7 +16,7 @@ from tests.csrc.build import obstacle
 from tests.mutation.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "models", "data", "mutation", "references", "pictures", "results")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "hart-mini", "data", "mutation", "references", "pictures", "results")
 each = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
 
 
@@ -33,7 +33,7 @@ def lacks(mutation: Mutation) -> str | None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source tree, with `kernels/` where installing puts it."""
     folder = tmp_path_factory.mktemp("mutated")
-    for name in ("hart_infer", "csrc", "tests", "benchmarks", "docs"):
+    for name in ("hart_infer", "csrc", "tests", "benchmarks", "tools", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
     shutil.copytree(ROOT / "kernels", folder / "hart_infer" / "kernels", ignore=LEFT_OUT)
     shutil.copy(ROOT / "pyproject.toml", folder)

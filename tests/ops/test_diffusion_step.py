@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hart_infer import ops
-from hart_infer.models.parts.diffusion import diffusion_schedule
+from hart_infer.generation.residual import diffusion_schedule
 from hart_infer.ops.registry import use_backend
 from tests.ops.checks import check, strided
 

@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 
 from hart_infer import ops
-from hart_infer.errors import BackendError, InputError, WeightsError
-from hart_infer.generation.sampling import Draws, Settings, check_codes, filter_logits, sample_scale
-from hart_infer.generation.schedule import build_schedule
+from hart_infer.errors import BackendError, WeightsError
+from hart_infer.generation.sampling import PhiloxSampler
+from hart_infer.generation.schedule import Settings, hart_schedule
+from hart_infer.ops.logits import filter_logits
 from hart_infer.ops.philox import philox
 from hart_infer.ops.registry import use_backend
+from hart_infer.pipelines import next_scale
 from tests.ops.checks import check, every_dtype, strided
 
 pytest.importorskip("triton")
-OPTIONS: dict[str, Any] = {"guidance": 2.5, "top_k": 9, "top_p": 0.0, "gain": 1.3, "temperature": 0.4, "mixes": True}
+OPTIONS: dict[str, Any] = {
+    "guidance": 2.5,
+    "top_k": 9,
+    "top_p": 0.0,
+    "logit_gain": 1.3,
+    "temperature": 0.4,
+    "more_smooth": True,
+}
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
@@ -32,7 +41,7 @@ def exact(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor, optio
         words = philox((code, token, offset & 0xFFFFFFFF, offset >> 32), seed)
         noise.append([-(-(((word >> 9).double() + 0.5) * 2**-23).log()).log() for word in words[:2]])
     race, mixing = (torch.stack(part) for part in zip(*noise, strict=True))
-    weights = ((x * options["gain"] + mixing) / options["temperature"]).softmax(-1)
+    weights = ((x * options["logit_gain"] + mixing) / options["temperature"]).softmax(-1)
     return (x + race).argmax(-1), weights @ codebook.double()
 
 
@@ -69,7 +78,7 @@ def test_kernel_and_reference_draw_alike_and_mix_as_exactly(shape, changes, dtyp
 def test_without_mixing_the_code_comes_as_itself(backend):
     given = inputs(2, 5, 50, 4)
     with use_backend(backend):
-        indices, embeddings = ops.guided_sample(*given, **OPTIONS | {"mixes": False})
+        indices, embeddings = ops.guided_sample(*given, **OPTIONS | {"more_smooth": False})
         mixed, _ = ops.guided_sample(*given, **OPTIONS)
     assert torch.equal(indices, mixed) and torch.equal(embeddings, given[1][indices])
 
@@ -121,7 +130,7 @@ def test_an_image_depends_on_its_seed_and_on_the_offset_alone(backend):
 def test_codes_are_drawn_with_their_probabilities_and_apart_from_the_mixture():
     """Chi-square of 20 000 draws, and of the pairs of a drawn code and the heaviest of its mixture."""
     row = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -8.0])
-    options = OPTIONS | {"top_k": 6, "gain": 1.0, "temperature": 1e-3}
+    options = OPTIONS | {"top_k": 6, "logit_gain": 1.0, "temperature": 1e-3}
     indices, weights = ops.guided_sample(
         row.expand(1, 20000, 7), torch.eye(7), torch.tensor([11]), torch.tensor([3]), **options
     )
@@ -141,7 +150,7 @@ def test_logits_without_a_softmax_are_flagged_and_stay_alone(value, backend):
     logits[0, 1, 49], logits[0, 2] = value, -torch.inf
     for mixes in (True, False):
         with use_backend(backend):
-            indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS | {"mixes": mixes})
+            indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS | {"more_smooth": mixes})
         assert (indices == -1).tolist() == [[False, True, True, False]]
         assert embeddings.isnan().all(-1).tolist() == [[False, True, True, False]]
         assert embeddings.isfinite().all(-1).tolist() == [[True, False, False, True]]
@@ -169,52 +178,38 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.fixture
-def on_cuda() -> Draws:
-    """Draws as a CUDA device makes them, on a machine without one."""
-    draws = Draws([3, 2**64 - 1], "cpu")
-    draws.device = torch.device("cuda")
-    return draws
+def sampler() -> PhiloxSampler:
+    """As a CUDA device draws, on a machine without one."""
+    return PhiloxSampler([3, 2**64 - 1], torch.device("cpu"))
 
 
 @both_backends
 @pytest.mark.parametrize("more_smooth", [False, True])
-def test_a_scale_on_a_gpu_is_this_operation(on_cuda, more_smooth, backend):
-    stage = build_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4, top_k=7)[2]
+def test_a_scale_on_a_gpu_is_this_operation(sampler, more_smooth, backend):
+    settings = Settings(guidance_scale=3.0, top_k=7, top_p=0.9, more_smooth=more_smooth)
+    stage = hart_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4, settings=settings).stages[2]
     logits, codebook, _, _ = inputs(2, 9, 50, 4)
-    settings = Settings(guidance_scale=3.0, top_p=0.9, more_smooth=more_smooth)
     with use_backend(backend):
-        found = sample_scale(logits, codebook, stage, on_cuda, settings)
+        found = sampler.draw(logits, codebook, stage)
     expected = ops.guided_sample(
         logits, codebook, torch.tensor([3, -1]), torch.tensor([2]),
-        guidance=2.0, top_k=7, top_p=0.9, gain=5 / 3, temperature=0.27 * (1 - 0.95 * 2 / 3), mixes=more_smooth,
+        guidance=2.0, top_k=7, top_p=0.9, logit_gain=5 / 3, temperature=0.27 * (1 - 0.95 * 2 / 3), more_smooth=more_smooth,
     )  # fmt: skip
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_is_asked_for_failed_codes_in_the_end(on_cuda):
-    check_codes(torch.tensor([[0, 4]]), on_cuda)
+def test_a_gpu_is_asked_for_failed_codes_in_the_end(sampler):
+    sampler.check(torch.tensor([[0, 4]]))
     with pytest.raises(WeightsError, match="not finite"):
-        check_codes(torch.tensor([[0, -1]]), on_cuda)
-
-
-def test_a_recorded_batch_is_replayed_on_the_cpu():
-    with pytest.raises(InputError, match="replayed with draws on the CPU"):
-        Draws([7], "cuda", images_per_seed=3)
+        sampler.check(torch.tensor([[0, -1]]))
 
 
 def test_a_gpu_s_draws_make_whole_pictures(pipe, monkeypatch):
-    """As a GPU would draw, with the residual left out: its noise needs a generator on the GPU."""
-    made, head = Draws.__init__, pipe.transformer.head.forward
-
-    def on_cuda(self, seeds, device):
-        made(self, seeds, device)
-        self.device = torch.device("cuda")
-
-    monkeypatch.setattr(Draws, "__init__", on_cuda)
-    options = {"num_inference_steps": 0, "output_type": "latent"}
+    head = pipe.transformer.head.forward
+    monkeypatch.setattr(next_scale, "make_sampler", lambda seeds, device: PhiloxSampler(seeds, device))
     both, first, other = (
-        pipe("a cat", seed=seed, num_images_per_prompt=n, **options).images for seed, n in ((3, 2), (3, 1), (4, 1))
+        pipe("a cat", seed=seed, num_images_per_prompt=n, output_type="latent").images for seed, n in ((3, 2), (3, 1), (4, 1))
     )
     assert both.isfinite().all() and torch.equal(both, torch.cat([first, other])) and not torch.equal(first, other)
     scales = iter(range(99))
@@ -225,5 +220,5 @@ def test_a_gpu_s_draws_make_whole_pictures(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.transformer.head, "forward", broken)
     with pytest.raises(WeightsError, match="not finite"):
-        pipe("a cat", seed=3, **options)
+        pipe("a cat", seed=3)
     assert next(scales) == len(pipe.transformer.config.patch_nums), "asked once, in the end"

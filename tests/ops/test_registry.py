@@ -149,7 +149,7 @@ def test_compilers_know_every_operation():
     rows, row, width = torch.randn(3, 8), torch.randn(1, 1, 8), torch.randn(8)
     step = {"guidance": 1.5, "x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
     step |= {"log_variance_min": -3.0, "log_variance_max": -1.0, "adds_noise": True}
-    drawn = {"guidance": 1.5, "top_k": 4, "top_p": 0.9, "gain": 1.2, "temperature": 0.3, "mixes": True}
+    drawn = {"guidance": 1.5, "top_k": 4, "top_p": 0.9, "logit_gain": 1.2, "temperature": 0.3, "more_smooth": True}
     calls = {
         "add_rms_norm": ((rows, rows + 1, width, 1e-6), {}),
         "attention": ((q, k, v), {"scale": 0.3, "multiplicity": 3, "ranges": [0, 1, 2, 5]}),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hart_infer import HartPipeline, InputError, PromptEmbeds
-from hart_infer.pipelines.arguments import MAX_SEED, check_float, check_int, check_prompts, check_size, seeds_for
+from hart_infer.pipelines.arguments import seeds_for
+from hart_infer.pipelines.checks import MAX_SEED, check_float, check_int, check_prompts, check_size
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -91,7 +92,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
         for size in (31, 64, 0, -32, "32", True, [32])
     ),
     *(
-        ({"num_images_per_prompt": bad}, "num_images_per_prompt must be a whole number 1 or more")
+        ({"num_images_per_prompt": bad}, "num_images_per_prompt must be a whole number of 1 or more")
         for bad in (0, -1, 1.0, "1", None, True, NAN)
     ),
     *(
@@ -150,7 +151,7 @@ def test_an_unknown_reconstruction_is_refused(pipe: HartPipeline, mode: Any) -> 
 
 @pytest.mark.parametrize("tile", [7, 0, -1, 8.0, "8", True])
 def test_a_bad_tile_is_refused(pipe: HartPipeline, tile: Any) -> None:
-    rejected(lambda: pipe.enable_decoder_tiling(tile), "tile must be a whole number 8 or more")
+    rejected(lambda: pipe.enable_decoder_tiling(tile), "tile must be a whole number of 8 or more")
 
 
 def test_without_a_text_encoder_only_embeddings_will_do(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +191,8 @@ def test_numbers_of_every_kind(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [np.bool_(True), np.array([3]), torch.tensor(3), 3j])
 def test_what_looks_like_a_number_is_none(value: Any) -> None:
-    rejected(lambda: check_int(value, "n", 0), "n must be a whole number 0 or more")
-    rejected(lambda: check_float(value, "x", 0), "x must be a number 0 or more")
+    rejected(lambda: check_int(value, "n", 0), "n must be a whole number of 0 or more")
+    rejected(lambda: check_float(value, "x", 0), "x must be a number of 0 or more")
 
 
 @pytest.mark.parametrize("size", [None, 512, 1024])

@@ -9,8 +9,9 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hart_infer import HartOutput, HartPipeline, InputError, OutOfMemoryError, PromptEmbeds, Step
-from hart_infer.generation import next_scale as generation
-from hart_infer.generation.next_scale import ScaleOutput
+from hart_infer.engine.next_scale import Engine
+from hart_infer.generation.schedule import Stage
 from hart_infer.models.parts import tiling
 from hart_infer.models.parts.cache import KVCache
-from hart_infer.pipelines import hart as pipeline_module
 from tests.golden.data import REPOSITORY
 
 SIDES = (1, 2, 3, 4, 6, 8)  # of hart-tiny
@@ -34,17 +34,27 @@ CHANNELS, PIXELS = 8, 32
 HARD = 2e-4  # relative to the largest entry: the issue's bound on how rounding grows in a run without `more_smooth`
 
 
+@dataclass(frozen=True)
+class Scale:
+    """One scale that was generated."""
+
+    stage: Stage
+    indices: Tensor  # [B, p * p]
+    f_hat: Tensor  # [B, C, P, P]
+
+
 @pytest.fixture
-def scales(monkeypatch: pytest.MonkeyPatch) -> list[ScaleOutput]:
+def scales(monkeypatch: pytest.MonkeyPatch) -> list[Scale]:
     """Every scale that any pipeline generates, code indices included."""
-    seen: list[ScaleOutput] = []
+    seen: list[Scale] = []
+    run_scale = Engine.run_scale
 
-    def spy(*args: Any, **kwargs: Any) -> Iterator[ScaleOutput]:
-        for scale in generation.generate_images(*args, **kwargs):
-            seen.append(scale)
-            yield scale
+    def spy(self: Engine, states: Any, stage: Stage) -> None:
+        run_scale(self, states, stage)
+        indices, f_hat = (torch.cat(parts) for parts in zip(*((s.indices[-1], s.f_hat) for s in states), strict=True))
+        seen.append(Scale(stage, indices, f_hat))
 
-    monkeypatch.setattr(pipeline_module, "generate_images", spy)
+    monkeypatch.setattr(Engine, "run_scale", spy)
     return seen
 
 
@@ -54,9 +64,9 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
     seen: list[StorageWeakRef] = []
     allocate = KVCache.__init__
 
-    def spy(self: KVCache, config: Any, stages: Any, **kwargs: Any) -> None:
-        allocate(self, config, stages, **kwargs)
-        if len(stages) > 1:
+    def spy(self: KVCache, **kwargs: Any) -> None:
+        allocate(self, **kwargs)
+        if kwargs.get("scratch_length"):
             seen.append(StorageWeakRef(self.keys.untyped_storage()))
 
     monkeypatch.setattr(KVCache, "__init__", spy)
@@ -81,7 +91,7 @@ def relative(given: Tensor, expected: Tensor) -> float:
     return ((given - expected).abs().max() / expected.abs().max()).item()
 
 
-def indices_of(scales: list[ScaleOutput]) -> Tensor:
+def indices_of(scales: list[Scale]) -> Tensor:
     """All scales' codes [B, tokens]."""
     return torch.cat([scale.indices for scale in scales], dim=1)
 
@@ -216,7 +226,7 @@ def test_a_seed_reproduces_in_another_process(pipe: HartPipeline, hart_tiny: Pat
     ids=lambda o: ",".join(o),
 )
 def test_an_image_does_not_depend_on_its_batch(
-    pipe: HartPipeline, scales: list[ScaleOutput], more_smooth: bool, options: dict[str, Any]
+    pipe: HartPipeline, scales: list[Scale], more_smooth: bool, options: dict[str, Any]
 ) -> None:
     prompts = ["a cat", "a photo of a fox", "zz"]
     batch = pipe(prompts, num_images_per_prompt=2, seed=5, output_type="latent", more_smooth=more_smooth, **options)
@@ -250,7 +260,7 @@ def test_without_guidance_half_the_rows_run(pipe: HartPipeline) -> None:
     assert rows_run(pipe, guidance_scale=0, negative_prompt="ugly") == 2
 
 
-def test_no_guidance_is_the_limit_of_little_guidance(pipe: HartPipeline, scales: list[ScaleOutput]) -> None:
+def test_no_guidance_is_the_limit_of_little_guidance(pipe: HartPipeline, scales: list[Scale]) -> None:
     none = latent(pipe, guidance_scale=0, more_smooth=False)
     codes = indices_of(scales)
     scales.clear()
@@ -290,19 +300,18 @@ def test_every_prompt_gets_its_own_negative_one(pipe: HartPipeline) -> None:
 
 def test_the_kept_unconditional_context_survives(pipe: HartPipeline) -> None:
     before = latent(pipe)
-    kept = pipe._unconditional
-    assert kept is not None
+    kept = pipe.engine.unconditional()
     keys = kept.keys.clone()
     latent(pipe, negative_prompt="ugly")
     latent(pipe, ["a", "b"], num_images_per_prompt=2)
     latent(pipe, guidance_scale=0)
-    assert pipe._unconditional is kept
+    assert pipe.engine.unconditional() is kept
     assert torch.equal(kept.keys, keys)
     assert torch.equal(latent(pipe), before)
 
 
 @pytest.mark.parametrize("more_smooth", [True, False])
-def test_no_steps_leave_the_residual_out(pipe: HartPipeline, scales: list[ScaleOutput], more_smooth: bool) -> None:
+def test_no_steps_leave_the_residual_out(pipe: HartPipeline, scales: list[Scale], more_smooth: bool) -> None:
     latent(pipe, num_inference_steps=8, more_smooth=more_smooth)
     with_residual, codes = scales[-1].f_hat, indices_of(scales)
     scales.clear()
@@ -312,12 +321,11 @@ def test_no_steps_leave_the_residual_out(pipe: HartPipeline, scales: list[ScaleO
     if not more_smooth:  # the codes alone make up the latent
         quantizer, f_hat = pipe.autoencoder.quantizer, torch.zeros(1, CHANNELS, SIDES[-1], SIDES[-1])
         for scale in scales:
-            embedding = quantizer.embed(scale.indices)
-            f_hat = f_hat + (embedding if scale.stage.phi is None else quantizer.enlarge(embedding, scale.stage.phi))
+            f_hat = f_hat + quantizer.contribution(quantizer.embed(scale.indices), scale.stage.phi)
             assert torch.equal(scale.f_hat, f_hat)
 
 
-def test_the_steps_only_change_the_residual(pipe: HartPipeline, scales: list[ScaleOutput]) -> None:
+def test_the_steps_only_change_the_residual(pipe: HartPipeline, scales: list[Scale]) -> None:
     few, many = latent(pipe, num_inference_steps=2), latent(pipe, num_inference_steps=20)
     first, second = scales[: len(SIDES)], scales[len(SIDES) :]
     assert torch.equal(indices_of(first), indices_of(second))
@@ -326,7 +334,7 @@ def test_the_steps_only_change_the_residual(pipe: HartPipeline, scales: list[Sca
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
-def test_the_best_code_only_needs_no_seed(pipe: HartPipeline, scales: list[ScaleOutput], options: dict[str, Any]) -> None:
+def test_the_best_code_only_needs_no_seed(pipe: HartPipeline, scales: list[Scale], options: dict[str, Any]) -> None:
     latent(pipe, seed=[1, 2], num_images_per_prompt=2, more_smooth=False, **options)
     assert torch.equal(*indices_of(scales).split(1))
 
@@ -450,7 +458,7 @@ def test_ctrl_c_before_the_unconditional_context_is_kept_keeps_none_of_it(own: H
         own("a cat")
     hook.remove()
     interrupted = latent(own)
-    own.to("cpu")  # encodes the unconditional context anew
+    own.engine.clear()  # the unconditional context is encoded anew
     assert torch.equal(latent(own), interrupted)
 
 
@@ -625,7 +633,10 @@ def devices(pipe: HartPipeline) -> set[str]:
         ((), {"dtype": torch.bfloat16}, "cpu", torch.bfloat16),
     ],
 )
-def test_to_moves_and_casts(own: HartPipeline, args: Any, kwargs: Any, device: str, dtype: torch.dtype) -> None:
+def test_to_moves_and_casts(
+    own: HartPipeline, args: Any, kwargs: Any, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hart_infer.pipelines.base.check_device", torch.device)  # a device of another kind, on this machine
     assert own.to(*args, **kwargs) is own
     assert devices(own) == {device}
     assert dtypes(own) == {dtype}
@@ -639,6 +650,9 @@ def test_to_moves_and_casts(own: HartPipeline, args: Any, kwargs: Any, device: s
         (torch.float64, r"not torch.float64\.$"),
         (torch.complex64, r"not torch.complex64\.$"),
         ("nope", r"'nope' is not a device; .*\.$"),
+        ("meta", r"'meta' is not a device that hart_infer runs on; cpu, cuda, mps are\.$"),
+        ("xpu", r"'xpu' is not a device that hart_infer runs on; "),
+        ("vulkan", r"'vulkan' is not a device that hart_infer runs on; "),
         ("cuda:99", r"cuda:99 is not here: torch .* sees .* CUDA devices\.$"),
     ],
 )
@@ -749,9 +763,75 @@ def test_a_batch_is_decoded_one_by_one_on_the_cpu(pipe: HartPipeline, monkeypatc
     assert torch.equal(together[1:], pipe("b", seed=4, output_type="pt").images)
 
 
-@pytest.mark.parametrize(("device", "limit", "together"), [("cpu", 8, 1), ("cuda", 8, 8), ("mps", 1, 1), ("cuda", 0, 1)])
-def test_elsewhere_images_go_together(device: str, limit: int, together: int) -> None:
-    assert generation.images_at_once(torch.device(device), limit) == together
+@pytest.mark.parametrize(
+    ("device", "reproducible", "limit", "together"),
+    [
+        ("cpu", None, 8, 1),
+        ("cpu", True, 8, 1),
+        ("cpu", False, 8, 8),
+        ("cuda", None, 8, 8),
+        ("cuda", True, 8, 1),
+        ("mps", None, 1, 1),
+        ("cuda", None, 0, 1),
+    ],
+)
+def test_how_many_images_go_together(
+    own: HartPipeline, monkeypatch: pytest.MonkeyPatch, device: str, reproducible: bool | None, limit: int, together: int
+) -> None:
+    monkeypatch.setattr(type(own), "device", torch.device(device))
+    assert own._together(reproducible, limit) == together
+
+
+def test_a_batch_may_go_together_on_the_cpu(pipe: HartPipeline, scales: list[Scale]) -> None:
+    """Not to the bit what each is alone, but its codes where nothing is near a tie."""
+    options = {"seed": [4, 5, 6], "more_smooth": False, "negative_prompt": ["x", "y", "z"]}
+    alone = latent(pipe, ["a", "b", "c"], **options)
+    codes = indices_of(scales)
+    scales.clear()
+    together = latent(pipe, ["a", "b", "c"], reproducible=False, **options)
+    assert rows_run_together(scales) == 3
+    assert torch.equal(indices_of(scales), codes)
+    assert relative(together, alone) <= HARD
+
+
+def rows_run_together(scales: list[Scale]) -> int:
+    return len(scales[-1].indices)
+
+
+def test_several_images_of_several_prompts_go_together(pipe: HartPipeline) -> None:
+    """Each prompt is encoded once, and its rows repeated."""
+    options = {"num_images_per_prompt": 2, "more_smooth": False}
+    alone, together = (latent(pipe, ["a", "b"], reproducible=r, **options) for r in (True, False))
+    assert relative(together, alone) <= HARD
+    one_by_one = latent(pipe, ["a", "a", "b", "b"], reproducible=False, more_smooth=False)
+    assert relative(together, one_by_one) <= HARD
+
+
+# Weights that change.
+
+
+def change(pipe: HartPipeline, how: str) -> None:
+    """Other weights, in the ways in which weights change."""
+    weight = pipe.transformer.blocks[0].mlp.gate.weight
+    if how == "in place":
+        with torch.no_grad():
+            weight.mul_(1.5)
+    elif how == "loaded":
+        state = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+        state["blocks.0.mlp.gate.weight"] *= 1.5
+        pipe.transformer.load_state_dict(state)
+    else:
+        weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("how", ["in place", "loaded", "assigned"])
+def test_the_kept_unconditional_context_does_not_outlive_the_weights(own: HartPipeline, how: str) -> None:
+    before = latent(own)
+    change(own, how)
+    changed = latent(own)
+    own.engine.clear()
+    assert torch.equal(latent(own), changed)
+    assert not torch.equal(changed, before)
 
 
 # Image to tokens and back.

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from hart_infer.generation.next_scale import prefill
-from hart_infer.generation.schedule import build_schedule
-from hart_infer.models.next_scale import Transformer
+from hart_infer.generation.next_scale import new_cache
+from hart_infer.generation.residual import LATENT_SCALE
+from hart_infer.generation.schedule import hart_schedule
+from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
-from hart_infer.models.parts.cache import KVCache
-from hart_infer.models.parts.diffusion import LATENT_SCALE
-from hart_infer.models.parts.rope import image_table
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
 
@@ -35,11 +33,11 @@ def parts(recipe):
     from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
 
     torch.manual_seed(0)
-    transformer = Transformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    transformer = HartTransformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
     autoencoder = Autoencoder(AUTOENCODER)
-    stages = build_schedule(
+    stages = hart_schedule(
         TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
-    )
+    ).stages
     return transformer, autoencoder, stages
 
 
@@ -54,16 +52,18 @@ def test_teacher_forcing_is_the_cached_generation(parts):
     inputs = [torch.randn(2, transformer.diffusion.channels, s.side, s.side) for s in stages[1:]]
     with torch.no_grad():
         found, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
-        before, hidden = prefill(transformer, context, mask, position_ids, stages[0])
-        cache = KVCache(TRANSFORMER, stages, rows=2, dtype=torch.float32, device=torch.device("cpu"))
-        cache.keys[:, :, :, :CONTEXT_TOKENS], cache.values[:, :, :, :CONTEXT_TOKENS] = before.keys, before.values
-        expected = [hidden[:, -1:]]
-        for stage, latent in zip(stages[1:], inputs, strict=True):
-            table = image_table(stage.side, stages[-1].side, position_ids[:, -1], TRANSFORMER.head_dim, torch.float32)
-            expected.append(transformer(transformer.embed_tokens(latent, stage.index), before.modulation, table, cache, stage))
+        condition = transformer.condition(context, mask, position_ids)
+        length = sum(stage.length for stage in stages)
+        cache = new_cache(transformer, rows=2, length=length)
+        places = [cache.at(stage.offset, stage.length) for stage in stages]
+        expected = [transformer(condition.inputs, condition.modulation, condition.table, places[0])[:, -1:]]
+        for stage, latent, place in zip(stages[1:], inputs, places[1:], strict=True):
+            table = transformer.image_table(stage.side, condition.shift)
+            x = transformer.embed_tokens(latent, stage.index)
+            expected.append(transformer(x, condition.modulation, table, place))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(modulation.head, before.modulation.head)
+    torch.testing.assert_close(modulation.head, condition.modulation.head)
 
 
 def test_every_parameter_learns(parts):

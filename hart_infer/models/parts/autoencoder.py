@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ..config import AutoencoderConfig
+from .checks import require, require_one_of, require_positive, require_rising
 from .layers import Conv2d
 from .quantizer import Quantizer, Tokens
 from .tiling import tiled
@@ -18,6 +19,34 @@ from .tiling import tiled
 NORM_EPS = 1e-6
 BLOCKS_PER_LEVEL = 2  # residual blocks of an encoder level; the decoder has one more
 Mode = Literal["discrete", "hybrid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The hybrid tokenizer: VQGAN encoder and decoder, multi-scale quantizer (paper section 3.1; `HARTAutoEncoderConfig`)."""
+
+    v_patch_nums: tuple[int, ...]
+    vocab_size: int = 4096
+    z_channels: int = 32
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    share_quant_resi: int = 4
+    quantizer_type: str = "var"
+    norm_groups: int = 32  # of the group norms; the released code has no such key, and 32
+
+    def __post_init__(self) -> None:
+        """Refuse values that no recorded data covers, or that nothing could hold."""
+        require_rising(self, "v_patch_nums")
+        require_positive(self, vocab_size=2**20, z_channels=2**12, ch=2**13, norm_groups=2**13)
+        fits = 0 < len(self.ch_mult) <= 8 and min(self.ch_mult) > 0 and max(self.ch_mult) <= 64
+        require(fits, f"ch_mult must have positive entries, at most 8 of at most 64, not {list(self.ch_mult)[:9]}.")
+        require_one_of(self, share_quant_resi=(0, 1, 4), quantizer_type=("var", "var_hybrid"))
+        require(self.ch % self.norm_groups == 0, f"ch must be a multiple of norm_groups {self.norm_groups}, not {self.ch}.")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell along a side."""
+        return int(2 ** (len(self.ch_mult) - 1))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -151,7 +180,12 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = _encoder(config)
         self.quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
-        self.quantizer = Quantizer(config)
+        self.quantizer = Quantizer(
+            vocab_size=config.vocab_size,
+            channels=config.z_channels,
+            patch_nums=config.v_patch_nums,
+            share_quant_resi=config.share_quant_resi,
+        )
         self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
         self.decoder = _decoder(config)
 

@@ -2,66 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...generation.schedule import Stage
 from ...ops.precision import widens
-from ..config import TransformerConfig
 
 
 class KVCache:
-    """Keys and values of every block for every scale but the last, whose own are needed only inside its block.
+    """Keys and values of every block for every scale that later ones attend to.
 
-    `keys`, `values`: [depth, rows, H, capacity, d]. The last scale attends to [cached, its own] through one scratch
-    pair [rows, H, capacity + last, d] that all blocks share. A cache of a single stage (the context's) holds that stage.
+    `keys`, `values`: [depth, R, H, length, d], of uninitialised memory until a scale writes it. A scale that is not cached
+    attends to [what is cached, its own] through one scratch pair [2, R, H, scratch_length, d] that all blocks share.
     """
 
     def __init__(
-        self, config: TransformerConfig, stages: Sequence[Stage], *, rows: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        depth: int,
+        rows: int,
+        num_heads: int,
+        head_dim: int,
+        length: int,
+        scratch_length: int = 0,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Allocate for the given stages; the memory is uninitialised until a scale writes it."""
-        self.capacity, self._scratch_length = _lengths(stages)
-        per_layer = (rows, config.num_heads, self.capacity, config.head_dim)
-        self.keys = torch.empty(config.depth, *per_layer, dtype=dtype, device=device)
+        self.keys = torch.empty(depth, rows, num_heads, length, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self._scratch: Tensor | None = None
+        scratch_dtype = torch.float32 if widens(self.keys, "attention") else dtype
+        self.scratch = self.keys.new_empty(2, rows, num_heads, scratch_length, head_dim, dtype=scratch_dtype)
 
     @staticmethod
-    def size_in_bytes(config: TransformerConfig, stages: Sequence[Stage], *, rows: int, itemsize: int) -> int:
-        """Bytes that a cache of `rows` rows takes, scratch included."""
-        capacity, scratch = _lengths(stages)
-        return 2 * rows * config.embed_dim * itemsize * (config.depth * capacity + scratch)
+    def size_in_bytes(*, depth: int, rows: int, width: int, length: int, scratch_length: int, itemsize: int) -> int:
+        """Bytes that a cache takes, scratch included (unless attention is widened); `width` is num_heads * head_dim."""
+        return 2 * rows * width * itemsize * (depth * length + scratch_length)
 
-    def slot(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Where this stage's keys and values of a block go: two [rows, H, stage.length, d] views to write into."""
-        keys, values = self._buffers(layer, stage)
-        end = stage.offset + stage.length
-        return keys[:, :, stage.offset : end], values[:, :, stage.offset : end]
-
-    def visible(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        """All that this stage attends to, earlier scales and itself: two [rows, H, offset + length, d] views."""
-        keys, values = self._buffers(layer, stage)
-        end = stage.offset + stage.length
-        if stage.is_last:
-            keys[:, :, : stage.offset].copy_(self.keys[layer])
-            values[:, :, : stage.offset].copy_(self.values[layer])
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _buffers(self, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        if not stage.is_last:
-            return self.keys[layer], self.values[layer]
-        if self._scratch is None:
-            _, rows, heads, _, head_dim = self.keys.shape
-            dtype = torch.float32 if widens(self.keys, "attention") else self.keys.dtype
-            self._scratch = self.keys.new_empty(2, rows, heads, self._scratch_length, head_dim, dtype=dtype)
-        return self._scratch[0], self._scratch[1]
+    def at(self, offset: int, length: int, *, cached: bool = True, rows: slice = slice(None)) -> Place:
+        """The place of a scale of `length` tokens behind `offset` cached ones, for some of the rows."""
+        return Place(self, offset, length, cached, rows)
 
 
-def _lengths(stages: Sequence[Stage]) -> tuple[int, int]:
-    """(positions kept per block, positions of the shared scratch)."""
-    last = stages[-1]
-    end = last.offset + last.length
-    return (last.offset, end) if last.is_last else (end, 0)
+@dataclass(frozen=True)
+class Place:
+    """Where one scale's keys and values go, and what it attends to."""
+
+    cache: KVCache
+    offset: int
+    length: int
+    cached: bool
+    rows: slice
+
+    def slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where the scale's own keys and values of a block go: two [R, H, length, d] views to write into."""
+        keys, values = self._buffers(layer)
+        return keys[:, :, self.offset :], values[:, :, self.offset :]
+
+    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All that the scale attends to, earlier ones and itself: two [R, H, offset + length, d] views."""
+        keys, values = self._buffers(layer)
+        if not self.cached:
+            keys[:, :, : self.offset].copy_(self.cache.keys[layer, self.rows, :, : self.offset])
+            values[:, :, : self.offset].copy_(self.cache.values[layer, self.rows, :, : self.offset])
+        return keys, values
+
+    def _buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Memory for what was cached before and the scale itself: [R, H, offset + length, d] each."""
+        end = self.offset + self.length
+        if not self.cached:
+            keys, values = self.cache.scratch.unbind(0)
+            return keys[self.rows, :, :end], values[self.rows, :, :end]
+        return self.cache.keys[layer, self.rows, :, :end], self.cache.values[layer, self.rows, :, :end]

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from ... import ops
 
 
+def weights_key(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes with every change of a module's weights that PyTorch counts: assignment, loading, operations in place.
+
+    What is written into `parameter.data` in place is not counted.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
 class RMSNorm(nn.Module):
     """RMS norm with a learned weight (released `LlamaRMSNorm`, named `ln_wo_grad` there although it has one)."""
 
@@ -106,7 +115,28 @@ class SinusoidEmbedding(nn.Module):
         return self.fc2(nn.functional.silu(self.fc1(features)))
 
 
-def guide(rows: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance of `rows` [2B, ...], conditional first: (1 + t) conditional - t unconditional [B, ...]."""
-    conditional, unconditional = rows.chunk(2)
-    return (1 + guidance) * conditional - guidance * unconditional
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), no biases (released `LlamaMLP`)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = Linear(width, hidden, bias=False)
+        self.up = Linear(width, hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu_tanh(fc1 x)) (released `FFN`)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...generation.schedule import phi_index
-from ..config import AutoencoderConfig
 from .layers import Conv2d
+
+
+def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
+    """Which of the K shared residual convolutions serves scale s: the tick nearest to s / (S - 1).
+
+    The K ticks run evenly from a to 1 - a, with a = 1/(3K) where K is 4, else 1/(2K). Which of two equally near ticks wins
+    is a matter of rounding, so the released expression is kept to the operation.
+    """
+    count = share_quant_resi or num_scales
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(margin, 1 - margin, count)
+    return int(np.argmin(np.abs(ticks - index / (num_scales - 1))))
 
 
 @dataclass(frozen=True)
@@ -26,24 +37,24 @@ class Tokens:
 class Quantizer(nn.Module):
     """Codebook [V, C] and the residual convolutions phi. Always computes in fp32."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, *, vocab_size: int, channels: int, patch_nums: Sequence[int], share_quant_resi: int) -> None:
         """As many convolutions as `share_quant_resi` says; 0 is one per scale."""
         super().__init__()
-        self.share = config.share_quant_resi
-        self.patch_nums = config.v_patch_nums
-        self.codebook = nn.Embedding(config.vocab_size, config.z_channels)
-        self.phi = nn.ModuleList(
-            Conv2d(config.z_channels, config.z_channels, 3, padding=1) for _ in range(self.share or len(self.patch_nums))
-        )
+        self.share = share_quant_resi
+        self.patch_nums = tuple(patch_nums)
+        self.codebook = nn.Embedding(vocab_size, channels)
+        self.phi = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(self.share or len(self.patch_nums)))
 
     def refine(self, latent: Tensor, phi: int) -> Tensor:
         """h / 2 + conv(h) / 2 for [B, C, P, P]."""
         return latent * 0.5 + self.phi[phi](latent) * 0.5
 
-    def enlarge(self, embedding: Tensor, phi: int) -> Tensor:
-        """One scale's `embedding` [B, C, p, p] resized bicubically to [B, C, P, P] and refined: what it adds to f_hat."""
+    def contribution(self, embedding: Tensor, phi: int | None) -> Tensor:
+        """What one scale's `embedding` [B, C, p, p] adds to f_hat [B, C, P, P]: resized bicubically, and refined by `phi`."""
         side = self.patch_nums[-1]
-        return self.refine(F.interpolate(embedding, size=(side, side), mode="bicubic"), phi)
+        if embedding.shape[-1] != side:
+            embedding = F.interpolate(embedding, size=(side, side), mode="bicubic")
+        return embedding if phi is None else self.refine(embedding, phi)
 
     @staticmethod
     def next_input(f_hat: Tensor, side: int) -> Tensor:
@@ -79,14 +90,14 @@ class Quantizer(nn.Module):
             indices.append(codes)
             embeddings.append(self.embed(codes))
             if index < len(self.patch_nums) - 1:
-                rest = rest - self.enlarge(embeddings[-1], self._phi(index))
+                rest = rest - self.contribution(embeddings[-1], self._phi(index))
         return Tokens(indices, embeddings, rest)
 
     def discrete(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Sum of all scales' codes [B, C, P, P]; here, unlike in generation, the last scale is refined as well."""
         f_hat = torch.zeros_like(embeddings[-1])
         for index, embedding in enumerate(embeddings):
-            f_hat = f_hat + self.enlarge(embedding, self._phi(index))
+            f_hat = f_hat + self.contribution(embedding, self._phi(index))
         return f_hat
 
     def inputs(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
@@ -94,7 +105,7 @@ class Quantizer(nn.Module):
         f_hat = torch.zeros_like(embeddings[-1])
         inputs = []
         for index, side in enumerate(self.patch_nums[1:]):
-            f_hat = f_hat + self.enlarge(embeddings[index], self._phi(index))
+            f_hat = f_hat + self.contribution(embeddings[index], self._phi(index))
             inputs.append(self.next_input(f_hat, side))
         return inputs
 

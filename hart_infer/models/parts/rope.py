@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+Table = tuple[Tensor, Tensor]  # cos, sin: [R, 1, L, d] each
 
 
-def context_table(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def context_table(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> Table:
     """cos, sin [R, 1, T, d] for context `position_ids` [R, T]: 1-D over all of d."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids.float()[..., None] * (1.0 / THETA**exponents)  # [R, T, d/2]
     return _table(torch.cat([angles, angles], dim=-1), dtype)
 
 
-def image_table(side: int, last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def image_table(side: int, last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> Table:
     """cos, sin [R, 1, side * side, d] for one scale.
 
     `last_position` [R] is each row's last context position id. Along d: row, row, column, column frequencies, so that
@@ -35,5 +36,5 @@ def image_table(side: int, last_side: int, last_position: Tensor, head_dim: int,
     return _table(torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1), dtype)
 
 
-def _table(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _table(angles: Tensor, dtype: torch.dtype) -> Table:
     return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]

@@ -1,131 +1,140 @@
-"""The key/value cache: every scale in its place, one scratch for the last, the size that was announced."""
+"""The key/value cache: every scale in its place, one scratch for those that are not cached, the size that was announced."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.generation.schedule import Stage, build_schedule
-from hart_infer.models.config import TransformerConfig
-from hart_infer.models.parts.cache import KVCache
+from hart_infer.generation.schedule import Schedule, Stage, hart_schedule
+from hart_infer.models.parts.cache import KVCache, Place
 from hart_infer.ops.precision import widens
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-SMALL = TransformerConfig(
-    patch_nums=(1, 2, 3), context_token=5, context_dim=8, embed_dim=16, num_heads=2, depth=3, disable_aln=True
-)
-RELEASED = TransformerConfig(
-    patch_nums=(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
-    context_token=300,
-    context_dim=1536,
-    embed_dim=1536,
-    num_heads=24,
-    depth=24,
-    disable_aln=True,
-)
 ROWS = 2
+SMALL = {"depth": 3, "num_heads": 2, "head_dim": 8}
+RELEASED = {"depth": 24, "num_heads": 24, "head_dim": 64}
+SCHEDULES = {
+    "small": hart_schedule((1, 2, 3), context_tokens=5, share_quant_resi=4),
+    "released": hart_schedule((1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64), context_tokens=300, share_quant_resi=4),
+}
 
 
-def schedule(config: TransformerConfig) -> tuple[Stage, ...]:
-    return build_schedule(config.patch_nums, context_tokens=config.context_token, share_quant_resi=4)
+def build(
+    schedule: Schedule,
+    sizes: dict[str, int],
+    *,
+    rows: int = ROWS,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> KVCache:
+    lengths: dict[str, Any] = {"length": schedule.cached_length, "scratch_length": schedule.scratch_length}
+    return KVCache(**sizes, rows=rows, **lengths, dtype=dtype, device=device)
 
 
-def poisoned(config: TransformerConfig = SMALL) -> KVCache:
+def poisoned() -> KVCache:
     """A cache whose fresh memory is NaN, so that reading what nothing wrote shows."""
-    cache = KVCache(config, schedule(config), rows=ROWS, dtype=torch.float32, device=CPU)
-    cache.keys.fill_(torch.nan)
-    cache.values.fill_(torch.nan)
+    cache = build(SCHEDULES["small"], SMALL)
+    for tensor in (cache.keys, cache.values, cache.scratch):
+        tensor.fill_(torch.nan)
     return cache
 
 
-def write(cache: KVCache, layer: int, stage: Stage) -> tuple[Tensor, Tensor]:
-    """Put random keys and values of a stage into a layer; returns them."""
-    slots = cache.slot(layer, stage)
-    written = tuple(torch.randn(ROWS, SMALL.num_heads, stage.length, SMALL.head_dim) for _ in slots)
+def place(cache: KVCache, stage: Stage, rows: slice = slice(None)) -> Place:
+    return cache.at(stage.offset, stage.length, cached=stage.cached, rows=rows)
+
+
+def write(where: Place, layer: int) -> tuple[Tensor, Tensor]:
+    """Put random keys and values of a scale into a layer; returns them."""
+    slots = where.slot(layer)
+    written = tuple(torch.randn(slot.shape) for slot in slots)
     for slot, tensor in zip(slots, written, strict=True):
         slot.copy_(tensor)
     return written  # type: ignore[return-value]
 
 
-def test_a_stage_sees_all_that_its_layer_wrote_and_nothing_else() -> None:
+def test_a_scale_sees_all_that_its_layer_wrote_and_nothing_else() -> None:
     cache = poisoned()
-    written: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(SMALL.depth)]
-    for stage, layer in itertools.product(schedule(SMALL), range(SMALL.depth)):
-        written[layer].append(write(cache, layer, stage))
+    written: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(3)]
+    for stage, layer in itertools.product(SCHEDULES["small"], range(3)):
+        written[layer].append(write(place(cache, stage), layer))
         expected = [torch.cat(parts, dim=2) for parts in zip(*written[layer], strict=True)]
-        for seen, wanted in zip(cache.visible(layer, stage), expected, strict=True):
-            assert seen.shape == (ROWS, SMALL.num_heads, stage.offset + stage.length, SMALL.head_dim)
+        for seen, wanted in zip(place(cache, stage).visible(layer), expected, strict=True):
+            assert seen.shape == (ROWS, 2, stage.offset + stage.length, 8)
             assert torch.equal(seen, wanted)
 
 
-def test_the_last_scale_is_not_kept() -> None:
-    cache = poisoned()
-    *earlier, last = schedule(SMALL)
-    for stage, layer in itertools.product(earlier, range(SMALL.depth)):
-        write(cache, layer, stage)
-    kept = cache.keys.clone(), cache.values.clone()
-    assert cache.keys.shape[3] == last.offset
-    for layer in range(SMALL.depth):
-        write(cache, layer, last)
-        cache.visible(layer, last)
-    assert torch.equal(cache.keys, kept[0])
-    assert torch.equal(cache.values, kept[1])
+@pytest.mark.parametrize("skipped", [1, 2])
+def test_a_scale_that_is_not_cached_is_not_kept(skipped: int) -> None:
+    """Whichever it is: the scales behind it see what was before it, and themselves."""
+    cache, offset = poisoned(), 0
+    seen: list[Tensor] = []
+    for index, length in enumerate((5, 4, 4)):
+        where = cache.at(offset, length, cached=index != skipped)
+        keys, _ = write(where, 0)
+        assert torch.equal(where.visible(0)[0], torch.cat([*seen, keys], dim=2))
+        if index != skipped:
+            seen.append(keys)
+            offset += length
+    assert torch.equal(cache.keys[0, :, :, :offset], torch.cat(seen, dim=2))
+
+
+def test_some_of_the_rows_are_written_and_seen() -> None:
+    """Every second one, and the first half: where guidance ends early, or a prompt has several images."""
+    cache, (first, second, last) = poisoned(), SCHEDULES["small"]
+    keys, _ = write(place(cache, first, slice(0, 2, 2)), 1)
+    assert torch.equal(cache.keys[1, :1, :, : first.length], keys)
+    assert cache.keys[1, 1].isnan().all()
+    for stage in (second, last):
+        half = place(cache, stage, slice(0, 1))
+        own, _ = write(half, 1)
+        assert torch.equal(half.visible(1)[0][:, :, -stage.length :], own)
+        assert half.visible(1)[0].isfinite().all()
 
 
 def test_slots_are_views_and_all_blocks_share_the_scratch() -> None:
     cache = poisoned()
-    *earlier, last = schedule(SMALL)
-    keys, values = cache.keys.untyped_storage().data_ptr(), cache.values.untyped_storage().data_ptr()
-    for stage, layer in itertools.product(earlier, range(SMALL.depth)):
-        for views in (cache.slot(layer, stage), cache.visible(layer, stage)):
+    *earlier, last = SCHEDULES["small"]
+    keys, values, scratch = (x.untyped_storage().data_ptr() for x in (cache.keys, cache.values, cache.scratch))
+    for stage, layer in itertools.product(earlier, range(3)):
+        for views in (place(cache, stage).slot(layer), place(cache, stage).visible(layer)):
             assert [view.untyped_storage().data_ptr() for view in views] == [keys, values]
-    scratch = {view.untyped_storage().data_ptr() for layer in range(SMALL.depth) for view in cache.slot(layer, last)}
-    assert len(scratch) == 1
-    assert not scratch & {keys, values}
-
-
-def storages(cache: KVCache) -> int:
-    """Bytes behind all tensors of a cache, each storage once."""
-    found = {s._cdata: s.nbytes() for t in vars(cache).values() if isinstance(t, Tensor) for s in [t.untyped_storage()]}
-    return sum(found.values())
+    views = [view for layer in range(3) for view in place(cache, last).slot(layer)]
+    assert {view.untyped_storage().data_ptr() for view in views} == {scratch}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 6])
-@pytest.mark.parametrize("config", [SMALL, RELEASED], ids=["small", "released"])
-def test_the_announced_size_is_what_is_allocated(config: TransformerConfig, rows: int, dtype: torch.dtype) -> None:
-    stages = schedule(config)
-    cache = KVCache(config, stages, rows=rows, dtype=dtype, device=META)
-    before = storages(cache)
-    cache.slot(0, stages[-1])
-    announced = KVCache.size_in_bytes(config, stages, rows=rows, itemsize=dtype.itemsize)
-    assert storages(cache) == announced
-    assert before < announced  # the scratch waits until the last scale
+@pytest.mark.parametrize(("name", "sizes"), [("small", SMALL), ("released", RELEASED)])
+def test_the_announced_size_is_what_is_allocated(name: str, sizes: dict[str, int], rows: int, dtype: torch.dtype) -> None:
+    schedule = SCHEDULES[name]
+    cache = build(schedule, sizes, rows=rows, dtype=dtype, device=META)
+    announced = KVCache.size_in_bytes(
+        depth=sizes["depth"],
+        rows=rows,
+        width=sizes["num_heads"] * sizes["head_dim"],
+        length=schedule.cached_length,
+        scratch_length=schedule.scratch_length,
+        itemsize=dtype.itemsize,
+    )
+    assert sum(tensor.nbytes for tensor in (cache.keys, cache.values, cache.scratch)) == announced
 
 
 def test_the_released_cache_has_the_size_that_the_paper_s_numbers_give() -> None:
     # 300 context tokens and 1 + 4 + ... + 48^2 image tokens, less scale 0's single one: the context is its input.
-    kept = 300 + sum(side * side for side in RELEASED.patch_nums[1:-1])
-    cache = KVCache(RELEASED, schedule(RELEASED), rows=2, dtype=torch.bfloat16, device=META)
+    kept = 300 + sum(stage.side * stage.side for stage in list(SCHEDULES["released"])[1:-1])
+    cache = build(SCHEDULES["released"], RELEASED, dtype=torch.bfloat16, device=META)
     assert cache.keys.shape == (24, 2, 24, kept, 64)
-
-
-def test_the_context_s_own_cache_keeps_its_one_stage() -> None:
-    context = schedule(SMALL)[0]
-    cache = KVCache(SMALL, [context], rows=ROWS, dtype=torch.float32, device=CPU)
-    keys, values = write(cache, 1, context)
-    assert torch.equal(cache.keys[1], keys)
-    assert torch.equal(cache.visible(1, context)[1], values)
-    assert storages(cache) == KVCache.size_in_bytes(SMALL, [context], rows=ROWS, itemsize=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_scratch_is_in_the_dtype_that_products_are_taken_in(dtype: torch.dtype) -> None:
-    cache = KVCache(SMALL, schedule(SMALL), rows=ROWS, dtype=dtype, device=CPU)
-    last = schedule(SMALL)[-1]
-    assert {view.dtype for stage in schedule(SMALL)[:-1] for view in cache.slot(0, stage)} == {dtype}
-    assert {view.dtype for view in cache.slot(0, last)} == {torch.float32 if widens(cache.keys, "attention") else dtype}
+    cache = build(SCHEDULES["small"], SMALL, dtype=dtype)
+    *earlier, last = SCHEDULES["small"]
+    assert {view.dtype for stage in earlier for view in place(cache, stage).slot(0)} == {dtype}
+    wide = torch.float32 if widens(cache.keys, "attention") else dtype
+    assert {view.dtype for view in place(cache, last).slot(0)} == {wide}

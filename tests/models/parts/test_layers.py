@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hart_infer.models.parts.layers import MANY_ROWS, RMSNorm, SteadyLinear, guide, sinusoid
+from hart_infer.models.parts.layers import MANY_ROWS, RMSNorm, SteadyLinear, sinusoid
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -29,11 +29,6 @@ def test_sinusoid_has_cosines_first():
     assert features[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     angles = 3 / 10000 ** (torch.arange(4) / 4)
     torch.testing.assert_close(features[1], torch.cat([angles.cos(), angles.sin()]))
-
-
-def test_guidance():
-    conditional, unconditional = torch.tensor([[3.0]]), torch.tensor([[1.0]])
-    assert guide(torch.cat([conditional, unconditional]), 1.5).item() == 2.5 * 3 - 1.5 * 1
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hart_infer.generation.next_scale import prefill
-from hart_infer.generation.schedule import build_schedule
-from hart_infer.models.config import TransformerConfig
-from hart_infer.models.next_scale import Transformer
+from hart_infer.generation.next_scale import new_cache
+from hart_infer.models.hart import HartConfig, HartTransformer
+from hart_infer.models.next_scale import Condition
 
-PLAIN = TransformerConfig(
+PLAIN = HartConfig(
     patch_nums=(1, 2, 3),
     context_token=6,
     context_dim=12,
@@ -32,7 +31,7 @@ SHARED = replace(PLAIN, shared_aln=True)
 
 def build(config):
     torch.manual_seed(0)
-    transformer = Transformer(config, vocab_size=32, channels=4).requires_grad_(False)
+    transformer = HartTransformer(config, vocab_size=32, channels=4).requires_grad_(False)
     for parameter in transformer.parameters():
         parameter.normal_(std=0.3)
     return transformer
@@ -48,9 +47,18 @@ def mask():
     return torch.tensor([[True, True, True, False, False, False]])
 
 
-def run(transformer, context, mask):
-    stages = build_schedule(PLAIN.patch_nums, context_tokens=PLAIN.context_token, share_quant_resi=4)
-    return prefill(transformer, context, mask, mask.long().cumsum(dim=1) - 1, stages[0])
+def condition(transformer, context, mask) -> Condition:
+    return transformer.condition(context, mask, mask.long().cumsum(dim=1) - 1)
+
+
+def run(transformer, context, mask, position_ids=None):
+    """The condition, and the hidden states of its tokens, [R, T, D]."""
+    positions = mask.long().cumsum(dim=1) - 1 if position_ids is None else position_ids
+    given = transformer.condition(context, mask, positions)
+    rows, length = given.inputs.shape[:2]
+    place = new_cache(transformer, rows=rows, length=length).at(0, length)
+    hidden = transformer(given.inputs, given.modulation, given.table, place)
+    return given, hidden[:: given.copies]
 
 
 def test_padding_is_attended_to(context, mask):
@@ -67,46 +75,46 @@ def test_padding_is_only_a_matter_of_positions_in_a_plain_block(context, mask):
     """The mask itself does nothing where nothing pools: the same positions with another mask are the same numbers."""
     transformer = build(PLAIN)
     positions = mask.long().cumsum(dim=1) - 1
-    stages = build_schedule(PLAIN.patch_nums, context_tokens=PLAIN.context_token, share_quant_resi=4)
-    hidden = [prefill(transformer, context, m, positions, stages[0])[1] for m in (mask, torch.ones_like(mask))]
+    hidden = [run(transformer, context, m, positions)[1] for m in (mask, torch.ones_like(mask))]
     assert hidden[0].equal(hidden[1])
 
 
 @pytest.mark.parametrize("config", [PLAIN, ADAPTIVE, replace(ADAPTIVE, sep_aln_pooling_mode="avg"), SHARED])
 def test_the_head_pools_the_maximum_padding_included(config, context, mask):
     transformer = build(config)
-    embedded = transformer.embed_context(context)
-    embedded[:, -1] += 10
-    expected = transformer.head.modulate(embedded.max(dim=1).values)
+    context[:, -1] += 10
+    given = condition(transformer, context, mask)
+    embedded = transformer.embed_context(context.repeat(given.copies, 1, 1))
+    expected = transformer.head.modulation(embedded.max(dim=1).values)
     for seen in (mask, torch.ones_like(mask)):
-        assert transformer.modulate(embedded, seen).head.equal(expected)
+        assert condition(transformer, context, seen).modulation.head.equal(expected)
 
 
 @pytest.mark.parametrize(("mode", "counts"), [("avg", False), ("max", True)])
 def test_adaptive_blocks_pool_as_the_flag_says(mode, counts, context, mask):
     """A masked average, or a maximum over everything: whether what stands at a padded position counts."""
     transformer = build(replace(ADAPTIVE, sep_aln_pooling_mode=mode))
-    embedded = transformer.embed_context(context)
-    changed = embedded.clone()
+    changed = context.clone()
     changed[:, -1] += 10
-    six, other = (transformer.modulate(x, mask).blocks[0] for x in (embedded, changed))
-    assert six.equal(other) != counts
+    vectors, other = (condition(transformer, x, mask).modulation.blocks[0] for x in (context, changed))
+    assert vectors.equal(other) != counts
 
 
 def test_shared_adaptive_blocks_average_whatever_the_flag_says(context, mask):
     transformers = [build(replace(SHARED, sep_aln_pooling_mode=mode)) for mode in ("avg", "max")]
-    embedded = transformers[0].embed_context(context)
-    average, flagged = (transformer.modulate(embedded, mask).blocks[1] for transformer in transformers)
+    average, flagged = (condition(transformer, context, mask).modulation.blocks[1] for transformer in transformers)
     assert average.equal(flagged)
-    expected = transformers[0].blocks[1].modulation_table + embedded[0, :3].mean(dim=0)
+    embedded = transformers[0].embed_context(context)
+    expected = transformers[0].blocks[1].modulation.table + embedded[0, :3].mean(dim=0)
     torch.testing.assert_close(average[0], expected)
 
 
 def test_an_empty_mask_averages_to_zero(context):
     """The sum of nothing is divided by at least one."""
     transformer = build(SHARED)
-    six = transformer.modulate(transformer.embed_context(context), torch.zeros(1, PLAIN.context_token, dtype=torch.bool)).blocks
-    assert six[0].equal(transformer.blocks[0].modulation_table[None])
+    nothing = torch.zeros(1, PLAIN.context_token, dtype=torch.bool)
+    vectors = condition(transformer, context, nothing).modulation.blocks[0]
+    assert vectors[:1].equal(transformer.blocks[0].modulation.table[None])
 
 
 def test_both_sublayers_share_one_norm_with_a_weight():
@@ -134,12 +142,13 @@ def test_softmax_scale():
 @pytest.mark.parametrize("config", [PLAIN, ADAPTIVE, SHARED])
 def test_pooling_is_before_the_level_embedding(config, context, mask):
     transformer = build(config)
-    start, _ = run(transformer, context, mask)
-    expected = transformer.modulate(transformer.embed_context(context), mask)
-    torch.testing.assert_close(start.modulation.head, expected.head)
-    for six, pooled in zip(start.modulation.blocks, expected.blocks, strict=True):
-        assert (six is None) == (config == PLAIN)
-        torch.testing.assert_close(six, pooled)
+    before = condition(transformer, context, mask).modulation
+    for parameter in transformer.level_embed.parameters():
+        parameter.add_(1)
+    after = condition(transformer, context, mask).modulation
+    assert before.head.equal(after.head)
+    assert before.blocks.equal(after.blocks)
+    assert (before.blocks.numel() == 0) == (config == PLAIN)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

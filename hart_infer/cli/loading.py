@@ -1,0 +1,51 @@
+"""From options to a pipeline on its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
+from .console import note
+from .machine import choose
+from .options import MachineOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from ..pipelines.hart import HartPipeline
+
+
+def load_pipeline(
+    model: ModelOptions, machine: MachineOptions, *, text_encoder: str | Literal[False] | None, quiet: bool
+) -> HartPipeline:
+    """The pipeline that the options ask for, on its device and in its dtype."""
+    from ..pipelines.hart import HartPipeline
+
+    choice = choose(machine.device, machine.dtype)
+    name = model.model or EMBEDDED_MODEL
+    if quiet:
+        silence_others()
+    else:
+        note(f"loading {name} on {choice.device} in {choice.dtype}")
+    pipe = HartPipeline.from_pretrained(
+        name,
+        text_encoder=text_encoder,
+        revision=model.revision,
+        local_files_only=model.local_files_only,
+        use_ema=model.use_ema,
+        torch_dtype=choice.torch_dtype,
+        device=choice.device,
+    )
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
+    elif model.model is None:
+        note(f"{EMBEDDED_MODEL} knows emoji, in {max(pipe.sizes)} px; for all else, in 1024: -m {RELEASED_MODEL} (a download)")
+    return pipe
+
+
+def silence_others() -> None:
+    """Progress bars and warnings of the libraries that load the weights."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

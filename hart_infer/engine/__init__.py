@@ -1,0 +1,1 @@
+"""How a model is executed: what it keeps between calls, and between scales."""

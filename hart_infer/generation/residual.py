@@ -1,0 +1,109 @@
+"""The residual diffusion's loop: eight steps of the improved-DDPM sampler on a cosine schedule turn noise into the residual
+(paper section 3.3; released `DiffLoss.sample`, `SpacedDiffusion.p_sample_loop`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.parts.diffusion import ResidualDiffusion
+from .sampling import ResidualNoise
+
+TRAIN_STEPS = 1000
+LATENT_SCALE = 0.6  # the sample is in units of 1 / 0.6 of the latent
+
+
+@dataclass(frozen=True)
+class DiffusionStep:
+    """Constants of one denoising step, fp64 on the way, plain floats here."""
+
+    timestep: int  # the original step number, which the network sees
+    x0_from_x: float  # x0 = x0_from_x * x_t - x0_from_noise * eps
+    x0_from_noise: float
+    mean_from_x0: float  # posterior mean = mean_from_x0 * x0 + mean_from_x * x_t
+    mean_from_x: float
+    log_variance_min: float  # posterior log variance
+    log_variance_max: float  # log beta
+    adds_noise: bool
+
+
+def _cosine_alpha_bar(time: float) -> float:
+    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+@lru_cache(maxsize=8)
+def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
+    """The kept steps, largest t first: round(i * 999 / (n - 1)) of 1000, betas recomputed from the kept alpha-bars."""
+    kept = [round(i * (TRAIN_STEPS - 1) / (num_inference_steps - 1)) for i in range(num_inference_steps)]
+    alpha_bars, alpha_bar = [], 1.0
+    for i in range(TRAIN_STEPS):
+        beta = 1 - _cosine_alpha_bar((i + 1) / TRAIN_STEPS) / _cosine_alpha_bar(i / TRAIN_STEPS)
+        alpha_bar *= 1 - min(beta, 0.999)
+        alpha_bars.append(alpha_bar)
+    constants = []
+    previous = 1.0
+    for i, timestep in enumerate(kept):
+        current = alpha_bars[timestep]
+        beta = 1 - current / previous
+        variance = beta * (1 - previous) / (1 - current)
+        constants.append((timestep, current, previous, beta, variance, i > 0))
+        previous = current
+    first_variance = constants[1][4]  # the first is zero: its logarithm is clipped to the second's
+    return tuple(
+        DiffusionStep(
+            timestep=timestep,
+            x0_from_x=math.sqrt(1 / current),
+            x0_from_noise=math.sqrt(1 / current - 1),
+            mean_from_x0=beta * math.sqrt(previous) / (1 - current),
+            mean_from_x=(1 - previous) * math.sqrt(1 - beta) / (1 - current),
+            log_variance_min=math.log(variance if adds_noise else first_variance),
+            log_variance_max=math.log(beta),
+            adds_noise=adds_noise,
+        )
+        for timestep, current, previous, beta, variance, adds_noise in reversed(constants)
+    )
+
+
+def sample_residual(
+    network: ResidualDiffusion, condition: Tensor, *, guidance: float, num_inference_steps: int, noise: ResidualNoise
+) -> Tensor:
+    """Sample the residual [B, L, C] fp32, in units of the latent, for the B images of `noise`.
+
+    `condition` z [R, L, D]: R = B rows, or 2B with the unconditional half behind. Both halves share one x_t: the released
+    code keeps a second one for the unconditional half, which nothing reads.
+    """
+    _, length, _ = condition.shape
+    embedded = network.condition_embed(condition.flatten(0, 1))
+    start = noise.start(length, network.channels, condition.device)
+    x = start.flatten(0, 1)
+    for step in diffusion_schedule(num_inference_steps):
+        added = noise.step(length, network.channels, x.device).view(x.shape) if step.adds_noise else x
+        x = denoise(network, x, step, embedded, guidance, added)
+    return x.view(start.shape) * LATENT_SCALE
+
+
+def denoise(
+    network: ResidualDiffusion, x: Tensor, step: DiffusionStep, condition: Tensor, guidance: float, noise: Tensor
+) -> Tensor:
+    """One step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] embedded, conditional rows first."""
+    timestep = torch.full((1,), step.timestep, device=x.device)
+    eps, variance = network(x, timestep, condition)
+    return ops.diffusion_step(
+        x,
+        eps,
+        variance,
+        noise,
+        guidance=guidance,
+        x0_from_x=step.x0_from_x,
+        x0_from_noise=step.x0_from_noise,
+        mean_from_x0=step.mean_from_x0,
+        mean_from_x=step.mean_from_x,
+        log_variance_min=step.log_variance_min,
+        log_variance_max=step.log_variance_max,
+        adds_noise=step.adds_noise,
+    )

@@ -1,0 +1,105 @@
+"""Checks of plain values that users pass, each with one clear sentence. No torch: the command line checks by them too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import InputError
+
+MAX_SEED = 2**64 - 1  # what a torch.Generator takes
+MAX_GUIDANCE = 1000.0  # far more than makes a picture, far less than overflows the logits
+MAX_STEPS = 1000  # of the residual diffusion, which was trained on as many
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """A whole number in range; booleans are not numbers."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
+        bounds = f"from {low} to {high}" if high is not None else f"of {low} or more"
+        raise InputError(f"{name} must be a whole number {bounds}, not {shown(value)}.")
+    return int(value)
+
+
+def check_float(value: Any, name: str, low: float, high: float = math.inf) -> float:
+    """A finite number in range."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high:
+        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
+        raise InputError(f"{name} must be a number {bounds}, not {shown(value)}.")
+    return number
+
+
+def check_bool(value: Any, name: str) -> bool:
+    """True or False, NumPy's included; a string is neither."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise InputError(f"{name} must be True or False, not {shown(value)}.")
+
+
+def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
+    """One or many non-empty strings, as a list."""
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"{name} must be a string or a list of strings, not {type(prompts).__name__}.")
+    if not listed:
+        raise InputError(f"{name} is an empty list; give at least one string.")
+    for i, item in enumerate(listed):
+        if not isinstance(item, str):
+            raise InputError(f"{name}[{i}] must be a string, not {type(item).__name__}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise InputError(f"{name}[{i}] is not valid Unicode text (it has half of a surrogate pair); decode it as UTF-8.")
+        if not item.strip():
+            raise InputError(f"{name}[{i}] is empty; describe the picture you want.")
+    return list(listed)
+
+
+def check_size(size: Any, sizes: Sequence[int], name: str = "size") -> None:
+    """One of the sizes that the checkpoint was trained for, or None."""
+    if size is None:
+        return
+    is_whole = isinstance(size, Integral) and not isinstance(size, bool)
+    if not is_whole or int(size) not in sizes:
+        listed = ", ".join(str(side) for side in sorted(sizes))
+        raise InputError(f"{name} {shown(size)} is not one that this checkpoint was trained for; it has {listed}.")
+
+
+def check_steps(value: Any, name: str = "num_inference_steps") -> int:
+    """Steps of the residual diffusion: 0 for none, else 2 or more."""
+    if value == 1:
+        raise InputError(f"{name} must be 0 (no residual) or from 2 to {MAX_STEPS}, not 1: one step has no schedule.")
+    return check_int(value, name, 0, MAX_STEPS)
+
+
+def check_output_type(value: Any) -> None:
+    """One of the four forms of the result."""
+    if not isinstance(value, str) or value not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {shown(value)}.")
+
+
+def check_seeds(first: Any, count: int, name: str = "seed") -> int:
+    """The first of `count` seeds that rise one by one."""
+    return check_int(first, name, 0, MAX_SEED - count + 1)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, not longer than a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "a far larger one"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def check_callable(value: Any, name: str) -> Callable[..., object] | None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} must be a function, not {type(value).__name__}.")
+    return value

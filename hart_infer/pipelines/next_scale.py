@@ -1,0 +1,106 @@
+"""What the pipelines of next-scale models share: the loop with its bar and callback, and pictures to tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..engine.next_scale import Engine
+from ..errors import InputError
+from ..generation.next_scale import finish
+from ..generation.sampling import make_sampler
+from ..generation.schedule import Schedule
+from ..images import tensors
+from ..models.next_scale import Condition, NextScaleTransformer
+from ..models.parts.autoencoder import Autoencoder
+from .base import Pipeline
+from .out_of_memory import out_of_memory_advice
+from .outputs import Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class NextScalePipeline(Pipeline):
+    """A transformer and an autoencoder that make pictures scale by scale."""
+
+    transformer: NextScaleTransformer
+
+    def __init__(self, transformer: NextScaleTransformer, autoencoder: Autoencoder, *, name: str) -> None:
+        super().__init__(name)
+        self.autoencoder = autoencoder
+        self.engine = Engine(transformer, autoencoder.quantizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype."""
+        return self.transformer.dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides in pixels of the square pictures that the checkpoint was trained for."""
+        config = self.autoencoder.config
+        return (config.v_patch_nums[-1] * config.downsample,)
+
+    def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        self.engine.clear()
+        self.transformer.to(device=device, dtype=dtype)
+        self.autoencoder.to_device(device, dtype)
+
+    def _generate(
+        self,
+        schedule: Schedule,
+        prompts: Sequence[Condition],
+        negatives: Sequence[Condition] | None,
+        seeds: Sequence[int],
+        draw_device: torch.device,
+        callback: Callable[[Step], object] | None,
+        reproducible: bool | None,
+    ) -> Tensor:
+        """Run the scales with bar and callback; returns the latent [N, C, P, P] fp32.
+
+        `prompts`, and `negatives` in place of the unconditional row, have equally many seeds each, in turn.
+        """
+        at_once = self._together(reproducible, len(seeds))
+        samplers = [make_sampler(seeds[i : i + at_once], draw_device) for i in range(0, len(seeds), at_once)]
+        states = self.engine.start(schedule, samplers, prompts, negatives)
+        try:
+            with self.progress_bar(schedule, total=len(schedule)) as bar:
+                for stage in bar:
+                    self.engine.run_scale(states, stage)
+                    if callback is not None:
+                        f_hat = torch.cat([state.f_hat for state in states])
+                        step = Step(stage.index, stage.side, len(schedule), f_hat, lambda f: self._decode(f, reproducible))
+                        callback(step)
+                        if step.stopped:
+                            break
+            return torch.cat([finish(state) for state in states])
+        finally:  # whoever holds an error holds the states, by its traceback
+            for state in states:
+                state.end_cache()
+
+    @torch.no_grad()
+    def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Literal["hybrid", "discrete"] = "hybrid") -> Any:
+        """Image to tokens and back: "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
+
+        A PIL image, or a list of them, is resized and cropped to the checkpoint's size and comes back so; a tensor
+        [N, 3, size, size] in 0..1 comes back as one, fp32.
+        """
+        if mode not in ("hybrid", "discrete"):
+            raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
+        pixels = tensors.to_tensor(image, self.sizes[0])
+        with out_of_memory_advice():
+            latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
+            rebuilt = self._decode(torch.cat(latents))
+        if isinstance(image, Tensor):
+            return rebuilt
+        images = tensors.to_pil(rebuilt)
+        return images if isinstance(image, Sequence) else images[0]
