@@ -62,7 +62,8 @@ def write_module(module: nn.Module, config: Mapping[str, Any], folder: Path, *, 
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict(module.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    plain: nn.Module = getattr(module, "_orig_mod", module)  # of torch.compile's wrapper
+    save_torch_state_dict(plain.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
 def check_shard_size(size: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from ..models.parts.cache import KVCache
 from ..models.parts.layers import weights_key
 from ..models.parts.quantizer import Quantizer
 
+TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
 KEEPS_CACHES = ("cuda",)  # kept for the next call where memory is the device's own; main memory goes back to the system
 
 
@@ -38,10 +40,10 @@ class CacheKey:
     device: torch.device
 
 
-class Engine:
+class Engine(Generic[TransformerT]):
     """Executes one model, eagerly. Threads may share it: a call changes nothing that another one reads."""
 
-    def __init__(self, transformer: NextScaleTransformer, quantizer: Quantizer) -> None:
+    def __init__(self, transformer: TransformerT, quantizer: Quantizer) -> None:
         self.transformer, self.quantizer = transformer, quantizer
         self._lock = threading.Lock()
         self._idle: tuple[CacheKey, KVCache] | None = None

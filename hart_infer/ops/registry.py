@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -106,6 +107,7 @@ class Op(Generic[P, R]):
         self.reference = reference
         self.traced: Callable[P, R] = reference
         self.backends = {name: backends[name] for name in BACKENDS if name in backends}
+        self._mutated: list[int] = []  # places of the arguments that it writes to
         self._chosen: dict[tuple[torch.device, torch.dtype, str | None], Choice[P, R]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -114,8 +116,21 @@ class Op(Generic[P, R]):
         if _is_learning((*args, *kwargs.values())):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self.reference(*args, **kwargs) if x.device.type == "cpu" else self.traced(*args, **kwargs)
+            return self.reference(*args, **kwargs) if x.device.type == "cpu" else self._trace(*args, **kwargs)
         return self._run(*args, **kwargs)
+
+    def _trace(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As one opaque operation. It writes to fresh tensors, which are copied to those that it mutates.
+
+        Inductor (torch 2.13) puts what an opaque operation writes to a slice at a symbolic offset in another place.
+        """
+        given: list[Any] = list(args)
+        for place in self._mutated:
+            given[place] = torch.empty_like(given[place], memory_format=torch.contiguous_format)
+        result = self.traced(*given, **kwargs)
+        for place in self._mutated:
+            args[place].copy_(given[place])  # type: ignore[attr-defined]
+        return result
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         x: Any = args[0]
@@ -142,6 +157,7 @@ class Op(Generic[P, R]):
             """Compilers need to know strides: the kernels' results are contiguous, so the reference's have to be."""
             return run if keeps_layout else lambda *args, **kwargs: _contiguous(run(*args, **kwargs))
 
+        self._mutated = [list(inspect.signature(self.reference).parameters).index(name) for name in mutates]
         schema = torch.library.infer_schema(self.reference, mutates_args=mutates)
         name = f"hart_infer::{self.name}"
         traced = torch.library.custom_op(name, laid_out(self._run), mutates_args=mutates, schema=schema)

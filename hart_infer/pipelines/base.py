@@ -23,8 +23,6 @@ PipelineT = TypeVar("PipelineT", bound="Pipeline")
 class Pipeline(ABC):
     """Loaded parts that make pictures together."""
 
-    autoencoder: Autoencoder
-
     def __init__(self, name: str) -> None:
         self.name = name
         self._progress: dict[str, Any] = {"disable": None, "unit": "scale"}
@@ -34,6 +32,11 @@ class Pipeline(ABC):
     @abstractmethod
     def components(self) -> dict[str, Any]:
         """The parts by name; None for one that was not loaded."""
+
+    @property
+    @abstractmethod
+    def autoencoder(self) -> Autoencoder:
+        """What decodes latents."""
 
     @property
     @abstractmethod

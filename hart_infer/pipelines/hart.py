@@ -27,7 +27,7 @@ from .out_of_memory import out_of_memory_advice
 from .outputs import HartOutput, Step
 
 
-class HartPipeline(NextScalePipeline):
+class HartPipeline(NextScalePipeline[HartTransformer]):
     """Text to image with HART (Hybrid Autoregressive Transformer, arXiv:2410.10812).
 
     >>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px", torch_dtype=torch.bfloat16)
@@ -45,7 +45,6 @@ class HartPipeline(NextScalePipeline):
     ) -> None:
         """Assemble loaded parts; `from_pretrained` is the usual way. Without a text encoder calls need `prompt_embeds`."""
         super().__init__(transformer, autoencoder, name=name)
-        self.transformer: HartTransformer = transformer
         self.text_encoder = text_encoder
         self.defaults = defaults or Defaults()
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.next_scale import Engine
+from ..engine.next_scale import Engine, TransformerT
 from ..errors import InputError
 from ..generation.next_scale import finish
 from ..generation.sampling import make_sampler
 from ..generation.schedule import Schedule
 from ..images import tensors
-from ..models.next_scale import Condition, NextScaleTransformer
+from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
 from .base import Pipeline
 from .out_of_memory import out_of_memory_advice
@@ -24,15 +24,32 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class NextScalePipeline(Pipeline):
+class NextScalePipeline(Pipeline, Generic[TransformerT]):
     """A transformer and an autoencoder that make pictures scale by scale."""
 
-    transformer: NextScaleTransformer
-
-    def __init__(self, transformer: NextScaleTransformer, autoencoder: Autoencoder, *, name: str) -> None:
+    def __init__(self, transformer: TransformerT, autoencoder: Autoencoder, *, name: str) -> None:
         super().__init__(name)
-        self.autoencoder = autoencoder
         self.engine = Engine(transformer, autoencoder.quantizer)
+        self.autoencoder = autoencoder
+
+    @property
+    def transformer(self) -> TransformerT:
+        """The network that the engine runs; it may be replaced, by `torch.compile(pipe.transformer)` for one."""
+        return self.engine.transformer
+
+    @transformer.setter
+    def transformer(self, transformer: TransformerT) -> None:
+        self.engine.transformer = transformer
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The tokenizer: pictures to latents and codes, and back."""
+        return self._autoencoder
+
+    @autoencoder.setter
+    def autoencoder(self, autoencoder: Autoencoder) -> None:
+        self._autoencoder = autoencoder
+        self.engine.quantizer = autoencoder.quantizer
 
     @property
     def device(self) -> torch.device:
