@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,20 +36,14 @@ def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        new, old = temporary / "new", temporary / "old"
+        new = temporary / "new"
         new.mkdir()
         for name, write in parts.items():
             write(new / name)
         whole = {**index, VERSION_KEY: __version__, "parts": list(parts)}
         (new / INDEX).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        _open_to_others(new)
+        replace_folder(new, path, aside=temporary / "old")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} can't be written ({reason}); free space or choose another folder.") from error
@@ -54,6 +51,50 @@ def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[s
         if temporary is not None and (path.exists() or not (temporary / "old").exists()):
             shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def replace_folder(new: Path, path: Path, *, aside: Path) -> None:
+    """Put the folder `new` in the place of `path`; what was there ends in `new` or `aside`.
+
+    Where the system can exchange two names (Linux, macOS) there is never a moment without a folder at `path`.
+    """
+    if not path.exists():
+        new.rename(path)
+        return
+    if _exchange(new, path):
+        return
+    path.rename(aside)
+    try:
+        new.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system doesn't."""
+    if sys.platform == "win32":
+        return False
+    libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(a), os.fsencode(b))
+    try:
+        if sys.platform == "darwin":
+            return bool(libc.renamex_np(*names, 2) == 0)  # RENAME_SWAP
+        here = -100  # AT_FDCWD
+        return bool(libc.renameat2(here, names[0], here, names[1], 2) == 0)  # RENAME_EXCHANGE
+    except AttributeError:  # an older C library
+        return False
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give a folder and all in it the permissions that new ones have by the umask: temporary ones are the user's alone."""
+    probe = folder / ".probe"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    searchable = mode | (mode & 0o444) >> 2
+    folder.chmod(searchable)
+    for entry in folder.rglob("*"):
+        entry.chmod(searchable if entry.is_dir() else mode)
 
 
 def write_module(module: nn.Module, config: Mapping[str, Any], folder: Path, *, max_shard_size: str) -> None:

@@ -193,7 +193,18 @@ def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
         raise WeightsError(f"{file} is damaged or not a weights file ({error}); download or copy it again.") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{file} must hold a plain dictionary of tensors by their names.")
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise WeightsError(
+            f"{file} holds tensors without plain numbers in main memory (sparse, nested, quantized, meta): {shorten(odd)}."
+        )
     return list(state), state.__getitem__
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its numbers, all of them, in main memory."""
+    is_strided = not tensor.is_nested and tensor.layout is torch.strided
+    return is_strided and tensor.device.type == "cpu" and not tensor.is_quantized and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _is_mapped(file: Path) -> bool:

@@ -74,6 +74,12 @@ class TextEncoder:
         """`tokenizer` must have a padding token; its padding side is honoured."""
         if tokenizer.pad_token_id is None:
             raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
+        rows, highest = int(model.config.vocab_size), max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)
+        if highest >= rows:
+            raise WeightsError(
+                f"The text encoder's tokenizer has ids up to {highest}, and its embedding has {rows} rows; both must come from "
+                "the same model."
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._cache_argument = _cache_argument(model)
@@ -83,11 +89,6 @@ class TextEncoder:
     def width(self) -> int:
         """Features of the context."""
         return int(self.model.config.hidden_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return int(self.model.config.vocab_size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
         """Move or cast the model, in place; only its weights are cast: the rotary frequencies are fp32 in every dtype."""

@@ -255,6 +255,27 @@ def test_a_tokenizer_that_cannot_pad(text_tiny: Path) -> None:
         TextEncoder(encoder.model, encoder.tokenizer)
 
 
+@pytest.mark.parametrize("what", ["an id", "the padding token"])
+def test_a_tokenizer_that_is_larger_than_the_embedding(hart_tiny: Path, encoder_folder: EncoderFolder, what: str) -> None:
+    folder = encoder_folder()
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if what == "an id":
+        added = {"id": rows + 5, "content": "<|far|>", "special": True}
+        added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append(added)
+    else:
+        config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 40}
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:40].clone()
+        rewrite(folder / "model.safetensors", tensors)
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(WeightsError, match=r"tokenizer has ids up to \d+, and its embedding has \d+ rows"):
+        load(hart_tiny, text_encoder=folder)
+
+
 def test_a_text_encoder_in_a_bin_file(hart_tiny: Path, encoder_folder: EncoderFolder) -> None:
     folder = encoder_folder()
     tensors = load_file(folder / "model.safetensors")

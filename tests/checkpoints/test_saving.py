@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 
 import hart_infer
 from hart_infer import HartPipeline
+from hart_infer.checkpoints import saving
 from hart_infer.checkpoints.saving import check_destination, check_shard_size
 from hart_infer.errors import InputError, OutputError
 
@@ -293,6 +296,7 @@ def test_a_failing_write_leaves_the_old_one(
     half: HartPipeline, older: Path, where: tuple[Any, str], after: int, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
+        patch.setattr(saving, "_exchange", lambda a, b: False)  # as where names can't be exchanged
         if where[1] == "rename" and after == 1:
             patch.setattr(Path, "rename", failing_once(error))
         else:
@@ -323,6 +327,7 @@ def test_the_old_one_is_never_deleted_while_it_is_not_back(
     saved = bare.save_pretrained(tmp_path / "saved")
     before = content(saved)
     with monkeypatch.context() as patch:
+        patch.setattr(saving, "_exchange", lambda a, b: False)
         patch.setattr(Path, "rename", failing(FULL, after=1, then=Path.rename))
         with pytest.raises(OutputError):
             half.save_pretrained(saved)
@@ -392,3 +397,49 @@ def test_a_parent_that_refuses(bare: HartPipeline, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("hart_infer.checkpoints.saving.tempfile.mkdtemp", failing(refusal, then=print))
     with pytest.raises(OutputError, match=r"saved can't be written \(Permission denied\)"):
         bare.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="names can't be exchanged")
+def test_there_is_never_a_moment_without_a_folder(bare: HartPipeline, tmp_path: Path) -> None:
+    """So a kill between any two steps leaves the old one or the new one."""
+    saved = bare.save_pretrained(tmp_path / "saved")
+    if not saving._exchange(*(made.mkdir() or made for made in (tmp_path / "a", tmp_path / "b"))):
+        pytest.skip("this file system can't exchange names")
+    missing, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if not (saved / "model_index.json").exists():
+                missing.append(True)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(5):
+        bare.save_pretrained(saved)
+    done.set()
+    watcher.join()
+    assert not missing
+
+
+def test_a_kill_after_the_exchange_leaves_the_new_one(
+    half: HartPipeline, bare: HartPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = bare.save_pretrained(tmp_path / "saved")
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.shutil, "rmtree", lambda *args, **kwargs: None)  # all that a killed process would not do
+        half.save_pretrained(saved)
+    whole = content(saved)
+    assert content(half.save_pretrained(tmp_path / "other")) == whole
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+def test_the_umask_is_honoured(bare: HartPipeline, tmp_path: Path, umask: int, file: int, folder: int) -> None:
+    before = os.umask(umask)
+    try:
+        saved = bare.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(entry.stat().st_mode) for entry in saved.rglob("*") if entry.is_file()}
+    assert modes == {file}
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in (saved, *saved.glob("*/"))} == {folder}

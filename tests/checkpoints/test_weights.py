@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,22 @@ def test_a_bare_pickle_is_refused_and_not_run(build: Build, tmp_path: Path) -> N
     file.write_bytes(pickle.dumps(Payload(trap), protocol=2))
     assert "was refused" in refusal(build, file)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested", "quantized"])
+def test_tensors_without_plain_numbers_are_refused(build: Build, tmp_path: Path, kind: str) -> None:
+    plain = torch.ones(3, 3)
+    odd: Any = {
+        "meta": lambda: plain.to("meta"),
+        "sparse": plain.to_sparse,
+        "nested": lambda: torch.nested.nested_tensor([plain, plain]),
+        "quantized": lambda: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+    }[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({"word_embed.bias": plain, "word_embed.weight": odd()}, tmp_path / "model.bin")
+        with pytest.raises(WeightsError, match="sparse, nested, quantized, meta|could run code"):
+            load_module(build, [tmp_path / "model.bin"], RENAMES, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
