@@ -1,7 +1,8 @@
 """Triton kernels, one file per operation; installed as `hart_infer.kernels`.
 
-Modules in this folder import torch and triton only, and know nothing of the package above them. What only counts (queries,
-keys, rows) is not specialised on, so that a picture's scales share one binary; what is a stride or bounds a row is.
+Modules in this folder import torch and triton only, and know nothing of the package above them. Kernels are not specialised
+on counts that change from scale to scale (queries, keys, rows, tokens), so that all scales share one compiled binary. They
+are specialised on strides and on the length of a row, because Triton loads 128 bits at once only where 16 divides these.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Beyond(Exception):
-    """Raised at a kernel's door, with a sentence, for arguments that are right but larger than it was made for."""
+    """Raised by a launcher, before it launches anything, for valid arguments that are larger than its kernel supports."""
 
 
 def refusal(where: Any) -> str | None:
-    """Why Triton kernels don't run at a `Where` (device, dtype, capability), or None if they do."""
+    """Return why Triton kernels can't run at `where` (its device, dtype and capability), or None if they can.
+
+    Raises the allocator's or driver's error where memory ran out while it tried: that says nothing about the next call.
+    """
     from .launch import failure, interpreted
 
     if str(where.dtype).removeprefix("torch.") not in DTYPES:

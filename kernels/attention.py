@@ -1,4 +1,4 @@
-"""Attention of one scale over the key/value cache (flash attention's forward): online softmax in base 2, sums in fp32."""
+"""Flash attention, forward only, of one scale's queries over the key/value cache: online softmax in base 2, fp32 sums."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from . import Beyond as Beyond
 from . import refusal as refusal
 from .launch import Config, capability, multiprocessors
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # an older Triton
-    TensorDescriptor = None
-
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
 LIMIT = f"heads of up to {MAX_HEAD_DIM}"
-# (generations, or all; bytes of an element up to, head dim up to, queries from) -> tiles; the first that fits is taken.
-# None spills registers on 80 to 90 (tools/compile_kernels.py); not timed on a GPU yet.
+# (capabilities, () for all; largest element size in bytes; largest head dim; fewest queries) -> tile; the first match is taken.
+# Chosen by the compiled code (tools/compile_kernels.py): no tile spills registers on sm_80 to sm_90. Not timed on a GPU yet.
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     ((), 2, 64, 64, Config(128, 64, warps=8, stages=3)),
-    ((80, 86, 87, 89), 2, 128, 64, Config(128, 32, warps=8, stages=2)),  # fewer instructions per score than 64 x 64
-    ((), 2, 128, 64, Config(64, 64, warps=4, stages=2, described=True)),
+    # Hopper and data-centre Blackwell: on sm_90 the loop takes 30 instructions of a warp per 64 scores. With 4 warps 64 x 64
+    # takes 35, and 128 x 32 takes 40; 64 x 128 and 128 x 128 spill. A third stage costs 32 KB and saves no instruction.
+    ((90, 100, 103), 2, 128, 64, Config(128, 64, warps=8, stages=2)),
+    # All others: on sm_80 the loop takes 49. With 4 warps 64 x 64 takes 53; 128 x 64 takes 44, but all 255 registers there
+    # and spills on sm_120.
+    ((), 2, 128, 64, Config(128, 32, warps=8, stages=2)),
     ((), 2, 128, 0, Config(16, 64, warps=4, stages=3)),
     ((), 4, 64, 64, Config(64, 32, warps=8, stages=2)),
     ((), 4, 128, 64, Config(32, 16, warps=8, stages=2)),
@@ -38,17 +37,20 @@ CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "keys_per_split", "first_keys", "jump"])
 def attention_kernel(
-    q, k, v, out, maxima, sums,  # out, and with splits its fp32 parts, one per split; maxima, sums [splits, R * H, L]
-    scale_log2,
+    q, k, v, out, maxima, sums, scale_log2,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_split, out_row, out_head, out_token,
     heads, queries, keys, keys_per_split, first_keys, jump, bonus,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, RANGED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RANGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one row and head against one split of its keys; WIDTH is HEAD_DIM's next power of two.
+    """Attend from BLOCK_Q queries of one row and head to one split of the keys; grid (blocks of queries, R * H, splits).
 
-    RANGED: of the `keys`, those behind the `first_keys` lie `jump` tokens further on; the first ones' scores get `bonus`.
-    DESCRIBED: k and v are tensor descriptors [R, H, keys, HEAD_DIM], which Hopper copies by a unit of its own; not RANGED.
+    q [R, H, L, HEAD_DIM], k and v [R, H, N, HEAD_DIM] -> out [R, H, L, HEAD_DIM], all with strides of their own.
+    scale_log2: scale * log2(e). WIDTH: the next power of two of HEAD_DIM, at least 16.
+    SPLIT: write out as fp32 [splits, R, H, L, HEAD_DIM], each split normalised by itself, and for `merge_kernel` its largest
+    score and its sum of weights: maxima, sums [splits, R * H, L] fp32.
+    RANGED: the keys are one or two ranges of k and v. Key n is token n if n < first_keys, else token n + jump. `bonus`,
+    log2(multiplicity), is added to the scores of the first range.
     """
     row_head = tl.program_id(1)
     row = (row_head // heads).to(tl.int64)
@@ -58,9 +60,8 @@ def attention_kernel(
     lane = tl.arange(0, WIDTH)
     in_q = (token[:, None] < queries) & (lane[None, :] < HEAD_DIM)
     query = tl.load(q + row * q_row + head * q_head + token[:, None] * q_token + lane[None, :], mask=in_q, other=0.0)
-    if not DESCRIBED:
-        k += row * k_row + head * k_head
-        v += row * v_row + head * v_head
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     sum_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
@@ -71,11 +72,8 @@ def attention_kernel(
         where = place
         if RANGED:
             where += tl.where(place < first_keys, 0, jump)
-        if DESCRIBED:
-            key = tl.trans(k.load([row_head // heads, row_head % heads, start, 0]).reshape(BLOCK_K, WIDTH))
-        else:
-            in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
-            key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
+        in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
+        key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
         score = tl.dot(query, key, input_precision=PRECISION) * scale_log2
         if RANGED:
             score += tl.where(place < first_keys, bonus, 0.0)[None, :]
@@ -84,11 +82,8 @@ def attention_kernel(
         weight = tl.exp2(score - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weight, 1)
-        if DESCRIBED:
-            value = v.load([row_head // heads, row_head % heads, start, 0]).reshape(BLOCK_K, WIDTH)
-        else:
-            in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
-            value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
+        in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
+        value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
         sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
         largest = larger
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
@@ -106,7 +101,11 @@ def merge_kernel(
     out_row, out_head, out_token, heads, queries, splits,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query of one row and head: its splits' parts [splits, R * H, L, HEAD_DIM], weighed by their share of the softmax."""
+    """Merge the splits of one query of one row and head, weighed by their shares of the softmax; grid (L, R * H).
+
+    parts [splits, R, H, L, HEAD_DIM], maxima and sums [splits, R * H, L], fp32, as `attention_kernel` writes them; out of any
+    dtype. SPLITS: the next power of two of `splits`. WIDTH: of HEAD_DIM, at least 16.
+    """
     token = tl.program_id(0)
     row_head = tl.program_id(1)
     which = tl.arange(0, SPLITS)
@@ -125,7 +124,7 @@ def merge_kernel(
 
 
 def config_for(capability: int, itemsize: int, head_dim: int, queries: int) -> Config:
-    """The tiles for a GPU (80, 86, ...; 0 for none), a dtype and a shape."""
+    """Return the tile for a GPU (80, 86, ...; 0 for the CPU), an element of `itemsize` bytes and a shape."""
     return next(
         tiles
         for targets, size, width, least, tiles in CONFIGS
@@ -134,23 +133,16 @@ def config_for(capability: int, itemsize: int, head_dim: int, queries: int) -> C
 
 
 def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
-    """Into how many parts to split the keys: so many that each multiprocessor has two, none without a whole block."""
+    """Return into how many parts to split the keys, at most 64; a part has at least a whole `block` of them.
+
+    With fewer than two `programs` (blocks of queries, rows and heads) per multiprocessor, parts make up for the rest.
+    """
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, keys // block, 64))
 
 
-def describes(device: torch.device) -> bool:
-    """Whether a device is of the generation whose code is better with tensor descriptors, for some tiles (docs/kernels.md)."""
-    return TensorDescriptor is not None and capability(device) == 90
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether the hardware can describe x: it begins, and its tokens do, at multiples of 16 bytes, and none is another."""
-    return x.data_ptr() % 16 == 0 and all(stride and stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for what doesn't fit, Beyond for what is too wide."""
+    """Raise ValueError for shapes, dtypes or devices that don't fit each other, Beyond for heads wider than MAX_HEAD_DIM."""
     if not q.dim() == k.dim() == v.dim() == 4 or not q.device == k.device == v.device:
         raise ValueError("attention: q must be [R, H, L, d], k and v [R, H, N, d], all on one device.")
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
@@ -164,9 +156,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
 
 
 def _in_ranges(k: Tensor, v: Tensor, ranges: Sequence[int] | None) -> tuple[Tensor, Tensor, int, int, int]:
-    """k and v from the first attended key on, how many keys are attended to, how many first, and how far the others jump.
+    """Return k, v, keys, first_keys and jump as `attention_kernel` takes them.
 
-    Two ranges are read where they lie; more are copied together.
+    k and v begin with the first range; `keys` is the length of all ranges, `first_keys` of the first, `jump` the distance from
+    the first one's stop to the second one's start. More than two ranges are copied into one tensor, without a jump.
     """
     if ranges is None:
         return k, v, k.shape[2], k.shape[2], 0
@@ -184,7 +177,7 @@ def _in_ranges(k: Tensor, v: Tensor, ranges: Sequence[int] | None) -> tuple[Tens
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
 ) -> Tensor:
-    """As the reference in `hart_infer/ops/attention.py`; q, k and v of any strides."""
+    """Compute what the reference in `hart_infer/ops/attention.py` computes; q, k and v may have any strides."""
     _check(q, k, v, multiplicity)
     rows, heads, queries, head_dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -204,17 +197,13 @@ def attention(
         maxima, sums = q.new_empty(2, splits, rows * heads, queries, dtype=torch.float32)
         part_strides = parts.stride()[:4]
     width = max(16, triton.next_power_of_2(head_dim))
-    described = ranges is None and tiles.described and describes(q.device) and _describable(k) and _describable(v)
-    k_strides, v_strides = k.stride()[:3], v.stride()[:3]
-    if described:
-        k, v = (TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tiles.columns, width]) for x in (k, v))
     attention_kernel[(blocks, rows * heads, splits)](
         q, k, v, parts, maxima, sums, scale * LOG2E,
-        *q.stride()[:3], *k_strides, *v_strides, *part_strides,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part_strides,
         heads, queries, keys, per_split, first_keys, jump, math.log2(multiplicity),
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns,
-        SPLIT=splits > 1, RANGED=ranges is not None,  # without, a multiplicity counts for every key alike
-        DESCRIBED=described, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SPLIT=splits > 1, RANGED=ranges is not None,  # without ranges a multiplicity applies to all keys and cancels out
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:

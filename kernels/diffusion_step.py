@@ -1,4 +1,4 @@
-"""One step of the residual diffusion behind its network, elementwise, in one launch."""
+"""One step of the residual diffusion, given its network's output: elementwise, in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def diffusion_step_kernel(
     with_guidance, guidance, x0_from_x, x0_from_noise, mean_from_x0, mean_from_x, log_variance_min, log_variance_max,
     CHANNELS: tl.constexpr, GUIDED: tl.constexpr, ADDS_NOISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of elements, row by row; `with_guidance` is 1 + guidance, and the unconditional half lies `rows` further."""
+    """Compute BLOCK elements of out [rows, CHANNELS], contiguous; grid (blocks). The inputs' channels are contiguous too.
+
+    GUIDED: eps and variance are [2 * rows, CHANNELS], the conditional half first. with_guidance: 1 + guidance.
+    """
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, lane = element // CHANNELS, element % CHANNELS
     valid = row < rows
@@ -53,7 +56,7 @@ def diffusion_step(
     log_variance_max: float,
     adds_noise: bool,
 ) -> Tensor:
-    """As the reference in `hart_infer/ops/diffusion_step.py`."""
+    """Compute what the reference in `hart_infer/ops/diffusion_step.py` computes."""
     given = {"x": x, "eps": eps, "variance": variance, "noise": noise}
     if any(t.device != x.device for t in given.values()):
         raise ValueError(f"diffusion_step: all must be on {x.device}, as x is.")
@@ -72,6 +75,6 @@ def diffusion_step(
             x.stride(0), eps.stride(0), variance.stride(0), noise.stride(0), rows,
             1 + guidance, guidance, x0_from_x, x0_from_noise, mean_from_x0, mean_from_x, log_variance_min, log_variance_max,
             CHANNELS=channels, GUIDED=len(eps) > rows, ADDS_NOISE=adds_noise, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=False,  # rounded as PyTorch rounds, operation by operation
+            num_warps=4, enable_fp_fusion=False,  # without fused multiply-adds: rounds after each operation, as PyTorch does
         )  # fmt: skip
     return out

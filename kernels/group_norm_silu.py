@@ -1,7 +1,8 @@
-"""Group norm and SiLU of pictures, channels last or first: statistics by slabs of pixels, merged, then applied.
+"""Group norm and SiLU of images [B, C, h, w], channels last or first, in three launches.
 
-The picture is read twice and written once. Sums of squares are taken about running means and merged by Chan, Golub and
-LeVeque's formula, so that a mean far from zero costs no precision.
+The first computes the statistics of slabs (runs of pixels) per channel, the second merges them per group, the third applies
+them: x is read twice and written once. Sums of squares are taken about running means and merged by the formula of Chan, Golub
+and LeVeque, so that a mean far from zero costs no precision.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from torch import Tensor
 from . import refusal as refusal
 from .launch import Config, multiprocessors
 
-CHANNELS_LAST = Config(64, 64, warps=8)  # pixels x channels of a tile; columns are neighbours in memory
-CHANNELS_FIRST = Config(512, 8, warps=8)  # here rows are
-MERGED = 4096  # slabs times channels of a group, at most, that one program merges
+CHANNELS_LAST = Config(64, 64, warps=8)  # pixels x channels of a tile; channels are contiguous
+CHANNELS_FIRST = Config(512, 8, warps=8)  # pixels are contiguous
+MERGED = 4096  # the most slabs times channels of a group that one program of merge_kernel holds
 
 
 @triton.jit
 def slab_kernel(
-    x, means, squares,  # means and squares [B, slabs, C] fp32
+    x, means, squares,
     x_image, x_pixel, x_channel, pixels, channels, per_slab,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One slab of pixels of one block of channels: each channel's mean and sum of squares about it, in one reading."""
+    """Compute each channel's mean and sum of squares about it over one slab of `per_slab` pixels, reading x once.
+
+    means, squares [B, slabs, C] fp32; grid (slabs, blocks of channels, B).
+    """
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     lane = tl.arange(0, PIXELS)
@@ -43,7 +47,7 @@ def slab_kernel(
         delta = tl.where(valid, value - mean, 0.0)
         mean += delta * (1.0 / seen)
         square += delta * (value - mean)
-    count = tl.maximum(last - first - lane + PIXELS - 1, 0) // PIXELS  # how many pixels each lane has seen
+    count = tl.maximum(last - first - lane + PIXELS - 1, 0) // PIXELS  # of pixels that each lane has seen
     count = count.to(tl.float32)[:, None]
     merged = tl.sum(mean * count, 0) / (last - first).to(tl.float32)
     distance = mean - merged[None, :]
@@ -54,13 +58,14 @@ def slab_kernel(
 
 @triton.jit(do_not_specialize=["slabs"])
 def merge_kernel(
-    means, squares, group_means, group_scales,  # the latter two [B, groups] fp32
+    means, squares, group_means, group_scales,
     pixels, channels, per_slab, slabs, eps,
     PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """One group of one image: mean and 1 / standard deviation from its channels' slabs, so few that fp64 costs nothing.
+    """Compute the mean and 1 / standard deviation of one group of one image from its channels' slabs; grid (groups, B).
 
-    WIDTH and SLABS are the next powers of two of PER_GROUP and of `slabs`.
+    means, squares [B, slabs, C]; group_means, group_scales [B, groups]; all fp32. Adds up in fp64, as there is little to add.
+    PER_GROUP: channels of a group. WIDTH and SLABS: the next powers of two of PER_GROUP and of `slabs`.
     """
     image = tl.program_id(1).to(tl.int64)
     slab = tl.arange(0, SLABS)[:, None]
@@ -70,7 +75,7 @@ def merge_kernel(
     count = tl.where(valid, tl.minimum(per_slab, pixels - slab * per_slab), 0).to(tl.float64)
     mean = tl.load(means + place, mask=valid, other=0.0).to(tl.float64)
     square = tl.load(squares + place, mask=valid, other=0.0).to(tl.float64)
-    total = tl.full([], PER_GROUP, tl.float64) * pixels  # no method of `pixels`: a 1 is compiled in, as a plain number
+    total = tl.full([], PER_GROUP, tl.float64) * pixels  # `pixels.to()` fails for 1, which Triton compiles in as a Python int
     merged = tl.sum(tl.sum(mean * count, 1), 0) / total
     distance = mean - merged
     variance = tl.sum(tl.sum(square + count * distance * distance, 1), 0) / total
@@ -85,7 +90,10 @@ def apply_kernel(
     x_image, x_pixel, x_channel, pixels, channels, groups,
     PER_GROUP: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One tile; `out` is laid out as `x`."""
+    """Normalise one tile of PIXELS x CHANNELS and, with SILU, apply SiLU to it; out has the strides of x.
+
+    group_means, group_scales [B, groups] fp32; grid (blocks of pixels, blocks of channels, B).
+    """
     image = tl.program_id(2).to(tl.int64)
     pixel = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -107,9 +115,9 @@ def apply_kernel(
 
 
 def slabs_for(pixels: int, tile: int, per_group: int, programs: int, processors: int) -> tuple[int, int]:
-    """Slabs of a picture, as many as give each multiprocessor work, and the pixels of one, a multiple of `tile`.
+    """Return the number of slabs per image and the pixels of a slab, a multiple of `tile`.
 
-    `programs` is how many blocks of channels there are, of all images.
+    Enough slabs for four programs per multiprocessor, but no more than merge_kernel takes. programs: B * blocks of channels.
     """
     wanted = triton.cdiv(4 * processors, programs)
     at_most = max(1, MERGED // triton.next_power_of_2(per_group))
@@ -119,7 +127,7 @@ def slabs_for(pixels: int, tile: int, per_group: int, programs: int, processors:
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """`x` without gaps, memory of the same form for the result, and whether the channels come last."""
+    """Return x without gaps between its elements, an empty result of the same strides, and whether the channels come last."""
     if not x.is_contiguous() and x.stride(1) == 1:
         batch, channels, height, width = x.shape
         out = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -128,7 +136,7 @@ def _laid_out(x: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
-    """Raise ValueError for what doesn't fit."""
+    """Raise ValueError for shapes or devices that don't fit each other."""
     if x.dim() != 4 or groups < 1 or not x.shape[1] or x.shape[1] % groups:
         raise ValueError(f"group_norm_silu: x must be [B, C, h, w] with C a multiple of {groups} groups, not {list(x.shape)}.")
     if weight.shape != (x.shape[1],) or bias.shape != weight.shape:
@@ -139,7 +147,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:
-    """As the reference in `hart_infer/ops/group_norm_silu.py`; x [B, C, h, w] of any strides, the result laid out as `x`."""
+    """Compute what the reference in `hart_infer/ops/group_norm_silu.py` computes; the result is channels last if x is."""
     _check(x, weight, bias, groups)
     batch, channels, height, width = x.shape
     pixels, per_group = height * width, channels // groups

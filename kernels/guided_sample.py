@@ -1,8 +1,8 @@
-"""Guidance, top-k, top-p, the draw of a code and the Gumbel mixture, in two launches and without a sort.
+"""Guidance, top-k, top-p, the draw of a code and the Gumbel-softmax mixture, in two launches and without a sort.
 
-The first finds each token's threshold, its row of logits in registers, by building the threshold's bits from the highest
-down. The second reads the logits once more, a few tokens and codes at a time, runs the race, and mixes the codebook by an
-online softmax.
+The first holds a token's row of logits in registers and finds the lowest logit that top-k and top-p keep, by a binary search
+over its bits from the highest down. The second reads the logits again in tiles of TOKENS x CODES, draws by the Gumbel-max
+trick (adds Gumbel noise, takes the largest), and mixes the codebook by an online softmax.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from . import Beyond as Beyond
 from . import refusal as refusal
 
 LOG2E = math.log2(math.e)
-MAX_VOCABULARY = 16384  # a row that registers hold
+MAX_VOCABULARY = 16384  # the longest row that fits a block's registers
 LIMIT = f"up to {MAX_VOCABULARY} codes"
-TOKENS, CODES = 16, 64  # a tile of the second launch
+TOKENS, CODES = 16, 64  # the second launch's tile
 
 
 @triton.jit
 def _guided(logits, place, valid, x_half, with_guidance, guidance, GUIDED: tl.constexpr):
-    """Logits in fp32, -inf where there are none; `with_guidance` is 1 + guidance."""
+    """Return the guided logits in fp32, -inf where not `valid`; x_half: from the conditional row to the unconditional."""
     x = tl.load(logits + place, mask=valid, other=float("-inf")).to(tl.float32)
     if GUIDED:
         x = with_guidance * x - guidance * tl.load(logits + x_half + place, mask=valid, other=0.0).to(tl.float32)
@@ -34,25 +34,29 @@ def _guided(logits, place, valid, x_half, with_guidance, guidance, GUIDED: tl.co
 
 @triton.jit
 def _ordered(x):
-    """Unsigned integers in the order of the fp32 `x`; both zeros are one."""
+    """Map fp32 to uint32 so that integers compare as the numbers do; -0.0 and 0.0 map to the same."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
 def _unordered(image):
-    """The fp32 numbers of `_ordered`'s integers."""
+    """Map the integers of `_ordered` back to fp32."""
     bits = (image ^ 0x80000000).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def threshold_kernel(
-    logits, thresholds,  # [B, L]: the lowest logit that stays
+    logits, thresholds,
     x_half, x_image, x_token, vocabulary, with_guidance, guidance, top_k, removable,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token. The largest integer that top_k codes reach; then the largest below which at most `removable`, 1 - p, lies."""
+    """Write one token's lowest kept logit to thresholds [B, L] fp32; grid (L, B). BLOCK: the vocabulary's next power of two.
+
+    With logits as ordered integers, top-k's threshold is the largest integer that at least top_k logits reach; top-p's is the
+    largest below which the probabilities left by top-k add up to at most removable = 1 - p. with_guidance: 1 + guidance.
+    """
     image, token = tl.program_id(1).to(tl.int64), tl.program_id(0)
     code = tl.arange(0, BLOCK)
     place = image * x_image + token.to(tl.int64) * x_token + code
@@ -81,7 +85,7 @@ def threshold_kernel(
 
 @triton.jit
 def _gumbel(word):
-    """Standard Gumbel noise of 32 random bits, as `hart_infer/ops/philox.py` makes it."""
+    """Turn 32 random bits into standard Gumbel noise, as `hart_infer/ops/philox.py` does."""
     uniform = ((word >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
     return -tl.log(-tl.log(uniform))
 
@@ -93,7 +97,13 @@ def draw_kernel(
     GUIDED: tl.constexpr, FILTERED: tl.constexpr, MORE_SMOOTH: tl.constexpr,
     TOKENS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A few tokens of one image; `rate` is log2(e) / temperature, WIDTH the next power of two of `channels`."""
+    """Draw the codes of TOKENS tokens of one image and their embeddings; grid (blocks of tokens, B).
+
+    logits [B or 2B, L, V], codebook [V, C] fp32, seeds [B] int64, offset [1] int64, thresholds [B, L] fp32 (FILTERED); writes
+    indices [B, L] int64, and embeddings [B, L, C] fp32: of the drawn code, or MORE_SMOOTH the mixture of the kept ones.
+    A token whose guided logits have no softmax (one is NaN or inf, or all are -inf) gets code -1 and embedding NaN.
+    with_guidance: 1 + guidance. rate: log2(e) / temperature. WIDTH: the next power of two of `channels`, at least 16.
+    """
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     known = token < tokens
@@ -124,7 +134,7 @@ def draw_kernel(
         if MORE_SMOOTH:
             noisy = tl.where(kept, x * logit_gain + _gumbel(mixing), float("-inf"))
             larger = tl.maximum(largest, tl.max(noisy, 1))
-            base = tl.where(larger == float("-inf"), 0.0, larger)  # nothing is kept so far
+            base = tl.where(larger == float("-inf"), 0.0, larger)  # no code is kept so far
             weight = tl.exp2((noisy - base[:, None]) * rate)
             shrink = tl.exp2((largest - base) * rate)
             total = total * shrink + tl.sum(weight, 1)
@@ -146,12 +156,12 @@ def draw_kernel(
 
 
 def warps_for(block: int) -> int:
-    """Of the first launch: at most 32 numbers of the row for a thread."""
+    """Return the number of warps of threshold_kernel, so that a thread holds at most 32 of the row's `block` numbers."""
     return max(4, min(block // 1024, 16))
 
 
 def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
-    """Raise ValueError for what doesn't fit, Beyond for more codes than registers hold."""
+    """Raise ValueError for shapes, dtypes or devices that don't fit, Beyond for more than MAX_VOCABULARY codes."""
     if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
         shapes = f"{list(logits.shape)} and {list(codebook.shape)}"
         raise ValueError(f"guided_sample: logits and codebook must be [B or 2B, L, V] and [V, C], not {shapes}.")
@@ -180,7 +190,7 @@ def guided_sample(
     temperature: float,
     more_smooth: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference in `hart_infer/ops/guided_sample.py`."""
+    """Compute what the reference in `hart_infer/ops/guided_sample.py` computes."""
     _check(logits, codebook, seeds, offset)
     if not 0 <= top_p <= 1 or (more_smooth and not temperature > 0):
         raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
@@ -198,7 +208,7 @@ def guided_sample(
         threshold_kernel[(tokens, images)](
             logits, thresholds, *strides, vocabulary, 1 + guidance, guidance, top_k, 1 - top_p,
             GUIDED=guided, TOP_K=cuts[0], TOP_P=cuts[1], BLOCK=block,
-            num_warps=warps_for(block), enable_fp_fusion=False,  # both launches have to round alike
+            num_warps=warps_for(block), enable_fp_fusion=False,  # both launches must round the guided logits alike
         )  # fmt: skip
     draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
         logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,

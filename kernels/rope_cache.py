@@ -1,4 +1,4 @@
-"""HART's rotary embedding of the merged q, k, v, with k and v written straight into the cache, in one launch."""
+"""HART's rotary embedding of q and k from the merged qkv, which writes k and v straight into the cache, in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import refusal as refusal
 
 @triton.jit
 def _rotated(first, second, cos_first, cos_second, sin_first, sin_second, DTYPE: tl.constexpr):
-    """Both rotated halves; every product and sum is rounded to DTYPE, as PyTorch rounds them one by one."""
+    """Rotate both halves [heads, HALF]; round every product and sum to DTYPE, as PyTorch does."""
     a = (first * cos_first).to(DTYPE).to(tl.float32) - (second * sin_first).to(DTYPE).to(tl.float32)
     b = (second * cos_second).to(DTYPE).to(tl.float32) + (first * sin_second).to(DTYPE).to(tl.float32)
     return a.to(DTYPE), b.to(DTYPE)
@@ -19,7 +19,7 @@ def _rotated(first, second, cos_first, cos_second, sin_first, sin_second, DTYPE:
 
 @triton.jit
 def _normalised(first, second, gain, DTYPE: tl.constexpr):
-    """Both halves [heads, HALF] divided by their common l2 norm, then multiplied by `gain` [heads, 1]; rounded after each."""
+    """Divide both halves [heads, HALF] by the head's l2 norm, then multiply by gain [heads, 1]; round to DTYPE after each."""
     norm = tl.sqrt_rn(tl.sum(first * first, 1) + tl.sum(second * second, 1)).to(DTYPE).to(tl.float32)
     norm = tl.maximum(norm, 1e-12)[:, None]
     first = (tl.div_rn(first, norm).to(DTYPE).to(tl.float32) * gain).to(DTYPE).to(tl.float32)
@@ -35,7 +35,12 @@ def rope_cache_kernel(
     heads, tokens,
     HALF: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """One token of one row, all heads; LANES and HEADS are the next powers of two of HALF and of `heads`."""
+    """Rotate q and k, and copy v, of all heads of one token of one row; grid (R * L).
+
+    qkv [R, L, 3, H, d], cos and sin [R, 1, L, d], q_out, k_out and v_out [R, H, L, d], each of its own strides (table_row and
+    table_token are those of cos and sin). HALF: d / 2. LANES and HEADS: the next powers of two of HALF and of `heads`.
+    NORMALISED: first divide each head's q and k by their l2 norms, then multiply q by gains [H].
+    """
     row = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -74,7 +79,7 @@ def rope_cache_kernel(
 
 
 def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
-    """As the reference in `hart_infer/ops/rope_cache.py`."""
+    """Compute what the reference in `hart_infer/ops/rope_cache.py` computes."""
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"rope_cache: qkv must be [R, L, 3, H, d], not {list(qkv.shape)}.")
     others = [x for x in (cos, sin, keys, values, gains) if x is not None]
@@ -106,6 +111,6 @@ def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tens
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         heads, tokens,
         HALF=head_dim // 2, LANES=triton.next_power_of_2(head_dim // 2), HEADS=triton.next_power_of_2(heads),
-        NORMALISED=gains is not None, num_warps=4, enable_fp_fusion=False,  # a fused product would not be rounded
+        NORMALISED=gains is not None, num_warps=4, enable_fp_fusion=False,  # a fused multiply-add would not round the product
     )  # fmt: skip
     return q

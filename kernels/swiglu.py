@@ -1,4 +1,4 @@
-"""silu(gate) * up in one pass."""
+"""SwiGLU's product silu(gate) * up, in one launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 1024
 
 @triton.jit
 def swiglu_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
-    """One block of columns of one row."""
+    """Compute BLOCK columns of one row of out [rows, width], contiguous; grid (rows, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = column < width
@@ -25,7 +25,7 @@ def swiglu_kernel(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As the reference in `hart_infer/ops/swiglu.py`."""
+    """Compute what the reference in `hart_infer/ops/swiglu.py` computes."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must be alike.")
     if gate.device != up.device:

@@ -13,6 +13,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel can't be compiled
 
 import triton  # noqa: E402
+from binaries import LIMITS  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 TYPES = ("bf16", "fp16", "fp32")
@@ -48,35 +49,30 @@ def module(name: str) -> Any:
 
 
 def attention_cases(dtype: str) -> Iterator[Case]:
-    """All tiles of the table, over all keys and ranges of them, whole and split, through pointers and descriptors."""
+    """Every tile, for the GPUs that it is chosen on: over all keys and over ranges, whole and split."""
     attention = module("attention")
     size = 4 if dtype == "fp32" else 2
-    for targets, itemsize, width, _, tiles in attention.CONFIGS:
+    for _, itemsize, width, queries, tiles in attention.CONFIGS:
         if itemsize != size:
             continue
-        for ranged, split, described in itertools.product((False, True), repeat=3):
-            if described and (ranged or not tiles.described):
-                continue
-            if dtype == "fp16" and (ranged or split or described):
-                continue  # as bf16's, but for one conversion
-            for head_dim in (width, width // 2 + 16) if (ranged, split, described) == (False, False, False) else (width,):
-                yield _attention_case(attention.attention_kernel, dtype, head_dim, tiles, targets, ranged, split, described)
+        targets = tuple(gpu for gpu in LIMITS if attention.config_for(gpu, size, width, queries) is tiles)
+        for ranged, split in itertools.product((False, True), repeat=2):
+            if dtype == "fp16" and (ranged or split):
+                continue  # the same code as bf16's but for one conversion
+            for head_dim in (width,) if ranged or split else (width, width // 2 + 16):
+                yield _attention_case(attention.attention_kernel, dtype, head_dim, tiles, targets, ranged, split)
 
 
 def _attention_case(
-    kernel: Any, dtype: str, head_dim: int, tiles: Any, targets: tuple[int, ...], ranged: bool, split: bool, described: bool
+    kernel: Any, dtype: str, head_dim: int, tiles: Any, targets: tuple[int, ...], ranged: bool, split: bool
 ) -> Case:
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("maxima", "sums"), "*fp32")
     types |= dict.fromkeys(("scale_log2", "bonus"), "fp32") | ({"out": "*fp32"} if split else {})
     width = triton.next_power_of_2(head_dim)
-    if described:
-        types |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1,1,{tiles.columns},{width}]>")
     constants = {"HEAD_DIM": head_dim, "WIDTH": width, "BLOCK_Q": tiles.rows, "BLOCK_K": tiles.columns}
-    constants |= {"SPLIT": split, "RANGED": ranged, "DESCRIBED": described}
-    constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}"
-    name += " ranges" * ranged + " split" * split + " descriptors" * described
-    return Case(name, kernel, types, constants, tiles.warps, tiles.stages, targets=(90,) if described else targets)
+    constants |= {"SPLIT": split, "RANGED": ranged, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    name = f"attention {dtype} d{head_dim} {tiles.rows}x{tiles.columns}{' ranges' * ranged}{' split' * split}"
+    return Case(name, kernel, types, constants, tiles.warps, tiles.stages, targets=targets)
 
 
 def merge_cases() -> Iterator[Case]:

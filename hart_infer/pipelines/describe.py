@@ -36,7 +36,11 @@ def operations(where: Where) -> dict[str, str]:
         if declared is None:
             told[name] = "PyTorch; this version has no kernel for it"
             continue
-        choice = declared.choose(where)
+        try:
+            choice = declared.choose(where)
+        except torch.OutOfMemoryError:
+            told[name] = "not known; the device has too little memory to try its kernels"
+            continue
         reasons = "; ".join(f"not {backend}: {reason}" for backend, reason in choice.refusals.items())
         limit = None if choice.backend == REFERENCE else declared.backends[choice.backend].limit()
         runs = "PyTorch" if choice.backend == REFERENCE else f"{choice.backend}, for {limit}" if limit else choice.backend

@@ -164,6 +164,14 @@ MUTATIONS = [
         "test_attention[(1, 1, 5, 1100, 80)-float32]",
     ),
     triton(
+        "an out-of-memory that is remembered",
+        "launch",
+        "        if _ran_out_of_memory(error):\n            raise\n",
+        "",
+        "test_out_of_memory_is_raised_and_not_remembered",
+        "test_launch",
+    ),
+    triton(
         "a silu that is not rounded before the product",
         "swiglu",
         "tl.div_rn(g, 1.0 + tl.exp(-g)).to(dtype).to(tl.float32)",
@@ -279,13 +287,6 @@ MUTATIONS = [
         "end = self.offset + self.length",
         "end = None",
         "tests/models/parts/test_cache.py::test_a_scale_sees_all_that_its_layer_wrote_and_nothing_else",
-    ),
-    triton(
-        "the descriptor of another head",
-        "attention",
-        "k.load([row_head // heads, row_head % heads, start, 0])",
-        "k.load([row_head // heads, 0, start, 0])",
-        "test_attention_reads_through_tensor_descriptors[(1, 2, 1, 301, 64)-float32]",
     ),
     triton(
         "logits that are read once more",

@@ -86,3 +86,12 @@ def test_refusals(monkeypatch):
 def test_a_library_that_the_driver_does_not_take_is_left_alone(monkeypatch):
     monkeypatch.setattr(library, "load", lambda: built_for("90+PTX", trial=35))
     assert extension.refusal(HOPPER) == "the compiled extension can't be used (error 35)"
+
+
+def test_want_of_memory_at_the_first_launch_is_not_remembered(monkeypatch):
+    full = built_for("90", trial=2)
+    monkeypatch.setattr(library, "load", lambda: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        extension.refusal(HOPPER)
+    full._c.hart_infer_trial = lambda: 0
+    assert extension.refusal(HOPPER) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 
@@ -39,40 +38,6 @@ def test_attention(shape, dtype):
     exact = (weights @ v.double()).transpose(1, 2).flatten(2)
     reference = F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
     check(found, reference, exact)
-
-
-@every_dtype
-@pytest.mark.parametrize("shape", [(1, 2, 1, 301, 64), (1, 1, 70, 333, 64), (2, 2, 5, 90, 24), (1, 1, 130, 65, 128)], ids=str)
-def test_attention_reads_through_tensor_descriptors(shape, dtype, monkeypatch):
-    """What it computes is what it computes without them; with every tile, though not all use them by themselves."""
-    kernel = importlib.import_module("hart_infer.kernels.attention")
-    if kernel.TensorDescriptor is None:
-        pytest.skip("this Triton has no tensor descriptors")
-    rows, heads, queries, keys, width = shape
-    torch.manual_seed(sum(shape))
-    q, k, v = (strided(torch.randn(rows, heads, n, width).to(dtype)) for n in (queries, keys, keys))
-    if torch.cuda.is_available() and not kernel.describes(q.device):
-        pytest.skip("this GPU is not read through tensor descriptors")
-    made, results = [], []
-    everywhere = tuple((*where, dataclasses.replace(tiles, described=True)) for *where, tiles in kernel.CONFIGS)
-    monkeypatch.setattr(kernel, "CONFIGS", everywhere)
-    describe = kernel.TensorDescriptor
-    monkeypatch.setattr(kernel, "TensorDescriptor", lambda *args: made.append(args) or describe(*args))
-    for described in (False, True):
-        monkeypatch.setattr(kernel, "describes", lambda device, described=described: described)
-        with use_backend("triton"):
-            results.append(ops.attention(q, k, v, scale=0.3))
-        assert len(made) == 2 * described
-    torch.testing.assert_close(*results)
-
-
-def test_what_hardware_cannot_describe_is_read_as_it_is():
-    kernel = importlib.import_module("hart_infer.kernels.attention")
-    x = torch.zeros(1, 2, 9, 24, dtype=torch.bfloat16)
-    assert kernel._describable(x) and kernel._describable(x[:, 1:])
-    assert not kernel._describable(x[..., 1:]), "begins at two bytes"
-    assert not kernel._describable(torch.zeros(1, 2, 9, 20, dtype=torch.bfloat16)), "tokens of 40 bytes"
-    assert not kernel._describable(x[:, :1].expand(-1, 2, -1, -1)), "two heads in one place"
 
 
 def test_attention_with_huge_scores_and_strides_along_the_width():

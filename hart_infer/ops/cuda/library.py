@@ -16,6 +16,7 @@ from ...errors import BackendError
 FILE = Path(__file__).resolve().parents[2] / "_kernels.so"
 REASON = FILE.with_suffix(".absent")  # setup.py's, where it could not build one
 INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 HOST = "host"  # the tests' build, whose kernels run on CPU tensors
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,9 +77,11 @@ class Library:
     def failure(self, index: int) -> str | None:
         """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does.
 
-        `index`: of the current device, for which the answer is.
+        `index`: of the current device, for which the answer is. Want of memory is raised, and not remembered.
         """
         code = self._c.hart_infer_trial()
+        if code == OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError("CUDA out of memory, at the first launch of a compiled kernel.")
         return self._c.hart_infer_error(code).decode() if code else None
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
