@@ -7,7 +7,15 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # What decides whether the installed environment is still the right one.
 BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cpp csrc/include/*)
 
-.PHONY: demo test slow gpu kernels torches package lint format types clean
+# For `make newest` and `make oldest`: the tests of what stands on other libraries. Of constraints.txt only torch counts;
+# TORCH=2.14.1 takes another, TORCH="2.*" the newest, on Linux a CUDA build of several GB.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+LIBRARIES := transformers huggingface_hub numpy safetensors pillow tqdm
+OLDEST := "transformers==4.45.*" "huggingface_hub==0.25.*" "numpy==1.26.*" safetensors==0.4.3 "pillow==10.1.*"
+BESIDE := tests/packaging/test_versions.py tests/models/test_text.py tests/golden/test_text.py tests/checkpoints tests/images \
+	tests/pipelines tests/test_mini.py tests/cli
+
+.PHONY: demo test slow gpu kernels torches newest oldest package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -36,6 +44,17 @@ kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where
 torches: $(VENV)/.installed-dev  # the wheel beside other versions of torch; each takes several GB and some minutes
 	HART_INFER_TORCHES="$(or $(TORCHES),2.10.0 2.11.0 2.12.1 2.13.0 2.14.1)" $(BIN)/python -m pytest tests/packaging/test_torches.py $(PYTEST_ARGS)
 
+# Whichever module a warning names: transformers and huggingface_hub warn of our arguments from wrappers of their own.
+newest: WANTED := $(LIBRARIES)
+newest: STRICT := -W error::DeprecationWarning -W error::FutureWarning
+oldest: WANTED := $(OLDEST)
+newest oldest:
+	$(PYTHON) -m venv $(VENV)-$@
+	echo "*" > $(VENV)-$@/.gitignore
+	$(VENV)-$@/bin/python -m pip install --upgrade --upgrade-strategy eager "torch==$(TORCH)" $(WANTED) pytest -e .
+	$(VENV)-$@/bin/python -m pip list
+	$(VENV)-$@/bin/python -m pytest -m "not slow and not gpu and not packaging" $(STRICT) $(BESIDE) $(PYTEST_ARGS)
+
 package: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m packaging $(PYTEST_ARGS)
 
@@ -51,7 +70,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find hart_infer kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
