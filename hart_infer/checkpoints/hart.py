@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.text import TextEncoder
 from .configs import BOOKKEEPING, Keys, config_from_dict, config_to_dict, read_config, read_json
-from .hub import Repository
+from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
 from .saving import WritePart, check_shard_size, save_checkpoint, write_module
 from .text_encoder import TEXT_FOLDERS, find_text_encoder, save_text_encoder, text_files
@@ -151,14 +150,14 @@ class HartCheckpoint:
         """The autoencoder, on the CPU; without `dtype` in its stored one. Raises WeightsError."""
         return load_module(lambda: Autoencoder(self.autoencoder), self.autoencoder_files, RENAMES, dtype=dtype)
 
-    def locate_text_encoder(self, source: str | Path | None, **hub: Any) -> Path:
+    def locate_text_encoder(self, source: str | Path | None, hub: HubOptions) -> Path:
         """The folder of the text encoder `source` (id or folder), else of the one beside the weights, else the released one.
 
-        `hub` goes to `Repository.open`. Raises CheckpointNotFoundError.
+        Raises CheckpointNotFoundError.
         """
         source = source or self.text_encoder
         try:
-            return find_text_encoder(source or RELEASED_TEXT_ENCODER, **hub)
+            return find_text_encoder(source or RELEASED_TEXT_ENCODER, hub)
         except CheckpointNotFoundError as error:
             if source:
                 raise
@@ -172,20 +171,15 @@ def find_checkpoint(
     *,
     use_ema: bool = True,
     variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
     with_text_encoder: bool = True,
     strict_config: bool = False,
+    hub: HubOptions = HUB,
 ) -> HartCheckpoint:
     """Find a checkpoint, downloading what is needed of it if it is on the Hub.
 
     Raises CheckpointNotFoundError where nothing is found and ConfigError where its configuration is not supported.
     """
-    source = open_source(
-        repo_or_path, LAYOUTS, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-    )
+    source = open_source(repo_or_path, LAYOUTS, hub)
     plan = _plan(source, use_ema, variant, with_text_encoder)
     found = _read(source.fetch(plan.configs()), plan, str(repo_or_path), strict_config)  # refused before gigabytes have come
     source.fetch(plan.files())
@@ -199,14 +193,12 @@ def find_checkpoint(
     return found
 
 
-def inspect_checkpoint(
-    repo_or_path: str | Path, *, use_ema: bool = True, revision: str | None = None, local_files_only: bool = False
-) -> HartCheckpoint:
+def inspect_checkpoint(repo_or_path: str | Path, *, use_ema: bool = True, hub: HubOptions = HUB) -> HartCheckpoint:
     """A checkpoint of which no weights are downloaded: its lists of files are empty where they aren't on this machine.
 
     Raises as `find_checkpoint` does.
     """
-    source = open_source(repo_or_path, LAYOUTS, revision=revision, local_files_only=local_files_only)
+    source = open_source(repo_or_path, LAYOUTS, hub)
     if not isinstance(source, Repository):
         return find_checkpoint(repo_or_path, use_ema=use_ema)
     plan = _parts(source)

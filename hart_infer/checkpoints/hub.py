@@ -7,7 +7,7 @@ import glob
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +26,57 @@ def file_names(root: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class HubOptions:
+    """How the Hub is asked; huggingface_hub's own names."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """For huggingface_hub's downloads."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+
+
+HUB = HubOptions()  # as huggingface_hub does by itself
+
+
+@dataclass(frozen=True)
 class Repository:
     """A repository on the Hub or, where the Hub can't be asked, what the cache has of it."""
 
     id: str
     names: list[str]  # of all its files, or of those in the cache
-    where: dict[str, Any]  # revision, cache_dir, token
+    options: HubOptions
     commit: str | None = None  # that `names` are of
     cached: Path | None = None  # the snapshot's folder, where the Hub can't be asked
     reason: str = ""  # why it can't
 
     @classmethod
-    def open(
-        cls,
-        repo: str,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> Repository:
+    def open(cls, repo: str, options: HubOptions) -> Repository:
         """List a repository's files. Raises CheckpointNotFoundError where neither the Hub nor the cache has it."""
         from huggingface_hub import HfApi
 
-        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-        if local_files_only:
-            return cls._from_cache(repo, where, "local_files_only is set")
+        if options.local_files_only:
+            return cls._from_cache(repo, options, "local_files_only is set")
         try:
-            info = HfApi().model_info(repo, revision=revision, token=token, timeout=30)
+            info = HfApi().model_info(repo, revision=options.revision, token=options.token, timeout=30)
         except _transfer_errors() as error:
-            if refusal := _refusal(error, repo, where):
+            if refusal := _refusal(error, repo, options):
                 raise refusal from error
-            return cls._from_cache(repo, where, _reason(error), error)
-        return cls(repo, [sibling.rfilename for sibling in info.siblings or []], where, info.sha)
+            return cls._from_cache(repo, options, _reason(error), error)
+        return cls(repo, [sibling.rfilename for sibling in info.siblings or []], options, info.sha)
 
     @classmethod
-    def _from_cache(cls, repo: str, where: dict[str, Any], reason: str, error: BaseException | None = None) -> Repository:
-        root = _snapshot(repo, where)
+    def _from_cache(cls, repo: str, options: HubOptions, reason: str, error: BaseException | None = None) -> Repository:
+        root = _snapshot(repo, options)
         if root is None:
             raise CheckpointNotFoundError(
                 f"{repo} is not in the local cache and {reason}; connect, download it elsewhere and pass the folder, or "
                 f"{ELSEWHERE} a copy."
             ) from error
-        return cls(repo, file_names(root), where, cached=root, reason=reason)
+        return cls(repo, file_names(root), options, cached=root, reason=reason)
 
     @property
     def title(self) -> str:
@@ -85,28 +93,28 @@ class Repository:
         if self.cached is not None:
             return self._complete(self.cached, names, self.reason)
         try:
-            root = self._download(names, self.where)
+            root = self._download(names, self.options)
             if root.name != self.commit:  # the revision has moved on since it was listed
-                root = self._download(names, {**self.where, "revision": self.commit})
+                root = self._download(names, replace(self.options, revision=self.commit))
         except _transfer_errors() as error:
-            if refusal := _refusal(error, self.id, self.where):
+            if refusal := _refusal(error, self.id, self.options):
                 raise refusal from error
-            return self._complete(_snapshot(self.id, self.where), names, _reason(error), error)
+            return self._complete(_snapshot(self.id, self.options), names, _reason(error), error)
         return self._complete(root, names, "not all of it arrived")
 
-    def _download(self, names: list[str], where: dict[str, Any]) -> Path:
+    def _download(self, names: list[str], options: HubOptions) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = [glob.escape(name) for name in names]
         for pause in PAUSES:
             try:
-                return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+                return Path(snapshot_download(self.id, allow_patterns=patterns, **options.arguments()))
             except _transfer_errors() as error:
                 if not _may_pass(error):
                     raise
                 logger.warning("Download of %s was interrupted (%s); trying again.", self.id, type(error).__name__)
                 time.sleep(pause)
-        return Path(snapshot_download(self.id, allow_patterns=patterns, **where))
+        return Path(snapshot_download(self.id, allow_patterns=patterns, **options.arguments()))
 
     def _complete(self, root: Path | None, names: list[str], reason: str, error: BaseException | None = None) -> Path:
         missing = [name for name in names if root is None or not (root / name).exists()]
@@ -118,12 +126,12 @@ class Repository:
         return root
 
 
-def _snapshot(repo: str, where: dict[str, Any]) -> Path | None:
+def _snapshot(repo: str, options: HubOptions) -> Path | None:
     """The folder of the cached files of a revision, without asking the Hub."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **where))
+        return Path(snapshot_download(repo, allow_patterns=[], local_files_only=True, **options.arguments()))
     except (OSError, ValueError):
         return None
 
@@ -156,7 +164,7 @@ def _reason(error: BaseException) -> str:
     return f"the Hub can't be reached ({type(error.__cause__ or error).__name__})"
 
 
-def _refusal(error: BaseException, repo: str, where: dict[str, Any]) -> HartError | None:
+def _refusal(error: BaseException, repo: str, options: HubOptions) -> HartError | None:
     """The error for what the cache can't mend either; None where the Hub just can't be reached."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -175,7 +183,7 @@ def _refusal(error: BaseException, repo: str, where: dict[str, Any]) -> HartErro
             f"{repo} is gated: ask for access on its page, then pass token=... or log in with `hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
-        return CheckpointNotFoundError(f"{repo} has no revision {where['revision']!r}; check the name.")
+        return CheckpointNotFoundError(f"{repo} has no revision {options.revision!r}; check the name.")
     if isinstance(error, RepositoryNotFoundError):
         return CheckpointNotFoundError(
             f"{repo} is neither a folder here nor a repository on the Hub that you can read; check the spelling, or pass "

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..errors import CheckpointNotFoundError
-from .hub import Repository, file_names
+from .hub import HubOptions, Repository, file_names
 
 INDEX = "model_index.json"  # of the project's own layout, which `save_pretrained` writes
 EMBEDDED_MODEL = "hart-mini"  # comes with this package, in assets/
@@ -54,15 +54,15 @@ class Folder:
         return self.root
 
 
-def open_source(repo_or_path: str | Path, markers: Iterable[str], **hub: Any) -> Folder | Repository:
-    """The folder of a checkpoint, given it or a part of it, or the repository; `hub` goes to `Repository.open`.
+def open_source(repo_or_path: str | Path, markers: Iterable[str], hub: HubOptions) -> Folder | Repository:
+    """The folder of a checkpoint, given it or a part of it, or the repository.
 
     `markers` are files of which every checkpoint has one. Raises CheckpointNotFoundError.
     """
     path = local_path(repo_or_path)
     if path is not None:
         return Folder(_root(path, tuple(markers)), str(repo_or_path))
-    return Repository.open(hub_id(repo_or_path), **hub)
+    return Repository.open(hub_id(repo_or_path), hub)
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointNotFoundError, ConfigError, WeightsError
 from ..models.text import TextEncoder
 from .configs import read_json
-from .hub import Repository
+from .hub import HUB, HubOptions, Repository
 from .layouts import hub_id, local_path
 from .weights import shorten
 
@@ -27,11 +27,11 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 an
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
-def find_text_encoder(source: str | Path, **hub: Any) -> Path:
-    """The folder of a text encoder, itself or downloaded; `hub` goes to `Repository.open`."""
+def find_text_encoder(source: str | Path, hub: HubOptions = HUB) -> Path:
+    """The folder of a text encoder, itself or downloaded."""
     path = local_path(source)
     if path is None:
-        repository = Repository.open(hub_id(source), **hub)
+        repository = Repository.open(hub_id(source), hub)
         if "config.json" not in repository.names:
             raise CheckpointNotFoundError(f"{repository.title} holds no text encoder: config.json is not in it.")
         files = text_files(repository.names)

@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     if path.suffix.lower() in FORMATS and not path.is_dir():
         return _show_picture(args)
     from ..checkpoints.hart import inspect_checkpoint
+    from ..checkpoints.hub import HubOptions
     from ..checkpoints.report import report
 
-    found = report(
-        inspect_checkpoint(args.target, revision=args.revision, local_files_only=args.local_files_only, use_ema=args.use_ema)
-    )
+    hub = HubOptions(args.revision, local_files_only=args.local_files_only)
+    found = report(inspect_checkpoint(args.target, use_ema=args.use_ema, hub=hub))
     if args.json:
         emit_json(found, indent=2)
         return 0

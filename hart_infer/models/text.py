@@ -40,6 +40,10 @@ class PromptEmbeds:
         """[U, T] int64: cumsum(mask) - 1, so -1 at left-padding positions."""
         return self.mask.long().cumsum(dim=1) - 1
 
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.context)
+
     def split(self, rows: int) -> list[PromptEmbeds]:
         """Parts of so many prompts each."""
         pairs = zip(self.context.split(rows), self.mask.split(rows), strict=True)

@@ -1,23 +1,46 @@
-"""What every family's pipeline shares: devices and dtypes, saving, the progress bar, decoding in tiles, describing itself."""
+"""What every family's pipeline shares: devices and dtypes, saving, the progress bar, memory, describing itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import InputError
 from ..models.parts.autoencoder import Autoencoder
 from .arguments import check_device, check_dtype
 from .checks import check_int
 from .describe import describe
 
 DECODED_PIXELS = 1024 * 1024  # decoded at once, which bounds the memory of a batch
+CPU = torch.device("cpu")
 PipelineT = TypeVar("PipelineT", bound="Pipeline")
+
+# What users of diffusers look for, and what there is instead.
+_LORA = "there are no adapters; put changed weights into pipe.transformer by load_state_dict"
+_ATTENTION = "attention never holds a whole matrix; to save memory use dtype=torch.bfloat16 or enable_model_cpu_offload()"
+INSTEAD = {
+    "vae": "it is pipe.autoencoder",
+    "unet": "it is pipe.transformer",
+    "tokenizer": "it is pipe.text_encoder.tokenizer",
+    "scheduler": "there is none; a call's arguments say how codes are drawn (guidance_scale, top_k, top_p, more_smooth)",
+    "safety_checker": "there is none; what a prompt says is drawn",
+    "negative_prompt_embeds": "it is a call's argument of this name",
+    "load_lora_weights": _LORA,
+    "fuse_lora": _LORA,
+    "set_adapters": _LORA,
+    "load_textual_inversion": _LORA,
+    "enable_attention_slicing": _ATTENTION,
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "enable_sequential_cpu_offload": "it is enable_model_cpu_offload()",
+    "enable_freeu": "it is for networks with skip connections",
+}
 
 
 class Pipeline(ABC):
@@ -27,6 +50,15 @@ class Pipeline(ABC):
         self.name = name
         self._progress: dict[str, Any] = {"disable": None, "unit": "scale"}
         self._tile: int | None = None
+        self._slices = False
+        self._offloads_from: torch.device | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say what there is instead of what diffusers' pipelines have."""
+            instead = f": {INSTEAD[name]}." if name in INSTEAD else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     @property
     @abstractmethod
@@ -41,7 +73,7 @@ class Pipeline(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the parts compute."""
 
     @property
     @abstractmethod
@@ -66,19 +98,54 @@ class Pipeline(ABC):
         *args: torch.device | str | torch.dtype,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> PipelineT:
         """Move and cast in place: `to("cuda")`, `to(torch.bfloat16)`, `to(device=..., dtype=...)`; returns self.
 
-        Raises InputError, and leaves all as it was, for a device or dtype that the models don't run on.
+        `torch_dtype` is `dtype`. Raises InputError, and leaves all as it was, for a device or dtype that the models don't
+        run on.
         """
+        dtype = dtype or torch_dtype
         for argument in args:
             if isinstance(argument, torch.dtype):
                 dtype = argument
             else:
                 device = argument
         check_dtype(dtype)
-        self._move(None if device is None else check_device(device), dtype)
+        target = None if device is None else check_device(device)
+        if target is not None:
+            self._offloads_from = None
+        self._move(target, dtype)
         return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep all weights in main memory, and each part's on `device` only while it computes.
+
+        Needs as much of the device's memory as the largest part, and copies its weights in every call. `device` None: CUDA,
+        else MPS. `to(device)` ends it. Raises InputError where there is no such device.
+        """
+        target = check_device(device)
+        if target.type == "cpu":
+            raise InputError(
+                "enable_model_cpu_offload needs a CUDA or MPS device; on the CPU all weights are in main memory anyway."
+            )
+        self._move(CPU, None)
+        self._offloads_from = target
+
+    @contextmanager
+    def _using(self, *modules: nn.Module | None) -> Iterator[None]:
+        """Have modules on the device while they compute, where weights are kept in main memory."""
+        if self._offloads_from is None:
+            yield
+            return
+        present = [module for module in modules if module is not None]
+        try:
+            for module in present:
+                module.to(self._offloads_from)
+            yield
+        finally:
+            for module in present:
+                module.to(CPU)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options for tqdm's bar over the scales, e.g. `disable=True`; by default it shows on terminals only."""
@@ -95,12 +162,28 @@ class Pipeline(ABC):
         """
         self._tile = None if tile is None else check_int(tile, "tile", 8)
 
+    def enable_vae_tiling(self) -> None:
+        """`enable_decoder_tiling` by diffusers' name."""
+        self.enable_decoder_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one piece."""
+        self.enable_decoder_tiling(None)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one, as is always done on a CPU."""
+        self._slices = True
+
+    def disable_vae_slicing(self) -> None:
+        """Decode as many pictures at once as make up 1024 x 1024 pixels."""
+        self._slices = False
+
     def describe(self) -> str:
         """Which model, where, in what precision, and which implementation runs each operation."""
         return describe(self.name or type(self).__name__, self.components, self.device, self.dtype, self._facts())
 
     @abstractmethod
-    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
+    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
 
         The folder appears whole or not at all. Raises OutputError.
@@ -113,6 +196,7 @@ class Pipeline(ABC):
 
     def _decode(self, latents: Tensor, reproducible: bool | None = None) -> Tensor:
         """Latents [N, C, P, P] -> pictures [N, 3, H, W] fp32 in 0..1, few at a time."""
-        at_once = self._together(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
-        parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(at_once)]
+        at_once = 1 if self._slices else self._together(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
+        with self._using(self.autoencoder.post_quant_conv, self.autoencoder.decoder):
+            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(at_once)]
         return torch.cat(parts).add_(1).mul_(0.5)

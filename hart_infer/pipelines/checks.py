@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -96,10 +96,3 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python writes
         return "a far larger one"
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
-
-
-def check_callable(value: Any, name: str) -> Callable[..., object] | None:
-    """A function, or None."""
-    if value is not None and not callable(value):
-        raise InputError(f"{name} must be a function, not {type(value).__name__}.")
-    return value

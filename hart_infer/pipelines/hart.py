@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import hart as checkpoints
 from ..checkpoints.hart import Defaults, find_checkpoint
+from ..checkpoints.hub import HubOptions
 from ..checkpoints.layouts import EMBEDDED_MODEL
 from ..checkpoints.text_encoder import load_text_encoder
 from ..errors import InputError
@@ -21,10 +23,19 @@ from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
 from ..models.text import PromptEmbeds, TextEncoder
 from .arguments import GeneratorArgument, check_device, check_dtype, check_settings, seeds_for
-from .checks import check_callable, check_int, check_output_type, check_prompts, check_size
+from .checks import check_bool, check_int, check_output_type, check_prompts, check_size
 from .next_scale import NextScalePipeline
 from .out_of_memory import out_of_memory_advice
-from .outputs import HartOutput, Step
+from .outputs import HartOutput, check_callback
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How prompts are encoded; a call's arguments."""
+
+    use_system_prompt: bool
+    max_sequence_length: int | None
+    reproducible: bool | None
 
 
 class HartPipeline(NextScalePipeline[HartTransformer]):
@@ -59,6 +70,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         token: str | bool | None = None,
         local_files_only: bool = False,
         use_ema: bool = True,
+        dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
@@ -70,28 +82,29 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         "mit-han-lab/hart-0.7b-1024px", a download.
 
         `text_encoder`: id or folder; None takes the one beside the checkpoint, else the released one; False loads none.
-        `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `torch_dtype` None keeps the
-        stored dtype; the quantizer is fp32 always. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16" reads
-        `model.fp16.safetensors`. `strict_config` refuses configuration keys that nobody knows, which otherwise one warning
-        names. The rest goes to huggingface_hub.
+        `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `dtype`, or `torch_dtype`, None
+        keeps the stored one; the quantizer is fp32 always. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16"
+        reads `model.fp16.safetensors`. `strict_config` refuses configuration keys that nobody knows, which otherwise one
+        warning names. The rest goes to huggingface_hub.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
-        target = check_device(device)
-        check_dtype(torch_dtype)
-        hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        target, dtype = check_device(device), dtype or torch_dtype
+        check_dtype(dtype)
+        for name, flag in {"use_ema": use_ema, "local_files_only": local_files_only, "strict_config": strict_config}.items():
+            check_bool(flag, name)
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
         checkpoint = find_checkpoint(
             repo_or_path,
             use_ema=use_ema,
             variant=variant,
-            revision=revision,
             with_text_encoder=text_encoder is None,
             strict_config=strict_config,
-            **hub,
+            hub=hub,
         )
-        folder = None if text_encoder is False else checkpoint.locate_text_encoder(text_encoder, **hub)
+        folder = None if text_encoder is False else checkpoint.locate_text_encoder(text_encoder, replace(hub, revision=None))
         with out_of_memory_advice():
-            transformer = checkpoint.load_transformer(torch_dtype)
+            transformer = checkpoint.load_transformer(dtype)
             autoencoder = checkpoint.load_autoencoder(transformer.dtype)
             width = checkpoint.transformer.context_dim
             encoder = load_text_encoder(folder, dtype=transformer.dtype, device=target, width=width) if folder else None
@@ -102,11 +115,14 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         """The parts by name; None for a text encoder that was not loaded."""
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
 
-    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB") -> Path:
+    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
 
-        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size`.
+        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size` and for
+        `safe_serialization=False`: pickles are read, never written.
         """
+        if not check_bool(safe_serialization, "safe_serialization"):
+            raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
         parts = (self.transformer, self.autoencoder, self.text_encoder)
         return checkpoints.save(Path(path), *parts, self.defaults, max_shard_size=max_shard_size)
 
@@ -128,20 +144,61 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         reproducible: bool | None = None,
     ) -> PromptEmbeds:
         """Encode prompts once, for `prompt_embeds=` of later calls; the arguments are a call's."""
-        if self.text_encoder is None:
-            raise InputError(
-                "This pipeline was loaded without a text encoder; pass prompt_embeds, or load with text_encoder=..."
-            )
-        prompts, context_tokens = check_prompts(prompt), self.transformer.config.context_token
-        if max_sequence_length is not None:
-            check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
-        return self.text_encoder.encode(
-            prompts,
-            context_tokens=context_tokens,
-            max_sequence_length=max_sequence_length,
-            use_system_prompt=self.defaults.use_system_prompt if use_system_prompt is None else use_system_prompt,
-            at_once=self._together(reproducible, len(prompts)),
-        )
+        return self._encode(check_prompts(prompt), self._text_options(use_system_prompt, max_sequence_length, reproducible))
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = ...,
+        *,
+        size: int | None = ...,
+        height: int | None = ...,
+        width: int | None = ...,
+        num_images_per_prompt: int = ...,
+        guidance_scale: float | None = ...,
+        num_inference_steps: int = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        more_smooth: bool = ...,
+        generator: GeneratorArgument = ...,
+        seed: int | Sequence[int] | None = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        prompt_embeds: PromptEmbeds | Tensor | None = ...,
+        negative_prompt_embeds: PromptEmbeds | Tensor | None = ...,
+        output_type: Literal["pil", "np", "pt", "latent"] = ...,
+        callback_on_step_end: Callable[..., object] | None = ...,
+        max_sequence_length: int | None = ...,
+        use_system_prompt: bool | None = ...,
+        reproducible: bool | None = ...,
+        return_dict: Literal[True] = ...,
+    ) -> HartOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = ...,
+        *,
+        size: int | None = ...,
+        height: int | None = ...,
+        width: int | None = ...,
+        num_images_per_prompt: int = ...,
+        guidance_scale: float | None = ...,
+        num_inference_steps: int = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        more_smooth: bool = ...,
+        generator: GeneratorArgument = ...,
+        seed: int | Sequence[int] | None = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        prompt_embeds: PromptEmbeds | Tensor | None = ...,
+        negative_prompt_embeds: PromptEmbeds | Tensor | None = ...,
+        output_type: Literal["pil", "np", "pt", "latent"] = ...,
+        callback_on_step_end: Callable[..., object] | None = ...,
+        max_sequence_length: int | None = ...,
+        use_system_prompt: bool | None = ...,
+        reproducible: bool | None = ...,
+        return_dict: Literal[False],
+    ) -> tuple[Any]: ...
 
     @torch.no_grad()
     def __call__(
@@ -149,6 +206,8 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         prompt: str | Sequence[str] | None = None,
         *,
         size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int = 8,
@@ -159,8 +218,9 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: PromptEmbeds | Tensor | None = None,
+        negative_prompt_embeds: PromptEmbeds | Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-        callback_on_step_end: Callable[[Step], object] | None = None,
+        callback_on_step_end: Callable[..., object] | None = None,
         max_sequence_length: int | None = None,
         use_system_prompt: bool | None = None,
         reproducible: bool | None = None,
@@ -170,7 +230,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
 
         Args:
             prompt: one or many texts.
-            size: side in pixels; one of `sizes`.
+            size: side in pixels; one of `sizes`. `height` and `width` are the same, for pictures are square.
             num_images_per_prompt: pictures per prompt, each with its own seed.
             guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off, at half the work; None is
                 the checkpoint's default, 4.5 of the released one.
@@ -183,8 +243,9 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             seed: picture i gets seed + i; or a list, one per picture; None for fresh ones, which are reported back.
             negative_prompt: takes the place of the empty unconditional context; one text, or one per prompt.
             prompt_embeds: from `encode_prompt`, or a context tensor [U, T, width] without padding, instead of `prompt`.
+            negative_prompt_embeds: as `prompt_embeds`, instead of `negative_prompt`; one row for all, or one per prompt.
             output_type: "pil"; "np" [N, H, W, 3] or "pt" [N, 3, H, W], fp32 in 0..1; or "latent" [N, C, P, P] fp32.
-            callback_on_step_end: called with a `Step` after each scale.
+            callback_on_step_end: called with a `Step` after each scale, or, if it takes diffusers' four arguments, with those.
             max_sequence_length: truncate prompts to so many tokens instead of the checkpoint's limit.
             use_system_prompt: put the released scripts' instruction before every prompt; None is the checkpoint's default,
                 True of the released one.
@@ -204,67 +265,105 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             more_smooth=more_smooth,
             vocab_size=self.autoencoder.config.vocab_size,
         )
-        check_size(size, self.sizes)
+        for name, side in {"size": size, "height": height, "width": width}.items():
+            check_size(side, self.sizes, name)
         check_output_type(output_type)
-        check_callable(callback_on_step_end, "callback_on_step_end")
+        check_bool(return_dict, "return_dict")
+        callback = check_callback(callback_on_step_end, self)
         repeats = check_int(num_images_per_prompt, "num_images_per_prompt", 1)
-        text = {
-            "use_system_prompt": use_system_prompt,
-            "max_sequence_length": max_sequence_length,
-            "reproducible": reproducible,
-        }
+        text = self._text_options(use_system_prompt, max_sequence_length, reproducible)
+        given = self._given(prompt, prompt_embeds)
+        negative = self._negative(negative_prompt, negative_prompt_embeds, len(given))
+        schedule = self._schedule(settings)
+        self._check_memory(schedule, len(given) * repeats)
+        seeds, draw_device = seeds_for(len(given) * repeats, seed, generator, self.device)
         with out_of_memory_advice():
-            embeds = self._embeds(prompt, prompt_embeds, text)
-            count = len(embeds.context)
-            seeds, draw_device = seeds_for(count * repeats, seed, generator, self.device)
-            negative = self._negative(negative_prompt, count, text, encode=settings.guidance_scale > 0)
-            f_hat = self._generate(
-                self._schedule(settings),
-                self._conditions(embeds, reproducible),
-                None if negative is None else self._conditions(negative, reproducible),
-                seeds,
-                draw_device,
-                callback_on_step_end,
-                reproducible,
-            )
+            embeds = self._encode(given, text)
+            negative_embeds = None if negative is None or not schedule.guided else self._encode(negative, text)
+            with self._using(self.transformer, self.autoencoder.quantizer):
+                f_hat = self._generate(
+                    schedule,
+                    self._conditions(embeds, reproducible),
+                    None if negative_embeds is None else self._conditions(negative_embeds, reproducible),
+                    seeds,
+                    draw_device,
+                    callback,
+                    reproducible,
+                )
             latent = output_type == "latent"
             result = f_hat if latent else tensors.FORMS[output_type](self._decode(f_hat, reproducible))
         return HartOutput(result, seeds) if return_dict else (result,)
 
-    def _embeds(
-        self, prompt: str | Sequence[str] | None, prompt_embeds: PromptEmbeds | Tensor | None, text: dict[str, Any]
-    ) -> PromptEmbeds:
-        """The encoded prompts, from either of the two arguments."""
+    def _text_options(
+        self, use_system_prompt: bool | None, max_sequence_length: int | None, reproducible: bool | None
+    ) -> TextOptions:
+        """Checked, with the checkpoint's defaults in their places."""
+        context_tokens = self.transformer.config.context_token
+        system = self.defaults.use_system_prompt if use_system_prompt is None else use_system_prompt
+        if reproducible is not None:
+            check_bool(reproducible, "reproducible")
+        if max_sequence_length is not None:
+            check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
+        return TextOptions(check_bool(system, "use_system_prompt"), max_sequence_length, reproducible)
+
+    def _given(
+        self, prompt: str | Sequence[str] | None, prompt_embeds: PromptEmbeds | Tensor | None
+    ) -> list[str] | PromptEmbeds:
+        """The prompts, or what they were encoded to, checked."""
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("Give either prompt or prompt_embeds, one of them.")
-        if prompt_embeds is None:
-            return self.encode_prompt(prompt, **text)  # type: ignore[arg-type]
-        if isinstance(prompt_embeds, Tensor):
-            prompt_embeds = PromptEmbeds(prompt_embeds, torch.ones(prompt_embeds.shape[:2], dtype=torch.bool))
-        if not isinstance(prompt_embeds, PromptEmbeds):
-            raise InputError(f"prompt_embeds must come from encode_prompt or be a tensor, not {type(prompt_embeds).__name__}.")
-        if not isinstance(prompt_embeds.mask, Tensor) or not prompt_embeds.context.isfinite().all():
-            raise InputError("prompt_embeds must be finite numbers with a mask tensor; encode the prompts again.")
-        config = self.transformer.config
-        expected = (config.context_token, config.context_dim)
-        shape = tuple(prompt_embeds.context.shape)
-        if len(shape) != 3 or not shape[0] or shape[1:] != expected or tuple(prompt_embeds.mask.shape) != shape[:2]:
-            raise InputError(
-                f"prompt_embeds must have shape [U, {expected[0]}, {expected[1]}] and a mask [U, {expected[0]}], not "
-                f"{list(shape)} and {list(prompt_embeds.mask.shape)}."
-            )
-        return prompt_embeds
+        return check_prompts(prompt) if prompt_embeds is None else self._check_embeds(prompt_embeds, "prompt_embeds")
 
     def _negative(
-        self, prompt: str | Sequence[str] | None, count: int, text: dict[str, Any], *, encode: bool
-    ) -> PromptEmbeds | None:
-        """The encoded negative prompts, one for all or one each; None where there are none, or none are to be encoded."""
-        if prompt is None or prompt == "":
+        self, prompt: str | Sequence[str] | None, embeds: PromptEmbeds | Tensor | None, count: int
+    ) -> list[str] | PromptEmbeds | None:
+        """The negative prompts, one for all or one each, or what they were encoded to; None where there are none."""
+        if prompt not in (None, "") and embeds is not None:
+            raise InputError("Give either negative_prompt or negative_prompt_embeds, one of them.")
+        if embeds is not None:
+            given: list[str] | PromptEmbeds = self._check_embeds(embeds, "negative_prompt_embeds")
+        elif prompt is None or prompt == "":
             return None
-        listed = check_prompts(prompt, "negative_prompt")
-        if len(listed) not in (1, count):
-            raise InputError(f"negative_prompt has {len(listed)} entries for {count} prompts; give one for all, or one each.")
-        return self.encode_prompt(listed, **text) if encode else None
+        else:
+            given = check_prompts(prompt, "negative_prompt")
+        if len(given) not in (1, count):
+            raise InputError(f"negative_prompt has {len(given)} entries for {count} prompts; give one for all, or one each.")
+        return given
+
+    def _check_embeds(self, embeds: PromptEmbeds | Tensor, name: str) -> PromptEmbeds:
+        """As PromptEmbeds of the model's shape; a plain tensor is without padding."""
+        if isinstance(embeds, Tensor):
+            embeds = PromptEmbeds(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+        if not isinstance(embeds, PromptEmbeds):
+            raise InputError(f"{name} must come from encode_prompt or be a tensor, not {type(embeds).__name__}.")
+        if not isinstance(embeds.mask, Tensor) or not embeds.context.isfinite().all():
+            raise InputError(f"{name} must be finite numbers with a mask tensor; encode the prompts again.")
+        config = self.transformer.config
+        expected = (config.context_token, config.context_dim)
+        shape = tuple(embeds.context.shape)
+        if len(shape) != 3 or not shape[0] or shape[1:] != expected or tuple(embeds.mask.shape) != shape[:2]:
+            raise InputError(
+                f"{name} must have shape [U, {expected[0]}, {expected[1]}] and a mask [U, {expected[0]}], not "
+                f"{list(shape)} and {list(embeds.mask.shape)}."
+            )
+        return embeds
+
+    def _encode(self, given: list[str] | PromptEmbeds, options: TextOptions) -> PromptEmbeds:
+        """Prompts encoded; what is encoded already, as it is."""
+        if isinstance(given, PromptEmbeds):
+            return given
+        if self.text_encoder is None:
+            raise InputError(
+                "This pipeline was loaded without a text encoder; pass prompt_embeds, or load with text_encoder=..."
+            )
+        with self._using(self.text_encoder.model):
+            return self.text_encoder.encode(
+                given,
+                context_tokens=self.transformer.config.context_token,
+                max_sequence_length=options.max_sequence_length,
+                use_system_prompt=options.use_system_prompt,
+                at_once=self._together(options.reproducible, len(given)),
+            )
 
     def _schedule(self, settings: Settings) -> Schedule:
         config = self.transformer.config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
@@ -16,9 +16,10 @@ from ..generation.schedule import Schedule
 from ..images import tensors
 from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
+from ..models.parts.cache import KVCache
 from .base import Pipeline
-from .out_of_memory import out_of_memory_advice
-from .outputs import Step
+from .out_of_memory import check_memory, out_of_memory_advice
+from .outputs import Callback, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +54,8 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.transformer.device
+        """Where the parts compute."""
+        return self._offloads_from or self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +73,19 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
 
+    def _check_memory(self, schedule: Schedule, count: int) -> None:
+        """Raise OutOfMemoryError where the keys and values of `count` images, and the pictures, could not be held."""
+        transformer = self.transformer
+        cache = KVCache.size_in_bytes(
+            depth=transformer.depth,
+            rows=2 if schedule.guided else 1,
+            width=transformer.width,
+            length=schedule.cached_length,
+            scratch_length=schedule.scratch_length,
+            itemsize=transformer.dtype.itemsize,
+        )
+        check_memory(count, cache + 3 * 4 * self.sizes[0] ** 2, self.device)
+
     def _generate(
         self,
         schedule: Schedule,
@@ -79,7 +93,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         negatives: Sequence[Condition] | None,
         seeds: Sequence[int],
         draw_device: torch.device,
-        callback: Callable[[Step], object] | None,
+        callback: Callback | None,
         reproducible: bool | None,
     ) -> Tensor:
         """Run the scales with bar and callback; returns the latent [N, C, P, P] fp32.
@@ -115,7 +129,8 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
         pixels = tensors.to_tensor(image, self.sizes[0])
         with out_of_memory_advice():
-            latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
+            with self._using(self.autoencoder):
+                latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
             rebuilt = self._decode(torch.cat(latents))
         if isinstance(image, Tensor):
             return rebuilt

@@ -1,7 +1,8 @@
-"""What happens when the memory runs out, or the user stops waiting, in the middle of a call."""
+"""Before a call: does it fit at all? In it: what happens when the memory runs out, or the user stops waiting."""
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,27 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", 
 _OURS = ("hart_infer", "torch")
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that a device has in all; None where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def check_memory(count: int, bytes_each: int, device: torch.device) -> None:
+    """Raise OutOfMemoryError for more images at once than the device could hold if it had nothing else to hold."""
+    total = total_memory(device)
+    if total is not None and count * bytes_each > total:
+        raise OutOfMemoryError(
+            f"{count:,} pictures at once need at least {count * bytes_each / 2**30:,.1f} GiB, and {device} has "
+            f"{total / 2**30:,.1f}: at most {total // bytes_each:,} could fit. Generate fewer at a time "
+            "(num_images_per_prompt, prompts)."
+        )
+
+
 @contextmanager
 def out_of_memory_advice() -> Iterator[None]:
     """Free what an interrupted or out-of-memory call held, and turn the latter's error into one with advice."""
@@ -24,12 +46,13 @@ def out_of_memory_advice() -> Iterator[None]:
         _release(error)
         raise
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         _release(error)
         raise OutOfMemoryError(
             "The device ran out of memory. Generate fewer pictures at once (num_images_per_prompt, prompts), load with "
-            "torch_dtype=torch.bfloat16, call enable_decoder_tiling(), or free what else is on the device."
+            "dtype=torch.bfloat16, call enable_decoder_tiling() or enable_model_cpu_offload(), or free what else is on the "
+            "device."
         ) from error
 
 

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+import base64
+import inspect
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import InputError
 from ..images import tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SHOWN_IN_NOTEBOOKS = 16
+Callback = Callable[["Step"], object]
+
 
 @dataclass
 class HartOutput:
-    """Result of a call: `images` in the asked form, prompt by prompt, and each image's `seeds` entry, which redraws it."""
+    """Result of a call: `images` in the asked form, prompt by prompt, and each image's `seeds` entry, which redraws it.
+
+    `out[0]` and `out["images"]` are the images, as in diffusers. A notebook shows them.
+    """
 
     images: Any  # list of PIL images, or [N, H, W, 3] numpy / [N, 3, H, W] torch in 0..1, or latents [N, C, P, P]
     seeds: list[int]
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        """The images for 0 or "images", the seeds for 1 or "seeds"."""
+        return getattr(self, key) if isinstance(key, str) else (self.images, self.seeds)[key]
+
+    def _repr_html_(self) -> str | None:
+        """The pictures with their seeds, for notebooks; None, which shows the text, where they are no PIL images."""
+        if not isinstance(self.images, list):
+            return None
+        shown = zip(self.images[:SHOWN_IN_NOTEBOOKS], self.seeds, strict=False)
+        figures = "".join(
+            f'<figure style="display:inline-block;margin:4px"><img src="data:image/png;base64,{_png(image)}">'
+            f"<figcaption>seed {seed}</figcaption></figure>"
+            for image, seed in shown
+        )
+        more = len(self.images) - SHOWN_IN_NOTEBOOKS
+        return f"<div>{figures}{f'<p>and {more} more</p>' if more > 0 else ''}</div>"
+
+
+def _png(image: Image) -> str:
+    """A picture as base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 @dataclass
@@ -40,3 +74,41 @@ class Step:
     def stop(self) -> None:
         """End the generation after this scale; the call returns what `preview` would show."""
         self.stopped = True
+
+
+def check_callback(callback: Any, pipe: Any) -> Callback | None:
+    """A callback that takes a `Step`, made of one that does or of one of diffusers' form; None for None.
+
+    diffusers' form is callback(pipe, step_index, timestep, callback_kwargs): here callback_kwargs has "latents", the latent so
+    far, and "step", the Step; what it returns is not looked at, and `pipe._interrupt = True` stops. Raises InputError.
+    """
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, not {type(callback).__name__}.")
+    if _takes(callback, 1):
+        return callback
+    if not _takes(callback, 4):
+        raise InputError(
+            "callback_on_step_end must take one argument, a Step, or diffusers' four (pipe, step_index, timestep, "
+            "callback_kwargs)."
+        )
+
+    def adapted(step: Step) -> None:
+        pipe._interrupt = False
+        callback(pipe, step.index, step.index, {"latents": step.f_hat, "step": step})
+        if pipe._interrupt:
+            step.stop()
+
+    return adapted
+
+
+def _takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function can be called with so many arguments; where nobody knows, with one."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return count == 1
+    return True

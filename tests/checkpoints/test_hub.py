@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hart_infer import HartPipeline
 from hart_infer.checkpoints.hart import HartCheckpoint, find_checkpoint, inspect_checkpoint
-from hart_infer.checkpoints.hub import PAUSES
+from hart_infer.checkpoints.hub import PAUSES, HubOptions
 from hart_infer.checkpoints.text_encoder import find_text_encoder
 from hart_infer.errors import CheckpointNotFoundError, ConfigError, OutputError
 from tests.hub import HubServer
+
+OFFLINE = HubOptions(local_files_only=True)
 
 REPO, TEXT_REPO = "mit-han-lab/hart-tiny", "mit-han-lab/Qwen2-VL-1.5B-Instruct"
 CONFIGS = ["llm/config.json", "tokenizer/config.json"]
@@ -84,7 +87,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def find(repo: str = REPO, **options: Any) -> HartCheckpoint:
-    return find_checkpoint(repo, **{"with_text_encoder": False, **options})
+    hub = {field.name: options.pop(field.name) for field in fields(HubOptions) if field.name in options}
+    return find_checkpoint(repo, **{"with_text_encoder": False, **options}, hub=HubOptions(**hub))
 
 
 def refusal(repo: str = REPO, **options: Any) -> str:
@@ -372,11 +376,11 @@ def test_without_the_hub_plain_weights_are_not_taken_for_ema_in_silence(
 def test_a_checkpoint_is_inspected_without_its_weights(published: HubServer) -> None:
     for _ in range(2):
         found = inspect_checkpoint(REPO)
-        assert found == inspect_checkpoint(REPO, local_files_only=True)
+        assert found == inspect_checkpoint(REPO, hub=OFFLINE)
         assert (weights(found), published.downloaded(REPO)) == ([], CONFIGS)
     whole = find(use_ema=False)
     assert weights(inspect_checkpoint(REPO)) == []  # the EMA weights are not here
-    assert inspect_checkpoint(REPO, use_ema=False) == inspect_checkpoint(REPO, use_ema=False, local_files_only=True) == whole
+    assert inspect_checkpoint(REPO, use_ema=False) == inspect_checkpoint(REPO, use_ema=False, hub=OFFLINE) == whole
 
 
 def test_an_incomplete_cache(published: HubServer) -> None:
@@ -526,7 +530,7 @@ def test_a_text_encoder_by_its_id(
     pipe = HartPipeline.from_pretrained(REPO, text_encoder="someone/text", device="cpu")
     assert pipe.text_encoder is not None
     assert published.downloaded("someone/text") == TEXT
-    assert find_text_encoder("someone/text", local_files_only=True).is_dir()
+    assert find_text_encoder("someone/text", OFFLINE).is_dir()
 
 
 def test_a_text_encoder_of_which_only_a_part_is_in_the_cache(
@@ -535,7 +539,7 @@ def test_a_text_encoder_of_which_only_a_part_is_in_the_cache(
     publish("someone/text", text_files)
     huggingface_hub.snapshot_download("someone/text", allow_patterns=["*.json"])
     with pytest.raises(CheckpointNotFoundError, match=r"someone/text in the local cache .* holds no weights of a text encoder"):
-        find_text_encoder("someone/text", local_files_only=True)
+        find_text_encoder("someone/text", OFFLINE)
 
 
 def test_a_text_encoder_in_bin_files(hub: HubServer, publish: Publish) -> None:
