@@ -40,6 +40,7 @@ def load_ours(request: dict[str, Any]) -> Generate:
         request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]
     )
     pipe.set_progress_bar_config(disable=True)
+    pipe.num_threads = request["threads"]
     config = pipe.transformer.config
     embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"]}

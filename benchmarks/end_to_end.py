@@ -123,6 +123,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     pipe, loading = load(request["checkpoint"], request["dtype"], request["device"], request["text_encoder"])
     pipe.set_progress_bar_config(disable=True)
+    pipe.num_threads = request["threads"]
     inputs: dict[str, Any] = {"prompt": PROMPT}
     if pipe.text_encoder is None:
         from hart_infer.models.text import PromptEmbeds

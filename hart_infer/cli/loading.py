@@ -34,6 +34,8 @@ def load_pipeline(
         torch_dtype=choice.torch_dtype,
         device=choice.device,
     )
+    if machine.threads is not None:
+        pipe.num_threads = machine.threads
     if quiet:
         pipe.set_progress_bar_config(disable=True)
     elif model.model is None:

@@ -126,7 +126,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DTYPES),
         help="number format (default: bf16 on CUDA, else as stored; see doctor)",
     )
-    group.add_argument("--threads", metavar="N", type=whole(1, 4096), help="of the CPU (default: see doctor)")
+    group.add_argument(
+        "--threads", metavar="N", type=whole(1, 4096), help="of the CPU (default: PyTorch's; 1 for a small model)"
+    )
 
 
 def public_name(path_or_id: str) -> str:

@@ -52,6 +52,7 @@ class Pipeline(ABC):
         self._tile: int | None = None
         self._slices = False
         self._offloads_from: torch.device | None = None
+        self.num_threads: int | None = None  # of the CPU, for a call; None: as many as PyTorch takes
 
     if not TYPE_CHECKING:
 

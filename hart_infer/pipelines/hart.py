@@ -15,6 +15,7 @@ from ..checkpoints.hart import Defaults, find_checkpoint
 from ..checkpoints.hub import HubOptions
 from ..checkpoints.layouts import EMBEDDED_MODEL
 from ..checkpoints.text_encoder import load_text_encoder
+from ..engine.cpu import cpu_threads
 from ..errors import InputError
 from ..generation.schedule import Schedule, Settings, hart_schedule
 from ..images import tensors
@@ -144,7 +145,9 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         reproducible: bool | None = None,
     ) -> PromptEmbeds:
         """Encode prompts once, for `prompt_embeds=` of later calls; the arguments are a call's."""
-        return self._encode(check_prompts(prompt), self._text_options(use_system_prompt, max_sequence_length, reproducible))
+        prompts = check_prompts(prompt)
+        with cpu_threads(self.num_threads):
+            return self._encode(prompts, self._text_options(use_system_prompt, max_sequence_length, reproducible))
 
     @overload
     def __call__(
@@ -277,7 +280,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         schedule = self._schedule(settings)
         self._check_memory(schedule, len(given) * repeats)
         seeds, draw_device = seeds_for(len(given) * repeats, seed, generator, self.device)
-        with out_of_memory_advice():
+        with out_of_memory_advice(), cpu_threads(self.num_threads):
             embeds = self._encode(given, text)
             negative_embeds = None if negative is None or not schedule.guided else self._encode(negative, text)
             with self._using(self.transformer, self.autoencoder.quantizer):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal
 import torch
 from torch import Tensor
 
+from ..engine.cpu import cpu_threads, threads_for
 from ..engine.next_scale import Engine, TransformerT
 from ..errors import InputError
 from ..generation.next_scale import finish
@@ -32,6 +33,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         super().__init__(name)
         self.engine = Engine(transformer, autoencoder.quantizer)
         self.autoencoder = autoencoder
+        self.num_threads = threads_for(transformer)
 
     @property
     def transformer(self) -> TransformerT:
@@ -128,7 +130,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         if mode not in ("hybrid", "discrete"):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
         pixels = tensors.to_tensor(image, self.sizes[0])
-        with out_of_memory_advice():
+        with out_of_memory_advice(), cpu_threads(self.num_threads):
             with self._using(self.autoencoder):
                 latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
             rebuilt = self._decode(torch.cat(latents))

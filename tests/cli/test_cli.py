@@ -30,7 +30,7 @@ from hart_infer.checkpoints.hart import Defaults
 from hart_infer.cli import main, naming
 from hart_infer.cli.console import UsageError
 from hart_infer.errors import OutOfMemoryError
-from hart_infer.images.files import read_metadata
+from hart_infer.images.files import read_metadata, save_picture
 from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
 from tests.hub import HubServer
@@ -794,3 +794,55 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+# --- what hostile use found
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hart_infer", "doctor"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert done.returncode == 1
+    assert done.stderr == "hart-infer doctor: standard output cannot be written: no space left on device.\n"
+
+
+def test_metadata_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.png"
+    save_picture(Image.new("RGB", (2, 2)), path, metadata={"prompt": "a \x1b[31mcat\x07\x9b2J", "seed": 2972281612})
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert r"a \x1b[31mcat\x07\x9b2J" in shown
+    assert "2972281612" in shown  # as --seed takes it
+    assert not any(c in shown for c in "\x1b\x07\x9b")
+
+
+def test_info_of_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "missing.png"]) == 1
+    assert capsys.readouterr().err == "hart-infer info: missing.png does not exist.\n"
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "vulkan"])
+def test_a_device_that_the_models_do_not_run_on(calls: Calls, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert main(["generate", "a", "--device", device]) == 1
+    assert f"'{device}' is not a device that hart_infer runs on; cpu, cuda, mps are." in capsys.readouterr().err
+    assert calls.loads == []
+
+
+def test_threads_are_the_pipeline_s(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = sys.modules["hart_infer.pipelines.hart"].HartPipeline
+    monkeypatch.setattr(pipeline, "num_threads", 1, raising=False)
+    seen: list[int] = []
+    call = pipeline.__call__
+    monkeypatch.setattr(pipeline, "__call__", lambda self, *a, **k: seen.append(self.num_threads) or call(self, *a, **k))
+    assert main(["generate", "a", "--threads", "3", "-q"]) == main(["generate", "a", "-q"]) == 0
+    assert seen == [3, 1]
+
+
+def test_info_of_a_configuration_out_of_reason(hart_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = shutil.copytree(hart_tiny, tmp_path / "large", ignore=shutil.ignore_patterns("trace*"))
+    config = json.loads((root / "llm/config.json").read_text()) | {"depth": 10**9}
+    (root / "llm/config.json").write_text(json.dumps(config))
+    assert main(["info", str(root)]) == 1
+    assert "depth must be at most 1,024, not 1,000,000,000." in capsys.readouterr().err

@@ -8,11 +8,13 @@ import stat
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hart_infer.errors import InputError, OutputError
 from hart_infer.images import files as pictures
@@ -279,3 +281,22 @@ def _raise(error: BaseException):
         raise error
 
     return raiser
+
+
+def test_metadata_is_read_without_decoding_a_pixel(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bomb explodes only where it is decoded; a far larger one is refused by its header."""
+    save_picture(image, tmp_path / "a.png", metadata={"prompt": "a"})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height * 2 // 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_metadata(tmp_path / "a.png") == {"prompt": "a"}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read_metadata(tmp_path / "a.png")
+
+
+def test_metadata_nested_too_deeply_is_none(tmp_path: Path, image: Image.Image) -> None:
+    chunks = PngInfo()
+    chunks.add_text("hart_infer", "[" * 100_000)
+    image.save(tmp_path / "a.png", pnginfo=chunks)
+    assert read_metadata(tmp_path / "a.png") is None

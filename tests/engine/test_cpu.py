@@ -1,0 +1,76 @@
+"""Threads of the CPU: one for a small model, and the caller's number again afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hart_infer import HartPipeline, Step
+from hart_infer.engine.cpu import SMALL_MODEL, cpu_threads, threads_for
+from tests.pipelines.test_hart import load
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own(hart_tiny: Path, text_tiny: Path) -> HartPipeline:
+    return load(hart_tiny, text_tiny, torch.float32)
+
+
+def threads_in(pipe: HartPipeline) -> set[int]:
+    """How many threads a call's text encoder, transformer and decoder have."""
+    seen: list[int] = []
+    modules = (pipe.text_encoder.model, pipe.transformer, pipe.autoencoder.decoder)
+    hooks = [module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads())) for module in modules]
+    pipe("a", callback_on_step_end=lambda step: seen.append(torch.get_num_threads()))
+    pipe.encode_prompt("a")
+    pipe.reconstruct(torch.zeros(1, 3, 32, 32))
+    for hook in hooks:
+        hook.remove()
+    return set(seen)
+
+
+def test_a_small_model_takes_one(own: HartPipeline) -> None:
+    assert own.num_threads == 1
+    assert threads_in(own) == {1}
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, 2), (2, 2), (3, 3)])
+def test_the_number_can_be_set(own: HartPipeline, asked: int | None, taken: int) -> None:
+    own.num_threads = asked
+    assert threads_in(own) == {taken}
+    assert torch.get_num_threads() == 2
+
+
+def test_a_large_model_takes_pytorch_s_number() -> None:
+    with torch.device("meta"):
+        assert threads_for(nn.Linear(SMALL_MODEL // 1000, 1000)) is None
+        assert threads_for(nn.Linear(SMALL_MODEL // 1000 - 2, 1000)) == 1
+
+
+def test_the_caller_s_number_is_back_after_an_error(own: HartPipeline) -> None:
+    def fail(step: Step) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        own("a", callback_on_step_end=fail)
+    assert torch.get_num_threads() == 2
+
+
+def test_other_threads_keep_theirs() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2  # from now on its own
+        with cpu_threads(1):
+            assert pool.submit(torch.get_num_threads).result() == 2
