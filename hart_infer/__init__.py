@@ -19,6 +19,7 @@ from .errors import (
     OutputError,
     WeightsError,
 )
+from .moved import install as _find_old_names
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ _LAZY = {
     "PromptEmbeds": "models.text",
     "Step": "pipelines.outputs",
 }
+
+
+_find_old_names()
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hart_infer"
 
 # From the top floor down, as CONTRIBUTING.md draws it.
-FLOORS = ("__main__ cli __init__ pipelines checkpoints engine generation models ops kernels images errors version").split()
+FLOORS = (
+    "__main__ cli __init__ pipelines checkpoints engine generation models ops kernels images errors moved version"
+).split()
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 SOURCES |= {f"hart_infer.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -39,12 +40,22 @@ def test_every_public_name_resolves(name: str) -> None:
 
 def test_lazy_names_are_the_modules_own() -> None:
     from hart_infer.models import text
-    from hart_infer.pipelines import hart as pipeline
+    from hart_infer.pipelines import hart, outputs
 
-    assert hart_infer.HartPipeline is pipeline.HartPipeline
-    assert hart_infer.HartOutput is pipeline.HartOutput
-    assert hart_infer.Step is pipeline.Step
+    assert hart_infer.HartPipeline is hart.HartPipeline
+    assert hart_infer.HartOutput is outputs.HartOutput
+    assert hart_infer.Step is outputs.Step
     assert hart_infer.PromptEmbeds is text.PromptEmbeds
+
+
+@pytest.mark.parametrize(("old", "name"), [("pipeline", "HartPipeline"), ("outputs", "Step"), ("text", "PromptEmbeds")])
+def test_the_old_names_of_modules_still_work_and_warn(old: str, name: str) -> None:
+    sys.modules.pop(f"hart_infer.{old}", None)
+    with pytest.warns(FutureWarning, match=f"hart_infer.{old} is hart_infer.* now; the old name goes in 0.2"):
+        module = importlib.import_module(f"hart_infer.{old}")
+    assert getattr(module, name) is getattr(hart_infer, name)
+    with pytest.raises(AttributeError):
+        module.nonsense  # noqa: B018
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,0 +1,34 @@
+"""Modules by the names that they had before; each warns, and goes in version 0.2."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+MOVED = {"outputs": "pipelines.outputs", "pipeline": "pipelines.hart", "text": "models.text"}
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module of an old name as an empty one, whose attributes are the new one's."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        found = package == __package__ and name in MOVED
+        return importlib.machinery.ModuleSpec(fullname, self) if found else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__.partition(".")[2]
+        new = f"{__package__}.{MOVED[name]}"
+        warnings.warn(f"{module.__name__} is {new} now; the old name goes in 0.2.", FutureWarning, stacklevel=2)
+        module.__getattr__ = lambda attribute: getattr(importlib.import_module(new), attribute)  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())
