@@ -119,7 +119,7 @@ class GenerationState:
         self.hidden = prefixes[0].hidden[index[0]]  # [B, 1, D]: scale 0's
         self.modulation = Modulation.cat([p.modulation.rows(i) for p, i in zip(prefixes, index, strict=True)])
         shift = torch.cat([p.shift[i] for p, i in zip(prefixes, index, strict=True)])
-        self.tables = [transformer.image_table(stage.side, shift) for stage in schedule]
+        self.tables = transformer.image_tables([stage.side for stage in schedule], shift)
         side, channels = schedule.latent_side, transformer.word_embed.in_features
         self.f_hat = torch.zeros(self.batch_size, channels, side, side, device=transformer.device)  # fp32
         self.indices: list[Tensor] = []  # per finished scale [B, p * p] int64

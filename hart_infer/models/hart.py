@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from .parts.checks import require, require_one_of, require_positive, require_ris
 from .parts.diffusion import ResidualDiffusion
 from .parts.layers import MANY_ROWS, GeluMLP, Linear, RMSNorm, SinusoidEmbedding, SwiGLU
 from .parts.modulation import LinearModulation, NoModulation, TableModulation
-from .parts.rope import Table, context_table, image_table
+from .parts.rope import Table, context_table, image_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,9 @@ class HartTransformer(NextScaleTransformer):
         embedding: Tensor = self.level_embed(torch.full((1,), index, device=self.device))
         return embedding
 
-    def image_table(self, side: int, shift: Tensor) -> Table:
-        """cos, sin [R, 1, side * side, d]."""
-        return image_table(side, self.config.patch_nums[-1], shift, self.head_dim, self.dtype)
+    def image_tables(self, sides: Sequence[int], shift: Tensor) -> list[Table]:
+        """cos, sin [R, 1, side * side, d] of every scale."""
+        return image_tables(sides, self.config.patch_nums[-1], shift, self.head_dim, self.dtype)
 
     def residual_condition(self, hidden: Tensor, code_embeddings: Tensor) -> Tensor:
         """The residual diffusion's condition z [R, L, D] from the last scale's hidden states and drawn codes [B, L, C]."""

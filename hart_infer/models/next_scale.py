@@ -108,8 +108,8 @@ class NextScaleTransformer(nn.Module, ABC):
         """What is added to the embedded tokens of scale `index`: [1, D], or [L, D]."""
 
     @abstractmethod
-    def image_table(self, side: int, shift: Tensor) -> Table:
-        """Rotary angles of a scale's side * side tokens, whose positions are shifted by `shift` [R]."""
+    def image_tables(self, sides: Sequence[int], shift: Tensor) -> list[Table]:
+        """Rotary angles of every scale's side * side tokens, whose positions are shifted by `shift` [R]."""
 
     def modulate(self, block_condition: Tensor, head_condition: Tensor) -> Modulation:
         """All adaptive norms' vectors from what the blocks and the head are conditioned on, [R, D] each."""

@@ -6,6 +6,9 @@ shifted by the context's last position. The tables depend on the scale and the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,20 +23,29 @@ def context_table(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> Ta
     return _table(torch.cat([angles, angles], dim=-1), dtype)
 
 
-def image_table(side: int, last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> Table:
-    """cos, sin [R, 1, side * side, d] for one scale.
+def image_tables(sides: Sequence[int], last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> list[Table]:
+    """cos, sin [R, 1, side * side, d] for each of several scales, computed together.
 
     `last_position` [R] is each row's last context position id. Along d: row, row, column, column frequencies, so that
     rotate-half pairs a row angle with a column angle.
     """
     device = last_position.device
-    grid = torch.arange(side, dtype=torch.float32, device=device) / side * last_side
-    row, column = torch.meshgrid(grid, grid, indexing="ij")
-    positions = torch.stack([row.flatten(), column.flatten()]) + last_position.float()[:, None, None]  # [R, 2, L]
+    grid = torch.cat([_positions(side, last_side) for side in sides], dim=1).to(device)  # [2, L]
+    positions = grid + last_position.float()[:, None, None]  # [R, 2, L]
     exponents = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
     angles = positions[..., None] * (1.0 / THETA**exponents)  # [R, 2, L, d/4]
     row_angles, column_angles = angles.unbind(1)
-    return _table(torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1), dtype)
+    tables = _table(torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1), dtype)
+    lengths = [side * side for side in sides]
+    return list(zip(*(part.split(lengths, dim=2) for part in tables), strict=True))
+
+
+@lru_cache(maxsize=256)
+def _positions(side: int, last_side: int) -> Tensor:
+    """Row and column of every token of a scale, in cells of the last one: [2, side * side] fp32, on the CPU."""
+    grid = torch.arange(side, dtype=torch.float32) / side * last_side
+    row, column = torch.meshgrid(grid, grid, indexing="ij")
+    return torch.stack([row.flatten(), column.flatten()])
 
 
 def _table(angles: Tensor, dtype: torch.dtype) -> Table:

@@ -7,11 +7,15 @@ import math
 import pytest
 import torch
 
-from hart_infer.models.parts.rope import context_table, image_table
+from hart_infer.models.parts.rope import Table, context_table, image_tables
 from hart_infer.ops.rope import rope
 
 DIM = 16
 SIDE, LAST_SIDE = 3, 8
+
+
+def image_table(side: int, *arguments) -> Table:
+    return image_tables([side], *arguments)[0]
 
 
 def test_two_angles_per_pair():
@@ -69,3 +73,12 @@ def test_rows_have_their_own_shift():
         alone = image_table(SIDE, LAST_SIDE, torch.tensor([position]), DIM, torch.float32)
         assert all(part[row].equal(single[0]) for part, single in zip(both, alone, strict=True))
     assert not both[0][0].equal(both[0][1])
+
+
+def test_scales_computed_together_are_what_each_is_alone():
+    arguments = (LAST_SIDE, torch.tensor([9, 0]), DIM, torch.bfloat16)
+    together = image_tables([1, 2, 3, 8], *arguments)
+    assert [cos.shape for cos, _ in together] == [(2, 1, side * side, DIM) for side in (1, 2, 3, 8)]
+    for side, (cos, sin) in zip((1, 2, 3, 8), together, strict=True):
+        alone = image_table(side, *arguments)
+        assert cos.equal(alone[0]) and sin.equal(alone[1])
