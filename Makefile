@@ -15,7 +15,7 @@ OLDEST := "transformers==4.45.*" "huggingface_hub==0.25.*" "numpy==1.26.*" safet
 BESIDE := tests/packaging/test_versions.py tests/models/test_text.py tests/golden/test_text.py tests/checkpoints tests/images \
 	tests/pipelines tests/test_mini.py tests/cli
 
-.PHONY: demo test slow gpu kernels torches newest oldest package lint format types clean
+.PHONY: demo test slow sample gpu kernels torches newest oldest package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -32,6 +32,9 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
+
+sample: $(VENV)/.installed-dev  # some of the slow ones, for every CI run
+	$(BIN)/python -m pytest -m "sample and not gpu" $(PYTEST_ARGS)
 
 # On a machine with a CUDA device; figures go to $HART_INFER_RESULTS or benchmarks/results. GPU_PYTHON=python3 takes an
 # environment that has the package already (pip install --no-deps --no-build-isolation -e .), such as one without a network.

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.golden,
     pytest.mark.slow,
+    pytest.mark.sample,
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles where there is a GPU: tests/gpu"),
 ]
 

@@ -17,7 +17,11 @@ from tests.mutation.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "hart-mini", "data", "mutation", "references", "pictures", "results")
-each = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+SAMPLE = MUTATIONS[:: len(MUTATIONS) // 10]
+CASES = [
+    pytest.param(mutation, id=mutation.name.replace(" ", "-"), marks=[pytest.mark.sample] if mutation in SAMPLE else [])
+    for mutation in MUTATIONS
+]
 
 
 def lacks(mutation: Mutation) -> str | None:
@@ -54,7 +58,7 @@ def run(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@each
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_the_table_fits_the_sources(mutation):
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.before) == 1
     file, _, test = mutation.test.partition("::")
@@ -70,7 +74,7 @@ def test_without_a_fault_they_pass(copy):
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("mutation", CASES)
 def test_a_planted_fault_is_found(mutation, copy):
     if reason := lacks(mutation):
         pytest.skip(reason)

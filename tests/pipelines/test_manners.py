@@ -229,6 +229,7 @@ def test_parts_take_turns_on_the_device(own: HartPipeline, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.sample
 def test_a_call_type_checks(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "script.py").write_text(
