@@ -13,7 +13,7 @@ MIN_CAPABILITY = (8, 0)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-class Beyond(Exception):
+class LimitExceeded(Exception):
     """Raised by a launcher, before it launches anything, for valid arguments that are larger than its kernel supports."""
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Beyond as Beyond
+from . import LimitExceeded as LimitExceeded
 from . import refusal as refusal
 from .launch import Config, capability, multiprocessors
 
@@ -142,7 +142,7 @@ def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for shapes, dtypes or devices that don't fit each other, Beyond for heads wider than MAX_HEAD_DIM."""
+    """Raise ValueError for shapes, dtypes or devices that don't fit each other, LimitExceeded for heads wider than MAX_HEAD_DIM."""
     if not q.dim() == k.dim() == v.dim() == 4 or not q.device == k.device == v.device:
         raise ValueError("attention: q must be [R, H, L, d], k and v [R, H, N, d], all on one device.")
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
@@ -150,7 +150,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[3] > MAX_HEAD_DIM:
-        raise Beyond(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
+        raise LimitExceeded(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
     if multiplicity < 1:
         raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
 

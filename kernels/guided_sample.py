@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Beyond as Beyond
+from . import LimitExceeded as LimitExceeded
 from . import refusal as refusal
 
 LOG2E = math.log2(math.e)
@@ -161,12 +161,12 @@ def warps_for(block: int) -> int:
 
 
 def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
-    """Raise ValueError for shapes, dtypes or devices that don't fit, Beyond for more than MAX_VOCABULARY codes."""
+    """Raise ValueError for shapes, dtypes or devices that don't fit, LimitExceeded for more than MAX_VOCABULARY codes."""
     if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
         shapes = f"{list(logits.shape)} and {list(codebook.shape)}"
         raise ValueError(f"guided_sample: logits and codebook must be [B or 2B, L, V] and [V, C], not {shapes}.")
     if logits.shape[2] > MAX_VOCABULARY:
-        raise Beyond(f"guided_sample's kernel takes at most {MAX_VOCABULARY} codes, not {logits.shape[2]}.")
+        raise LimitExceeded(f"guided_sample's kernel takes at most {MAX_VOCABULARY} codes, not {logits.shape[2]}.")
     if codebook.dtype != torch.float32:
         raise ValueError(f"guided_sample: the codebook must be float32, not {codebook.dtype}.")
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(logits) not in (len(seeds), 2 * len(seeds)):

@@ -51,7 +51,7 @@ class Where:
 class Backend:
     """A kernel: "module:function" under this package, imported when first asked about.
 
-    The module says where it works: its `refusal(where)` gives None, or why not. If it has an exception `Beyond`, its function
+    The module says where it works: its `refusal(where)` gives None, or why not. If it has an exception `LimitExceeded`, its function
     raises that, before it does anything, for arguments that are right but larger than it was made for, which its LIMIT tells.
     """
 
@@ -80,7 +80,7 @@ class Backend:
 
     def beyond(self) -> Any:
         """The exceptions that say that arguments are beyond it."""
-        return getattr(self.module(), "Beyond", ())
+        return getattr(self.module(), "LimitExceeded", ())
 
 
 @dataclass(frozen=True)

@@ -77,17 +77,17 @@ def test_a_forced_backend_runs_or_fails(declared):
 
 
 def test_what_is_beyond_a_kernel_runs_on_the_reference_and_that_is_said_once(declared, caplog, monkeypatch):
-    class Beyond(Exception):
+    class LimitExceeded(Exception):
         pass
 
     def narrow(x):
         if len(x) > 2:
-            raise Beyond("double's kernel takes two numbers.")
+            raise LimitExceeded("double's kernel takes two numbers.")
         return x * 2 + 0.5
 
     monkeypatch.setattr(registry, "_told", set())
     monkeypatch.setattr(sys.modules["fake_kernels"], "double", narrow)
-    monkeypatch.setattr(sys.modules["fake_kernels"], "Beyond", Beyond, raising=False)
+    monkeypatch.setattr(sys.modules["fake_kernels"], "LimitExceeded", LimitExceeded, raising=False)
     with use_backend("triton"), pytest.raises(BackendError, match="takes two numbers. Leave the choice to the library."):
         declared(torch.ones(3, dtype=torch.bfloat16))
     monkeypatch.setattr(Where, "of", lambda x: CUDA)
