@@ -1,4 +1,4 @@
-"""The exceptions that hart_infer raises on purpose; each message says what was wrong, what was expected and what to do."""
+"""Define the exceptions that hart_infer raises on purpose; each message says what is wrong, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class HartError(Exception):
 
 
 class ConfigError(HartError, ValueError):
-    """A checkpoint's configuration is incomplete, inconsistent, or asks for maths that this package does not have."""
+    """A checkpoint's configuration is incomplete or inconsistent, or asks for an unsupported option."""
 
 
 class WeightsError(HartError, ValueError):
@@ -16,7 +16,7 @@ class WeightsError(HartError, ValueError):
 
 
 class CheckpointNotFoundError(HartError, FileNotFoundError):
-    """A folder, file, Hub repository or revision does not exist or cannot be reached, and no cached copy serves."""
+    """A folder, file, Hub repository or revision does not exist, or cannot be reached and is not cached."""
 
 
 class InputError(HartError, ValueError):
@@ -32,4 +32,4 @@ class BackendError(HartError, RuntimeError):
 
 
 class OutOfMemoryError(HartError, RuntimeError):
-    """The device ran out of memory; the message says what to turn down."""
+    """The device ran out of memory; the message says what to reduce."""

@@ -1,4 +1,4 @@
-"""Modules by the names that they had before; each warns, and goes in version 0.2."""
+"""Import renamed modules by their old names, with a warning; removed in 0.2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOVED = {"outputs": "pipelines.outputs", "pipeline": "pipelines.hart", "text": "
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of an old name as an empty one, whose attributes are the new one's."""
+    """Provides an old module name as a proxy of the new one."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.partition(".")
@@ -29,6 +29,6 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Let the old names be imported."""
+    """Make the old names importable; further calls change nothing."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

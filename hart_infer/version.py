@@ -1,3 +1,3 @@
-"""The package's version, which files that it writes carry."""
+"""The package's version, written into saved files."""
 
 __version__ = "0.1.0"

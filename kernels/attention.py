@@ -16,7 +16,7 @@ from .launch import Config, capability, multiprocessors
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
-LIMIT = f"heads of up to {MAX_HEAD_DIM}"
+LIMIT = f"head_dim up to {MAX_HEAD_DIM}"
 # (capabilities, () for all; largest element size in bytes; largest head dim; fewest queries) -> tile; the first match is taken.
 # Chosen by the compiled code (tools/compile_kernels.py): no tile spills registers on sm_80 to sm_90. Not timed on a GPU yet.
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
@@ -133,16 +133,16 @@ def config_for(capability: int, itemsize: int, head_dim: int, queries: int) -> C
 
 
 def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
-    """Return into how many parts to split the keys, at most 64; a part has at least a whole `block` of them.
+    """Return the number of key splits, 1 to 64: enough for two programs per multiprocessor, each of at least `block` keys.
 
-    With fewer than two `programs` (blocks of queries, rows and heads) per multiprocessor, parts make up for the rest.
+    programs: those of one split, which are blocks of queries * R * H. With fewer than `block` keys there is one split.
     """
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, keys // block, 64))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for shapes, dtypes or devices that don't fit each other, LimitExceeded for heads wider than MAX_HEAD_DIM."""
+    """Raise ValueError for shapes, dtypes or devices that don't fit each other, LimitExceeded for d > MAX_HEAD_DIM."""
     if not q.dim() == k.dim() == v.dim() == 4 or not q.device == k.device == v.device:
         raise ValueError("attention: q must be [R, H, L, d], k and v [R, H, N, d], all on one device.")
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
@@ -150,7 +150,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[3] > MAX_HEAD_DIM:
-        raise LimitExceeded(f"attention's kernel takes heads of at most {MAX_HEAD_DIM}, not {q.shape[3]}.")
+        raise LimitExceeded(f"attention's kernel takes head_dim up to {MAX_HEAD_DIM}, not {q.shape[3]}.")
     if multiplicity < 1:
         raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
 

@@ -25,7 +25,7 @@ TOKENS, CODES = 16, 64  # the second launch's tile
 
 @triton.jit
 def _guided(logits, place, valid, x_half, with_guidance, guidance, GUIDED: tl.constexpr):
-    """Return the guided logits in fp32, -inf where not `valid`; x_half: from the conditional row to the unconditional."""
+    """Return guided logits in fp32, -inf where not `valid`. x_half: elements from the conditional to the unconditional row."""
     x = tl.load(logits + place, mask=valid, other=float("-inf")).to(tl.float32)
     if GUIDED:
         x = with_guidance * x - guidance * tl.load(logits + x_half + place, mask=valid, other=0.0).to(tl.float32)

@@ -1,1 +1,1 @@
-"""Files to modules and back: the Hub, layouts, names of tensors, reading, saving."""
+"""Load modules from files and save them: the Hub, layouts, names of tensors, reading, saving."""

@@ -1,8 +1,8 @@
-"""What a checkpoint's `config.json` may say, and its reading into a configuration.
+"""Read a checkpoint's `config.json` into a configuration, and check every key.
 
-Every key is one of four kinds: a field of the configuration; fixed (the released code has other values, but only this one is
-shown to be right by recorded data, so another is refused); ignored (training or bookkeeping, no effect on inference); or
-unknown (ignored with a warning, as the released code ignores it; refused on request).
+A key is one of four kinds: a field of the configuration; fixed (the released code has other values, but only these are
+verified by recorded data, and others are refused); ignored (training or bookkeeping, no effect on inference); or unknown
+(ignored with a warning, as the released code ignores it; refused on request).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, TypeVar, get_type_hints
 
 from ..errors import CheckpointNotFoundError, ConfigError
 
-MAX_JSON_BYTES = 2**24  # of a configuration, which has a few thousand
+MAX_JSON_BYTES = 2**24  # a limit; real files have a few KB
 ConfigT = TypeVar("ConfigT")
 logger = logging.getLogger(__name__)
 
-# Of transformers, in its models' configurations.
+# Keys that transformers writes into its models' configurations.
 BOOKKEEPING = frozenset(
     """
     _name_or_path _attn_implementation_autoset architectures auto_map dtype torch_dtype torchscript
@@ -40,13 +40,12 @@ BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a file that are no fields of its configuration."""
+    """Accepted keys of a file besides the configuration's fields."""
 
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the values that are supported
     ignored: frozenset[str] = frozenset()
-    released_defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of fixed keys: what a missing one means, if not the first
+    # What a missing fixed key means, if not fixed[key][0].
+    released_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def config_from_dict(
@@ -54,7 +53,7 @@ def config_from_dict(
 ) -> ConfigT:
     """Check every key of `values` and build a configuration of `kind`; `origin` names the source in messages.
 
-    Keys that nobody knows are named in one warning, or with `strict` refused. Raises ConfigError.
+    Unknown keys: one warning, or ConfigError with `strict`. Raises ConfigError for unsupported, ill-typed or missing values.
     """
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     unknown = ", ".join(sorted(set(values) - set(known) - set(keys.fixed) - keys.ignored))
@@ -79,12 +78,12 @@ def config_from_dict(
 
 
 def read_config(kind: type[ConfigT], path: Path, keys: Keys, *, strict: bool = False) -> ConfigT:
-    """Read a `config.json`. Raises CheckpointNotFoundError, or ConfigError for anything wrong inside it."""
+    """Read a `config.json` as `config_from_dict` does. Raises CheckpointNotFoundError, or ConfigError for its contents."""
     return config_from_dict(kind, read_json(path), keys, origin=str(path), strict=strict)
 
 
 def config_to_dict(config: Any, keys: Keys) -> dict[str, Any]:
-    """All that `config_from_dict` needs to give an equal configuration, as JSON types."""
+    """Return a JSON-ready dict from which `config_from_dict` rebuilds `config`."""
     fixed = {key: allowed[0] for key, allowed in keys.fixed.items()}
     return fixed | {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
@@ -110,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _means(value: Any, allowed: Any) -> bool:
-    """Whether the released code would take `value` for `allowed`: flags by their truth, text by how it is written."""
+    """Return whether the released code treats `value` as `allowed`: bools by truth, strings by str(), numbers by ==."""
     if isinstance(allowed, bool):
         return bool(value) is allowed
     if isinstance(allowed, str):
@@ -119,7 +118,7 @@ def _means(value: Any, allowed: Any) -> bool:
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Convert a JSON value to a field's type; lists become tuples, whole floats stay exact."""
+    """Convert lists of ints to tuples, ints to floats, 0 and 1 to bools, as `hint` asks. Raises ConfigError for other types."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, bool, str) and type(value) is hint:

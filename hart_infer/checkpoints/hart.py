@@ -1,4 +1,4 @@
-"""HART's checkpoints: layouts, configuration keys, names of tensors.
+"""Find, load and save HART's checkpoints: layouts, configuration keys, names of tensors.
 
 Released: `llm/` (transformer; `ema_model.bin` beside `model.safetensors`) and `tokenizer/` (autoencoder). The project's own
 (`save_pretrained`): `model_index.json`, `transformer/`, `autoencoder/`, `text_encoder/`.
@@ -29,7 +29,7 @@ from .text_encoder import TEXT_FOLDERS, find_text_encoder, save_text_encoder, te
 from .weights import RenameTable, load_module
 
 RELEASED_TEXT_ENCODER = "mit-han-lab/Qwen2-VL-1.5B-Instruct"
-LAYOUTS = {INDEX: ("transformer", "autoencoder"), "llm/config.json": ("llm", "tokenizer")}  # by the file that tells it
+LAYOUTS = {INDEX: ("transformer", "autoencoder"), "llm/config.json": ("llm", "tokenizer")}  # by the file that marks the layout
 _EMA = re.compile(r"llm/ema_model[.-].*(safetensors|bin)$")
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ AUTOENCODER_KEYS = Keys(
 )
 DEFAULTS_KEYS = Keys()
 
-# A trailing [i] fills part i of 3 of a bias (the released code keeps those of q and v apart and has none for k).
+# name[i]: third i of the merged qkv bias; released checkpoints store only those of q and v, and k's is zero.
 RENAMES = RenameTable(
     rules=(
         (r"(blocks\.\d+)\.ln_wo_grad\.(.*)", r"\1.norm.\2"),
@@ -76,7 +76,7 @@ RENAMES = RenameTable(
         (r"(blocks\.\d+)\.ffn\.(fc[12])\.(.*)", r"\1.mlp.\2.\3"),
         (r"(blocks\.\d+)\.ada_lin\.1\.(.*)", r"\1.modulation.\2"),
         (r"(blocks\.\d+)\.scale_shift_table", r"\1.modulation.table"),
-        (r"(blocks\.\d+)\.modulation_table", r"\1.modulation.table"),  # saved by this project before
+        (r"(blocks\.\d+)\.modulation_table", r"\1.modulation.table"),  # as this project saved it before
         (r"head_nm\.ln_wo_grad\.(.*)", r"head.norm.\1"),
         (r"head_nm\.ada_lin\.1\.(.*)", r"head.modulation.\1"),
         (r"head\.(weight|bias)", r"head.linear.\1"),
@@ -112,21 +112,21 @@ RENAMES = RenameTable(
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a call takes where the caller says nothing: `defaults` in a `model_index.json`; else as the released scripts do."""
+    """Default arguments of a call: `defaults` in `model_index.json`, else those of the released scripts."""
 
     guidance_scale: float = 4.5
     top_p: float = 0.0
     use_system_prompt: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what no call may have."""
+        """Raise ConfigError for values that no call accepts."""
         require(0 <= self.guidance_scale < math.inf, f"guidance_scale must be 0 or more, not {self.guidance_scale}.")
         require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
 
 
 @dataclass(frozen=True)
 class HartCheckpoint:
-    """A checkpoint on disk, configurations read and weight files chosen; no weights read."""
+    """A checkpoint on disk: its configurations are read and its weight files chosen, but no weights are read."""
 
     name: str  # as the user gave it
     transformer: HartConfig
@@ -137,7 +137,7 @@ class HartCheckpoint:
     defaults: Defaults = Defaults()
 
     def load_transformer(self, dtype: torch.dtype | None) -> HartTransformer:
-        """The transformer, on the CPU; without `dtype` in its stored one. Raises WeightsError."""
+        """Load the transformer on the CPU; `dtype` None keeps the stored one. Raises WeightsError."""
         vocab_size, channels = self.autoencoder.vocab_size, self.autoencoder.z_channels
         return load_module(
             lambda: HartTransformer(self.transformer, vocab_size=vocab_size, channels=channels),
@@ -147,13 +147,13 @@ class HartCheckpoint:
         )
 
     def load_autoencoder(self, dtype: torch.dtype | None) -> Autoencoder:
-        """The autoencoder, on the CPU; without `dtype` in its stored one. Raises WeightsError."""
+        """Load the autoencoder on the CPU; `dtype` None keeps the stored one. Raises WeightsError."""
         return load_module(lambda: Autoencoder(self.autoencoder), self.autoencoder_files, RENAMES, dtype=dtype)
 
     def locate_text_encoder(self, source: str | Path | None, hub: HubOptions) -> Path:
-        """The folder of the text encoder `source` (id or folder), else of the one beside the weights, else the released one.
+        """Return the folder of the text encoder `source` (id or folder), downloaded if necessary.
 
-        Raises CheckpointNotFoundError.
+        None: the one beside the weights, else the released one. Raises CheckpointNotFoundError or OutputError.
         """
         source = source or self.text_encoder
         try:
@@ -175,13 +175,15 @@ def find_checkpoint(
     strict_config: bool = False,
     hub: HubOptions = HUB,
 ) -> HartCheckpoint:
-    """Find a checkpoint, downloading what is needed of it if it is on the Hub.
+    """Find a checkpoint in a folder or on the Hub, from which the needed files are downloaded.
 
-    Raises CheckpointNotFoundError where nothing is found and ConfigError where its configuration is not supported.
+    Raises CheckpointNotFoundError if nothing is found, ConfigError if its configuration is not supported, and OutputError if
+    the cache can't be written.
     """
     source = open_source(repo_or_path, LAYOUTS, hub)
     plan = _plan(source, use_ema, variant, with_text_encoder)
-    found = _read(source.fetch(plan.configs()), plan, str(repo_or_path), strict_config)  # refused before gigabytes have come
+    # Check the configuration before downloading weights.
+    found = _read(source.fetch(plan.configs()), plan, str(repo_or_path), strict_config)
     source.fetch(plan.files())
     is_cached = isinstance(source, Repository) and source.cached
     if is_cached and use_ema and plan.transformer == "llm" and not _EMA.match(plan.transformer_files[0]):
@@ -194,7 +196,7 @@ def find_checkpoint(
 
 
 def inspect_checkpoint(repo_or_path: str | Path, *, use_ema: bool = True, hub: HubOptions = HUB) -> HartCheckpoint:
-    """A checkpoint of which no weights are downloaded: its lists of files are empty where they aren't on this machine.
+    """Read a checkpoint's configuration without downloading weights; file lists are empty if the weights are not local.
 
     Raises as `find_checkpoint` does.
     """
@@ -211,7 +213,7 @@ def inspect_checkpoint(repo_or_path: str | Path, *, use_ema: bool = True, hub: H
 
 @dataclass(frozen=True)
 class _Plan:
-    """Names, relative to the root, of what is needed."""
+    """The needed folders and files, by their names relative to the root."""
 
     transformer: str
     autoencoder: str
@@ -222,16 +224,16 @@ class _Plan:
     text_files: tuple[str, ...] = ()
 
     def configs(self) -> list[str]:
-        """What says whether the rest is of use."""
+        """Return the configuration files, which are fetched first."""
         return [*self.index, f"{self.transformer}/config.json", f"{self.autoencoder}/config.json"]
 
     def files(self) -> list[str]:
-        """All that is needed."""
+        """Return all needed files."""
         return [*self.configs(), *self.transformer_files, *self.autoencoder_files, *self.text_files]
 
 
 def _parts(source: Source) -> _Plan:
-    """The layout that a source is in, without weights."""
+    """Return the layout of a source, without weights. Raises CheckpointNotFoundError if it has none."""
     available = set(source.names)
     folders = next((parts for marker, parts in LAYOUTS.items() if marker in available), None)
     if folders is None:
@@ -243,7 +245,7 @@ def _parts(source: Source) -> _Plan:
 
 
 def _plan(source: Source, use_ema: bool, variant: str | None, with_text_encoder: bool) -> _Plan:
-    """Choose the files that are needed."""
+    """Choose the needed files. Raises CheckpointNotFoundError if weights are missing."""
     available, origin = set(source.names), source.title
     parts = _parts(source)
     stems = ["ema_model"] if use_ema and parts.transformer == "llm" else []
@@ -265,7 +267,7 @@ def _plan(source: Source, use_ema: bool, variant: str | None, with_text_encoder:
 
 
 def _read(root: Path, plan: _Plan, name: str, strict: bool = False) -> HartCheckpoint:
-    """Read the configurations and check that they belong together."""
+    """Read the configurations and check that they belong together. Raises ConfigError."""
     transformer = read_config(HartConfig, root / plan.transformer / "config.json", TRANSFORMER_KEYS, strict=strict)
     autoencoder = read_config(AutoencoderConfig, root / plan.autoencoder / "config.json", AUTOENCODER_KEYS, strict=strict)
     if transformer.patch_nums != autoencoder.v_patch_nums:

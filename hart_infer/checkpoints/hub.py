@@ -1,4 +1,4 @@
-"""Exactly the needed files of a repository on the Hugging Face Hub, from the cache when the Hub can't be reached."""
+"""Download only the needed files of a Hugging Face repository; fall back to the cache when the Hub can't be reached."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def file_names(root: Path) -> list[str]:
-    """Names of the files in a folder and in its folders, relative to it."""
+    """Return the names of the files in a folder and one level of subfolders, relative to it."""
     return [file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file()]
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How the Hub is asked; huggingface_hub's own names."""
+    """Arguments of requests to the Hub, by huggingface_hub's names."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -35,27 +35,27 @@ class HubOptions:
     local_files_only: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """For huggingface_hub's downloads."""
+        """Return keyword arguments for huggingface_hub's downloads."""
         return {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
-HUB = HubOptions()  # as huggingface_hub does by itself
+HUB = HubOptions()  # huggingface_hub's defaults
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub or, where the Hub can't be asked, what the cache has of it."""
+    """A repository on the Hub or, if only the cache is used, its cached files."""
 
     id: str
     names: list[str]  # of all its files, or of those in the cache
     options: HubOptions
-    commit: str | None = None  # that `names` are of
-    cached: Path | None = None  # the snapshot's folder, where the Hub can't be asked
-    reason: str = ""  # why it can't
+    commit: str | None = None  # at which `names` were listed
+    cached: Path | None = None  # the snapshot's folder, if only the cache is used
+    reason: str = ""  # why only the cache is used
 
     @classmethod
     def open(cls, repo: str, options: HubOptions) -> Repository:
-        """List a repository's files. Raises CheckpointNotFoundError where neither the Hub nor the cache has it."""
+        """List a repository's files. Raises CheckpointNotFoundError if neither the Hub nor the cache has it."""
         from huggingface_hub import HfApi
 
         if options.local_files_only:
@@ -80,14 +80,14 @@ class Repository:
 
     @property
     def title(self) -> str:
-        """Its id, with a word of caution where only the cache could be asked."""
+        """Return its name for messages; it says if only the cache is used."""
         return f"{self.id} in the local cache ({self.reason})" if self.cached else self.id
 
     def fetch(self, names: Iterable[str]) -> Path:
-        """Have `names` in the cache; returns the snapshot's folder.
+        """Download `names` to the cache; return the snapshot's folder.
 
-        huggingface_hub takes an interrupted transfer up where it stopped; where it gives up it is asked again, after pauses.
-        Raises CheckpointNotFoundError, or OutputError where the cache can't be written.
+        Interrupted transfers resume, and failures that may pass are retried after PAUSES. Raises CheckpointNotFoundError, or
+        OutputError if the cache can't be written.
         """
         names = list(names)
         if self.cached is not None:
@@ -127,7 +127,7 @@ class Repository:
 
 
 def _snapshot(repo: str, options: HubOptions) -> Path | None:
-    """The folder of the cached files of a revision, without asking the Hub."""
+    """Return the folder of a revision's cached files without asking the Hub; None if there is none."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -137,7 +137,10 @@ def _snapshot(repo: str, options: HubOptions) -> Path | None:
 
 
 def _transfer_errors() -> tuple[type[BaseException], ...]:
-    """What a failed request raises: huggingface_hub's HTTP client has changed twice, its base error with it."""
+    """Return the exceptions of a failed request.
+
+    HfHubHTTPError.__mro__[1] is the error class of huggingface_hub's HTTP client: requests, httpx or httpx2, by its version.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     return (HfHubHTTPError.__mro__[1], OSError, HFValidationError)
@@ -148,7 +151,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether a transfer that failed so is worth another attempt."""
+    """Return whether a transfer that failed with this error is worth another attempt."""
     status = _status(error)
     if status is not None:
         return status >= 500 or status in _TRANSIENT_STATUS
@@ -165,7 +168,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _refusal(error: BaseException, repo: str, options: HubOptions) -> HartError | None:
-    """The error for what the cache can't mend either; None where the Hub just can't be reached."""
+    """Return the error for a failure that the cache can't make up for; None for others, such as connection problems."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

@@ -1,4 +1,4 @@
-"""Where a checkpoint is, on the Hub or in a folder, and which of its files are needed."""
+"""Find a checkpoint, on the Hub or in a folder, and choose its weight files."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
 
 
 class Source(Protocol):
-    """A folder or a repository: the names of its files, and a way to have them on this machine."""
+    """The files of a folder or a repository, which may have to be downloaded."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Of its files, relative to its root."""
+        """Return the file names, relative to the root."""
         ...
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Return its name for messages."""
         ...
 
     def fetch(self, names: Iterable[str]) -> Path:
-        """Have the files; returns the root's folder. Raises CheckpointNotFoundError or OutputError."""
+        """Make the files local; return the root. Raises CheckpointNotFoundError or OutputError."""
         ...
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on this machine, as a Source."""
+    """A local folder, as a Source."""
 
     root: Path
     title: str
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the files in it and in its folders."""
+        """Return the names of the files in it and one level of subfolders."""
         return file_names(self.root)
 
     def fetch(self, names: Iterable[str]) -> Path:
-        """The folder: all is there."""
+        """Return the folder; all its files are local."""
         return self.root
 
 
 def open_source(repo_or_path: str | Path, markers: Iterable[str], hub: HubOptions) -> Folder | Repository:
-    """The folder of a checkpoint, given it or a part of it, or the repository.
+    """Return the Folder of a checkpoint (given it or a part such as llm/) or the Repository.
 
-    `markers` are files of which every checkpoint has one. Raises CheckpointNotFoundError.
+    `markers`: every checkpoint has one of these files. Raises CheckpointNotFoundError.
     """
     path = local_path(repo_or_path)
     if path is not None:
@@ -66,18 +66,18 @@ def open_source(repo_or_path: str | Path, markers: Iterable[str], hub: HubOption
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:
-    """The path if something is there, `~` expanded; for the embedded model's bare name, where it lies in this package."""
+    """Return the path, `~` expanded, or None if it doesn't exist; the embedded model's bare name gives its folder here."""
     if str(repo_or_path) == EMBEDDED_MODEL and not isinstance(repo_or_path, Path):
         return _ASSETS / EMBEDDED_MODEL
     path = Path(os.path.expanduser(repo_or_path))
     try:
         return path if path.exists() else None
-    except (OSError, ValueError):  # no name of a file
+    except (OSError, ValueError):  # not a valid file name
         return None
 
 
 def hub_id(repo_or_path: str | Path) -> str:
-    """`owner/name` of a Hub id, given so or with `/llm` behind; raises CheckpointNotFoundError if it can't be one."""
+    """Return `owner/name` of a Hub id, with or without a trailing /llm or /transformer. Raises CheckpointNotFoundError."""
     match = _HUB_ID.fullmatch(str(repo_or_path))
     if match is None:
         raise CheckpointNotFoundError(
@@ -87,12 +87,12 @@ def hub_id(repo_or_path: str | Path) -> str:
 
 
 def parent(path: Path) -> Path:
-    """The folder that a path lies in, `.` and `..` included, links left alone."""
+    """Return the folder that a path is in; `.` and `..` are resolved, symbolic links are not."""
     return Path(os.path.abspath(path)).parent
 
 
 def _root(path: Path, markers: tuple[str, ...]) -> Path:
-    """The checkpoint's folder, given it or a part of it, such as its `llm/` or its `transformer/`."""
+    """Return the checkpoint's folder, given it or a part such as `llm/` or `transformer/`. Raises CheckpointNotFoundError."""
     if not path.is_dir():
         raise CheckpointNotFoundError(f"{path} is a file; give the checkpoint's folder.")
     is_part = not any((path / marker).exists() for marker in markers) and (path / "config.json").exists()
@@ -103,7 +103,10 @@ def _root(path: Path, markers: tuple[str, ...]) -> Path:
 def choose_weights(
     names: Iterable[str], folder: str, stems: Sequence[str], variant: str | None, origin: str
 ) -> tuple[str, ...]:
-    """The weights of one folder: the first stem that exists, safetensors before .bin, one file or all its shards."""
+    """Choose the weights of one folder: the first stem that exists, safetensors before .bin, one file or all its shards.
+
+    Raises CheckpointNotFoundError if there are none, or shards are missing.
+    """
     marked = f"\\.{re.escape(variant)}" if variant else ""
     for stem in stems:
         for suffix in ("safetensors", "bin"):

@@ -1,4 +1,7 @@
-"""What a checkpoint is, in JSON's types: parameters, schedule, memory, files. Reads no weights, only headers."""
+"""Describe a checkpoint in JSON types: parameters, schedule, memory, files.
+
+Of safetensors it reads the headers only; a .bin file is mapped by torch.load, or read whole if it is in PyTorch's old format.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def report(checkpoint: HartCheckpoint) -> dict[str, Any]:
-    """The report, by sections. Raises WeightsError for files that are no weights."""
+    """Return the report by sections. Raises WeightsError for files that are not weights."""
     with torch.device("meta"):  # modules without storage
         autoencoder = Autoencoder(checkpoint.autoencoder)
         transformer = HartTransformer(
@@ -46,7 +49,7 @@ def report(checkpoint: HartCheckpoint) -> dict[str, Any]:
 
 
 def _parameters(transformer: HartTransformer, autoencoder: Autoencoder) -> dict[str, int]:
-    """By part, and in all."""
+    """Count the parameters by part and in total."""
     diffusion = _count(transformer.diffusion)
     encoder = _count(autoencoder.encoder) + _count(autoencoder.quant_conv)
     quantizer = _count(autoencoder.quantizer)
@@ -76,7 +79,7 @@ def _schedule(checkpoint: HartCheckpoint) -> dict[str, Any]:
 
 
 def _memory(transformer: HartTransformer, schedule: Schedule, parameters: int) -> dict[str, dict[str, int]]:
-    """Bytes of the weights, text encoder not counted, and of one picture's keys and values with guidance."""
+    """Return by dtype the bytes of the weights without the text encoder, and of one picture's keys and values with guidance."""
     return {
         dtype: {
             "weights_bytes": parameters * itemsize,
@@ -94,7 +97,7 @@ def _memory(transformer: HartTransformer, schedule: Schedule, parameters: int) -
 
 
 def _files(checkpoint: HartCheckpoint) -> dict[str, Any]:
-    """The weight files that a pipeline would read, from their headers."""
+    """Describe the weight files that a pipeline would read, and name the text encoder's folder."""
     found: dict[str, Any] = {}
     for file in checkpoint.transformer_files + checkpoint.autoencoder_files:
         tensors = tensor_shapes(file)
@@ -111,5 +114,5 @@ def _files(checkpoint: HartCheckpoint) -> dict[str, Any]:
 
 
 def _without_scales(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the scales, which have a section of their own."""
+    """Return a configuration without the scales, which have a section of their own."""
     return {name: value for name, value in config.items() if name not in ("patch_nums", "v_patch_nums")}

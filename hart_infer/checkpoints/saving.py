@@ -1,4 +1,4 @@
-"""Parts of a model to one clean folder, whole or not at all."""
+"""Save a checkpoint folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .layouts import INDEX
 
 VERSION_KEY = "_hart_infer_version"
 PARTS = ("transformer", "autoencoder", "text_encoder")  # folders that a saved checkpoint may have
-WritePart = Callable[[Path], None]  # into a folder that is not there yet
+WritePart = Callable[[Path], None]  # writes into a new folder, which it creates
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[str, Any]) -> Path:
     """Write a folder for each of `parts`, and `index` as `model_index.json`, into `path`.
 
-    They are written into a temporary folder beside `path`, which then takes its place. A folder that holds anything else is
-    never replaced. Raises OutputError.
+    They are written into a temporary folder beside `path`, which then takes its place. Returns the resolved path. A folder that
+    holds anything else is never replaced. Raises OutputError.
     """
     path = check_destination(path)
     temporary = None
@@ -54,9 +54,9 @@ def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[s
 
 
 def replace_folder(new: Path, path: Path, *, aside: Path) -> None:
-    """Put the folder `new` in the place of `path`; what was there ends in `new` or `aside`.
+    """Put the folder `new` in the place of `path`; the old folder ends at `new` (exchange) or `aside`.
 
-    Where the system can exchange two names (Linux, macOS) there is never a moment without a folder at `path`.
+    Where the system can exchange two names (Linux, macOS) there is a folder at `path` at every moment.
     """
     if not path.exists():
         new.rename(path)
@@ -72,7 +72,7 @@ def replace_folder(new: Path, path: Path, *, aside: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system doesn't."""
+    """Exchange two names in one step; return False if the system or the file system can't."""
     if sys.platform == "win32":
         return False
     libc, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(a), os.fsencode(b))
@@ -86,7 +86,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _open_to_others(folder: Path) -> None:
-    """Give a folder and all in it the permissions that new ones have by the umask: temporary ones are the user's alone."""
+    """Apply the umask's permissions to a folder and all in it: mkdtemp makes 0700 folders."""
     probe = folder / ".probe"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -118,7 +118,7 @@ def check_shard_size(size: str) -> None:
 
 
 def check_destination(path: Path) -> Path:
-    """The folder that saving to `path` would make or replace; raises OutputError where it can't or shouldn't."""
+    """Resolve `path` and return it; raise OutputError if it can't be written or must not be replaced."""
     path = Path(os.path.realpath(path.expanduser()))
     try:
         _check_replaceable(path)
@@ -134,7 +134,7 @@ def check_destination(path: Path) -> Path:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuse to replace what isn't ours, all of it."""
+    """Raise OutputError unless `path` is absent, empty, or only a checkpoint saved by hart_infer."""
     if not path.exists():
         return
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Text encoders on disk and on the Hub: finding, loading by transformers, saving."""
+"""Find text encoders on disk or on the Hub, load them by transformers, and save them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 TEXT_FOLDERS = ("text_encoder", "text-encoder")  # beside a checkpoint's weights
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: what tokenizer.json says
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: classes that only load tokenizer.json
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def find_text_encoder(source: str | Path, hub: HubOptions = HUB) -> Path:
-    """The folder of a text encoder, itself or downloaded."""
+    """Return a text encoder's folder, downloaded if `source` is a Hub id. Raises CheckpointNotFoundError or OutputError."""
     path = local_path(source)
     if path is None:
         repository = Repository.open(hub_id(source), hub)
@@ -44,7 +44,7 @@ def find_text_encoder(source: str | Path, hub: HubOptions = HUB) -> Path:
 
 
 def text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:
-    """What transformers needs of a text encoder: JSON, tokenizer and weights, safetensors if there are any."""
+    """Choose the files that transformers needs of a text encoder: JSON, tokenizer and weights, safetensors if there are any."""
     own = [name for name in sorted(names) if name.startswith(folder) and "/" not in name.removeprefix(folder)]
     weights = [name for name in own if name.endswith(".safetensors")]
     weights = weights or [name for name in own if re.fullmatch(r"pytorch_model.*\.bin", name.removeprefix(folder))]
@@ -54,11 +54,12 @@ def text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:
 def load_text_encoder(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", width: int | None = None
 ) -> TextEncoder:
-    """Load from a folder; strictly: a weight that is missing or of the wrong shape is an error.
+    """Load from a folder; a weight that is missing or of the wrong shape is an error.
 
-    `width`: the features that the context must have. Raises CheckpointNotFoundError, ConfigError, WeightsError.
+    `dtype` None keeps the stored one. `width`: the features that the context must have. Raises CheckpointNotFoundError,
+    ConfigError, WeightsError.
     """
-    if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one up
+    if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would create an empty tokenizer
         raise CheckpointNotFoundError(f"The text encoder in {path} has no tokenizer: tokenizer.json is not in it.")
     try:
         with _quiet_transformers():
@@ -88,20 +89,20 @@ def load_text_encoder(
 
 
 def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int | str) -> None:
-    """Write model and tokenizer into one folder."""
+    """Write model and tokenizer into one folder, which is created."""
     with _quiet_transformers():
         encoder.model.save_pretrained(path, max_shard_size=max_shard_size)
     encoder.tokenizer.save_pretrained(path)
 
 
 def _dtype_argument(version: str) -> str:
-    """What transformers calls the dtype argument: renamed in 4.56."""
+    """Return transformers' name of the dtype argument, which was renamed in 4.56."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and transformers' report on what didn't fit."""
+    """Load the model; return it and transformers' report on what didn't fit."""
     import transformers
 
     options: dict[str, Any] = {_dtype_argument(transformers.__version__): dtype or "auto"}
@@ -122,26 +123,26 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     config = path / "tokenizer_config.json"
     kind = read_json(config).get("tokenizer_class") if config.exists() else None
-    if kind in _GENERIC and (path / "tokenizer.json").exists():  # else transformers 5 takes Qwen2's way of splitting words
+    if kind in _GENERIC and (path / "tokenizer.json").exists():  # else transformers 5 applies Qwen2's pre-tokenizer
         return PreTrainedTokenizerFast.from_pretrained(str(path), **options)
     return AutoTokenizer.from_pretrained(str(path), **options)
 
 
 def _was_refused(error: BaseException | None) -> bool:
-    """Whether a pickle that holds more than tensors is at the bottom of an error."""
+    """Return whether the error's cause chain has an UnpicklingError: a pickle with more than tensors."""
     while error is not None and not isinstance(error, pickle.UnpicklingError):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _key(entry: Any) -> str:
-    """The name in an entry of transformers' report, which may have shapes beside it."""
+    """Return the name in an entry of transformers' report, which may have shapes beside it."""
     return entry if isinstance(entry, str) else str(entry[0])
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars over shards, and its reports, which become our errors."""
+    """Silence transformers' progress bars and logs; what they report is raised as errors instead."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

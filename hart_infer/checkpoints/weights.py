@@ -1,4 +1,4 @@
-"""From files to modules: strict, by mmap, each tensor once, under the names that a family's table gives them."""
+"""Load modules from weight files: strictly, by mmap, each tensor once, renamed by a family's table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..errors import CheckpointNotFoundError, WeightsError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-CHUNK_BYTES = 256 * 2**20  # converted tensors: the mapping is dropped and made anew after so much, to bound its resident pages
+CHUNK_BYTES = 256 * 2**20  # reopen the file after converting so many bytes, to bound the mapping's resident pages
 
 
 class RenameTable:
-    """From the names of a family's released files to ours; names of ours pass through."""
+    """Maps the names of a family's released files to ours; our names pass through."""
 
     def __init__(
         self,
@@ -31,16 +31,16 @@ class RenameTable:
         dropped: str = "(?!)",
         kept_in_fp32: str = "(?!)",
     ) -> None:
-        """Patterns of whole names: the first of `rules` that matches counts, then all of `then`.
+        """Take patterns that match whole names: the first of `rules` that matches applies, then all of `then`.
 
-        Stored tensors whose names match `dropped` are never read; ours that match `kept_in_fp32` are never cast.
+        `dropped`: stored names, never read. `kept_in_fp32`: our names, in fp32 whatever the dtype.
         """
         self._rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
         self._then = [(re.compile(f"^{pattern}$"), replacement) for pattern, replacement in then]
         self._dropped, self._kept_in_fp32 = re.compile(dropped), re.compile(kept_in_fp32)
 
     def __call__(self, name: str) -> str | None:
-        """Our name for a stored tensor's; None if it is not read."""
+        """Return our name for a stored tensor's; None if it is not read."""
         if self._dropped.fullmatch(name):
             return None
         for pattern, replacement in self._rules:
@@ -52,7 +52,7 @@ class RenameTable:
         return name
 
     def is_kept_in_fp32(self, name: str) -> bool:
-        """Whether a tensor of ours stays in fp32 in every dtype."""
+        """Return whether a tensor, by our name, is in fp32 whatever the dtype."""
         return self._kept_in_fp32.fullmatch(name) is not None
 
 
@@ -61,9 +61,9 @@ def load_module(
 ) -> ModuleT:
     """Build a module on the meta device and give it the tensors of `files`.
 
-    Tensors already in the wanted dtype stay views of the mapped file; others are converted one by one. `dtype` None
-    keeps the stored dtype (that of the largest tensor, for all but what stays in fp32). Raises
-    WeightsError naming every missing, unexpected or wrong-shaped tensor.
+    Tensors already in the wanted dtype stay views of the mapped file; others are converted one by one. `dtype` None: the
+    largest tensor's stored dtype, except for tensors kept in fp32. Returns the module in eval mode, without gradients. Raises
+    WeightsError naming every missing, unexpected or wrong-shaped tensor, CheckpointNotFoundError for a missing file.
     """
     with torch.device("meta"):
         module = build()
@@ -83,17 +83,17 @@ def load_module(
 
 
 class _Checked:
-    """Tensors under our names, as they come, and all that is wrong with them."""
+    """Collects renamed tensors and records mismatches."""
 
     def __init__(self, expected: dict[str, torch.Size], rename: RenameTable) -> None:
         self.expected = expected
         self._rename = rename
         self.loaded: dict[str, Tensor] = {}
-        self._given: set[str] = set()  # as the table has it
+        self._given: set[str] = set()  # renamed, [i] included
         self._wrong: dict[str, list[str]] = defaultdict(list)
 
     def add(self, stored_name: str, tensor: Tensor) -> None:
-        """Take a tensor, or its part of a merged one."""
+        """Add a tensor, or a third of a merged one."""
         renamed = self._rename(stored_name) or ""
         name, _, part = renamed.partition("[")
         shape = self.expected.get(name)
@@ -115,7 +115,7 @@ class _Checked:
         self._given.add(renamed)
 
     def problems(self) -> list[str]:
-        """What is wrong, kind by kind, once all tensors have come."""
+        """Return what is wrong, by kind, once all tensors are added."""
         whole = {name.partition("[")[0] for name in self._given}
         missing = set(self.expected) - whole
         for given, other, name in (("[0]", "[2]", "v_bias"), ("[2]", "[0]", "q_bias")):
@@ -126,7 +126,7 @@ class _Checked:
 
 
 def _tensors(file: Path, rename: RenameTable, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file that are read, in the dtype that they are kept in."""
+    """Yield stored name and tensor of one file's used tensors, cast to the dtype that they are kept in."""
     names, get = _open(file)
     limit = CHUNK_BYTES if _is_mapped(file) else math.inf
     converted = 0
@@ -146,7 +146,7 @@ def _tensors(file: Path, rename: RenameTable, dtype: torch.dtype) -> Iterator[tu
 
 
 def _stored_dtype(files: list[Path], rename: RenameTable) -> torch.dtype:
-    """The dtype of the largest tensor that is read and could be computed with."""
+    """Return the dtype of the largest used tensor among those of a dtype in _COMPUTED; fp32 if there is none."""
     largest, dtype = -1, torch.float32
     for file in files:
         for name, (shape, stored) in tensor_shapes(file).items():
@@ -157,7 +157,10 @@ def _stored_dtype(files: list[Path], rename: RenameTable) -> torch.dtype:
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in a file, by its stored name, without reading the tensors."""
+    """Return shape and dtype of every tensor in a file, by stored name; of safetensors only the header is read.
+
+    Raises CheckpointNotFoundError or WeightsError.
+    """
     if file.suffix != ".safetensors":
         names, get = _open(file)
         return {name: (tuple(get(name).shape), get(name).dtype) for name in names}
@@ -181,7 +184,7 @@ _COMPUTED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """Open a file, mapped where it can be: its tensors' names, and a function that gives one."""
+    """Open a file, mapped if it can be; return its tensors' names, and a function from a name to its tensor."""
     if not file.is_file():
         raise CheckpointNotFoundError(f"{file} does not exist; the checkpoint needs it.")
     try:
@@ -202,24 +205,24 @@ def _open(file: Path) -> tuple[list[str], Callable[[str], Tensor]]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has its numbers, all of them, in main memory."""
+    """Return whether a tensor is plain, strided and on the CPU."""
     is_strided = not tensor.is_nested and tensor.layout is torch.strided
     return is_strided and tensor.device.type == "cpu" and not tensor.is_quantized and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _is_mapped(file: Path) -> bool:
-    """Whether tensors are views of the file: safetensors and PyTorch's archives, not its old format."""
+    """Return whether tensors are views of the file: for safetensors and PyTorch's archives, not for its old format."""
     with file.open("rb") as stream:
         return file.suffix == ".safetensors" or stream.read(4) == b"PK\x03\x04"
 
 
 def _load_pickle(file: Path) -> object:
-    """`torch.load` that runs no code; the archive is mapped unless it is in PyTorch's old format."""
+    """Load a file by `torch.load` without running code; it is mapped unless it is in PyTorch's old format."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of any kind, where the bytes are arbitrary
+    except Exception as error:  # arbitrary bytes can raise anything
         raise WeightsError(
             f"{file} is not a plain file of tensors and was refused, as reading it could run code: it is damaged or holds "
             "Python objects. Download it again, or use a safetensors file."
@@ -227,7 +230,7 @@ def _load_pickle(file: Path) -> object:
 
 
 def shorten(names: Iterable[object], limit: int = 8) -> str:
-    """Names in order, the first few of them."""
+    """Join the first `limit` names in sorted order, and count the others."""
     names = sorted(str(name) for name in names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

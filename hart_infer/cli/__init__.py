@@ -1,4 +1,4 @@
-"""The command `hart-infer`: one file per subcommand, `app.py` puts them together."""
+"""Define the command `hart-infer`: one file per subcommand, put together by `app.py`."""
 
 from .app import main
 

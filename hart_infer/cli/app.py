@@ -1,4 +1,4 @@
-"""Parsing, dispatch and exit codes of `hart-infer`."""
+"""Parse the command line of `hart-infer`, run the subcommand, and return the exit code."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence and a hint instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Report a wrong command line and exit."""
+        """Report an invalid command line and exit."""
         self.exit(USAGE, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; imports nothing heavy."""
+    """Build the parser of the whole command; imports nothing heavy."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
@@ -94,7 +94,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _discard_stdout() -> None:
-    """Keep the interpreter from complaining about a stdout that can't be written when it flushes it at exit."""
+    """Redirect stdout to the null device, so that the interpreter's flush at exit raises nothing."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the command says and where: results on stdout, everything else on stderr."""
+"""Write results to stdout and everything else to stderr."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PROGRAM = "hart-infer"
 
 
 class UsageError(Exception):
-    """The command line asks for something that makes no sense; exit code 2."""
+    """Invalid command line; exit code 2."""
 
 
 class StdoutError(OutputError):
-    """Results can't be told."""
+    """stdout can't be written."""
 
 
 def emit(line: str) -> None:
-    """Write one result line to stdout, at once, so that a pipe sees it while the command goes on."""
+    """Write one result line to stdout and flush it, so that a pipe gets it while the command runs."""
     _write(sys.stdout, line)
 
 
@@ -45,12 +45,12 @@ def emit_table(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> 
 
 
 def note(line: str) -> None:
-    """Say something to the person at the terminal."""
+    """Write one line of a message to stderr."""
     _write(sys.stderr, line)
 
 
 def _write(stream: TextIO, line: str) -> None:
-    """A line with what the stream's encoding lacks, and what would steer a terminal, escaped."""
+    """Write a line; escape control characters and what the encoding lacks. Raises StdoutError, BrokenPipeError."""
     encoding = stream.encoding or "utf-8"
     plain = "".join(c if c in "\t\n" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in line)
     try:
@@ -88,7 +88,7 @@ def library_messages(*, quiet: bool, debug: bool) -> Iterator[None]:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """A warning as one line; those about code, deprecations and the like, are not for the user."""
+    """Print UserWarnings as one line, drop others, such as deprecations."""
     if category is UserWarning:
         note(f"{PROGRAM}: warning: {message}")
 

@@ -1,4 +1,4 @@
-"""`hart-infer convert`: any checkpoint into one clean folder."""
+"""`hart-infer convert`: write any checkpoint as one clean folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load on the CPU, save."""
+    """Load on the CPU and save."""
     convert(
         ModelOptions.of(args),
         Path(args.destination),
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def convert(
     model: ModelOptions, destination: Path, *, dtype: str | None, max_shard_size: str, with_text_encoder: bool, quiet: bool
 ) -> None:
-    """Check all that can be checked, load, write, and tell where."""
+    """Check the arguments, load, save, print the path. Raises UsageError or HartError."""
     from ..checkpoints.saving import check_destination, check_shard_size
 
     try:

@@ -1,4 +1,4 @@
-"""`hart-infer doctor`: what this machine has, and what will be used."""
+"""`hart-infer doctor`: show what this machine has, and what will be used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look and tell."""
+    """Print the report."""
     report = examine()
     if args.json:
         emit_json(report, indent=2)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """The report: sections of names and values."""
+    """Return the report: sections of names and values."""
     return {
         "software": _software(),
         "cpu": _cpu(),
@@ -102,20 +102,20 @@ def _gpu() -> dict[str, Any]:
 
 
 def _half_precision(dtype: torch.dtype) -> str:
-    """How this CPU takes products of the dtype."""
+    """Return how this CPU computes products in `dtype`."""
     import torch
 
     from ..ops.precision import NATIVE, widens
 
     widened = [product for product in NATIVE[dtype] if widens(torch.empty(0, dtype=dtype), product)]
     if not widened:
-        return "multiplied as it is"
+        return "native"
     some = "" if len(widened) == len(NATIVE[dtype]) else f" ({', '.join(widened)})"
-    return f"stored, but multiplied in fp32{some}"
+    return f"products computed in fp32{some}"
 
 
 def _kernels() -> dict[str, Any]:
-    """What runs each operation on the default device, and why."""
+    """Return what runs each operation on the default device, and why."""
     import torch
 
     from ..ops.registry import Where
@@ -153,7 +153,7 @@ def _version(package: str) -> str | None:
 
 
 def _tilde(path: str) -> str:
-    """A path without the name of the person whose machine it is: reports get posted."""
+    """Replace the home directory by ~: users post reports."""
     home = os.path.expanduser("~")
     return f"~{path.removeprefix(home)}" if path.startswith(home + os.sep) else path
 

@@ -1,4 +1,4 @@
-"""`hart-infer generate`: prompts in, picture files out."""
+"""`hart-infer generate`: generate picture files from prompts."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ examples:
 """
 
 
-MAX_PICTURES = 10**7  # of one command, whose names are all chosen before the first is made
+MAX_PICTURES = 10**7  # per command; all names are chosen up front
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What shapes a picture, under the names of the pipeline's call; None is the checkpoint's default."""
+    """Sampling arguments of the pipeline's call; None: the default."""
 
     size: int | None
     guidance_scale: float | None
@@ -75,7 +75,7 @@ class SamplingOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> SamplingOptions:
-        """From the options of `_add_sampling`."""
+        """Read the options of `_add_sampling`."""
         return SamplingOptions(
             size=args.size,
             guidance_scale=args.guidance_scale,
@@ -88,7 +88,7 @@ class SamplingOptions:
         )
 
     def completed(self, pipe: HartPipeline) -> SamplingOptions:
-        """With the checkpoint's defaults in their places."""
+        """Fill in the checkpoint's defaults."""
         chosen = {name: getattr(pipe.defaults, name) for name in ("guidance_scale", "top_p", "use_system_prompt")}
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
@@ -143,34 +143,34 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         metavar="X",
         type=options.number(0, MAX_GUIDANCE),
-        help="pull of the prompt (the checkpoint's default; 4.5 of the released one)",
+        help="guidance strength (default: the checkpoint's; 4.5 in the released one)",
     )
     add("--steps", metavar="N", type=options.steps, default=8, help="residual diffusion steps, 0 for none (8)")
     add(
         "--top-k",
         metavar="K",
         type=options.whole(0),
-        help="codes to draw from, 0 for all (600, later 300)",
+        help="codes kept, 0 for all (default: 600, then 300 from scale 7)",
     )
     add(
         "--top-p",
         metavar="P",
         type=options.number(0, 1),
-        help="nucleus to draw from, 0 for all (the checkpoint's default; 0 of the released one)",
+        help="probability kept, 0 for all (default: the checkpoint's; 0 in the released one)",
     )
     add(
         "--no-smooth",
         dest="more_smooth",
         action="store_false",
-        help="feed on drawn codes, not mixtures of codes",
+        help="use drawn codes as the next input, not mixtures",
     )
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    add("--no-system-prompt", dest="use_system_prompt", action="store_false", default=None, help="nothing before the prompt")
+    add("--no-system-prompt", dest="use_system_prompt", action="store_false", default=None, help="leave the system prompt out")
     add("--batch-size", metavar="N", type=options.whole(1), default=1, help="pictures at a time (1)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked, load the model, make the pictures."""
+    """Check all that can be checked, load the model, generate and write the pictures. Raises UsageError or HartError."""
     prompts = _prompts(args.prompt, args.prompts)
     count = len(prompts) * args.num
     if count > MAX_PICTURES:
@@ -216,7 +216,7 @@ def _generate(
     batch_size: int,
     quiet: bool,
 ) -> None:
-    """Make the pictures batch by batch, writing each batch before the next begins."""
+    """Generate the pictures batch by batch, writing each batch before the next begins."""
     settings: dict[str, Any] = asdict(sampling)
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
@@ -237,7 +237,7 @@ def _generate(
 
 
 def _factored(prompts: list[str]) -> tuple[list[str], int]:
-    """Each prompt once and how often each is repeated, so that it is encoded once; or as they are."""
+    """Return distinct prompts and their repeat count if all repeat alike, in order; else (prompts, 1)."""
     once = list(dict.fromkeys(prompts))
     repeats = len(prompts) // len(once)
     is_even = prompts == [prompt for prompt in once for _ in range(repeats)]
@@ -245,7 +245,7 @@ def _factored(prompts: list[str]) -> tuple[list[str], int]:
 
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file."""
+    """Return the prompts of the command line, then those of the file. Raises UsageError or InputError."""
     from ..pipelines.checks import check_prompts
 
     prompts = [*given, *(_read_prompts(file) if file is not None else [])]
@@ -273,7 +273,7 @@ def _read_prompts(name: str) -> list[str]:
 
 
 def _columns(text: str) -> int:
-    """argparse type of --grid: its value is optional, so a prompt after it lands here."""
+    """Parse the value of --grid; as it is optional, a prompt after --grid gets here. Raises ArgumentTypeError."""
     try:
         return options.whole(1)(text)
     except argparse.ArgumentTypeError as error:

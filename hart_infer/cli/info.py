@@ -1,4 +1,4 @@
-"""`hart-infer info`: what a checkpoint is, or what made a picture; no weights are loaded."""
+"""`hart-infer info`: show what a checkpoint is, or what made a picture; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read and tell."""
+    """Print the report, or a picture's metadata. Raises HartError."""
     path = Path(args.target)
     if path.suffix.lower() in FORMATS and not path.is_dir():
         return _show_picture(args)

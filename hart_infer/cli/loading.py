@@ -1,4 +1,4 @@
-"""From options to a pipeline on its device."""
+"""Load the pipeline that the options ask for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def load_pipeline(
     model: ModelOptions, machine: MachineOptions, *, text_encoder: str | Literal[False] | None, quiet: bool
 ) -> HartPipeline:
-    """The pipeline that the options ask for, on its device and in its dtype."""
+    """Load the pipeline on its device and in its dtype; without `quiet`, with notes on stderr. Raises HartError."""
     from ..pipelines.hart import HartPipeline
 
     choice = choose(machine.device, machine.dtype)
@@ -39,12 +39,13 @@ def load_pipeline(
     if quiet:
         pipe.set_progress_bar_config(disable=True)
     elif model.model is None:
-        note(f"{EMBEDDED_MODEL} knows emoji, in {max(pipe.sizes)} px; for all else, in 1024: -m {RELEASED_MODEL} (a download)")
+        drawn = f"{EMBEDDED_MODEL} draws emoji at {max(pipe.sizes)} px"
+        note(f"{drawn}; for other subjects, at 1024 px, use -m {RELEASED_MODEL} (a download)")
     return pipe
 
 
 def silence_others() -> None:
-    """Progress bars and warnings of the libraries that load the weights."""
+    """Silence the progress bars and warnings of the libraries that load weights."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""What a machine has, and the device and dtype that follow from it."""
+"""Choose a device and dtype by what the machine has."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Choice:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype as torch's; None for the stored one."""
+        """Return the dtype as torch's; None for the stored one."""
         import torch
 
         return getattr(torch, DTYPES[self.dtype]) if self.dtype in DTYPES else None
 
 
 def choose(device: str | None = None, dtype: str | None = None) -> Choice:
-    """The device and dtype to use where they are None; InputError if `device` is not there."""
+    """Choose a device and dtype for arguments that are None. Raises InputError if `device` is not there."""
     from ..pipelines.arguments import check_device
 
     asked = "asked for"
@@ -61,7 +61,7 @@ def _choose_dtype(device: str) -> tuple[str, str]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of main memory in all and available now; None where the operating system does not tell."""
+    """Return the bytes of main memory in total and available now; None for what the operating system does not tell."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

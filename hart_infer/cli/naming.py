@@ -1,4 +1,4 @@
-"""Which picture goes into which file: --out patterns, seeds, numbers."""
+"""Choose the file of every picture: --out patterns, seeds, numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .console import UsageError
 DEFAULT_NAME = "hart-{index:03d}.png"
 PLACEHOLDERS = ("index", "seed", "prompt")
 MAX_SLUG_BYTES = 80
-_GAP = "\0"  # stands for a placeholder; no file name has it
+_GAP = "\0"  # stands for a placeholder; no file name contains it
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All files of one call. Unless `may_replace`, the names are ours to choose and no file is replaced."""
+    """All files of one call. `may_replace`: False for default names; no file is replaced then."""
 
     jobs: tuple[Job, ...]
     grid: Path | None
@@ -40,10 +40,10 @@ class Plan:
 
 
 def make_plan(out: str | None, prompts: Sequence[str], *, num: int, first_seed: int, grid: bool) -> Plan:
-    """Name every picture before any is made; UsageError if the pattern makes no sense.
+    """Name every picture before any is made. Raises UsageError for an invalid pattern.
 
-    Each prompt gets `num` pictures in a row; picture i has seed first_seed + i. A name that would be given
-    twice gets a number. Default names (no `out`, or a folder) continue after those that are there.
+    Each prompt gets `num` pictures in a row; picture i has seed first_seed + i. Repeated names are numbered. Default names (no
+    `out`, or a folder) continue after those that are there.
     """
     is_folder = out is not None and (out.endswith(("/", os.sep)) or os.path.isdir(out))
     pattern = os.path.join(_escaped(out or ""), DEFAULT_NAME) if out is None or is_folder else out
@@ -62,12 +62,12 @@ def make_plan(out: str | None, prompts: Sequence[str], *, num: int, first_seed: 
 
 
 def renumbered(path: Path) -> Path:
-    """The next default name for a picture whose name someone else took meanwhile."""
+    """Return the next default name, for one that another process took."""
     return path.with_name(re.sub(r"\d+", f"{next_free_index(path.parent):03d}", path.name, count=1))
 
 
 def slug(prompt: str) -> str:
-    """The prompt as a part of a file name: letters and digits of any script, joined by hyphens."""
+    """Turn a prompt into part of a file name: words of letters and digits of any script, joined by hyphens."""
     text = unicodedata.normalize("NFC", prompt)
     words = "".join(c.lower() if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
     kept = ""
@@ -82,7 +82,7 @@ def slug(prompt: str) -> str:
 
 
 def next_free_index(folder: Path) -> int:
-    """The number after the highest of the default names in a folder."""
+    """Return the number after the highest of the default names in a folder; 0 if there are none."""
     pattern = re.compile(re.escape(DEFAULT_NAME).replace(re.escape("{index:03d}"), r"(\d+)(?:-grid)?"))
     try:
         names = os.listdir(folder)
@@ -116,7 +116,7 @@ def _escaped(text: str) -> str:
 
 
 def distinct(paths: Sequence[Path], reserved: Path | None = None) -> list[Path]:
-    """Number the names that occur more than once; file systems that ignore case are kept in mind."""
+    """Number repeated names, and return all; compares without case, as some file systems do."""
     count = Counter(_key(path) for path in (*paths, *([reserved] if reserved else [])))
     taken = set(count)
     given: Counter[str] = Counter()
@@ -136,7 +136,7 @@ def _key(path: Path) -> str:
 
 
 def _grid_path(pattern: str, paths: Sequence[Path], *, number: int | None) -> Path:
-    """The pattern itself if it has no placeholder, else NAME-grid.EXT in the folder that holds all pictures.
+    """Return the pattern itself if it has no placeholder, else NAME-grid.EXT in the folder that holds all pictures.
 
     NAME is the pattern's file name without its placeholders.
     """

@@ -1,4 +1,4 @@
-"""Options that several subcommands share, their types, and what is read from them."""
+"""Add the options that subcommands share, parse their values, and collect them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Commands = Any  # argparse keeps the type of add_subparsers' result private
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which checkpoint, and which of its weights."""
+    """The checkpoint, and which of its weights to load."""
 
     model: str | None  # None is the embedded model
     revision: str | None
@@ -29,13 +29,13 @@ class ModelOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> ModelOptions:
-        """From the options of `add_model`, or of `add_source` and a positional model."""
+        """Read the options of `add_model`, or of `add_source` and a positional model."""
         return ModelOptions(args.model, args.revision, args.local_files_only, args.use_ema, getattr(args, "text_encoder", None))
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """Where and in what numbers to compute; None leaves the choice to the machine."""
+    """Device, dtype and threads; None: chosen."""
 
     device: str | None
     dtype: str | None
@@ -43,7 +43,7 @@ class MachineOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> MachineOptions:
-        """From the options of `add_machine`."""
+        """Read the options of `add_machine`."""
         return MachineOptions(args.device, args.dtype, args.threads)
 
 
@@ -58,7 +58,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def add_command(commands: Commands, name: str, *, usage: str, summary: str, details: str = "", epilog: str = "") -> Any:
-    """A subcommand's parser, with the options that every subcommand has."""
+    """Add a subcommand with the options that every subcommand has; return its parser."""
     parser = commands.add_parser(
         name,
         help=summary[0].lower() + summary[1:].rstrip("."),
@@ -72,17 +72,17 @@ def add_command(commands: Commands, name: str, *, usage: str, summary: str, deta
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """--quiet."""
+    """Add --quiet."""
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes on stderr, only errors")
 
 
 def add_json(parser: Any, what: str) -> None:
-    """--json."""
+    """Add --json, which prints `what`."""
     parser.add_argument("--json", action="store_true", help=f"print {what}")
 
 
 def add_model(parser: argparse.ArgumentParser) -> Any:
-    """--model and where to find it; returns the group of options."""
+    """Add --model and the options of `add_source`; return their group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
@@ -96,7 +96,7 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_source(group: Any) -> None:
-    """Options on where a checkpoint comes from and which weights are taken."""
+    """Add --revision, --local-files-only and --no-ema."""
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--local-files-only", action="store_true", help="download nothing, use what is on this machine")
     group.add_argument(
@@ -108,7 +108,7 @@ def add_source(group: Any) -> None:
 
 
 def add_text_encoder(group: Any) -> None:
-    """--text-encoder."""
+    """Add --text-encoder."""
     group.add_argument(
         "--text-encoder",
         metavar="PATH|ID",
@@ -118,7 +118,7 @@ def add_text_encoder(group: Any) -> None:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype and --threads."""
+    """Add --device, --dtype and --threads."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     group.add_argument(
@@ -127,22 +127,22 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         help="number format (default: bf16 on CUDA, else as stored; see doctor)",
     )
     group.add_argument(
-        "--threads", metavar="N", type=whole(1, 4096), help="of the CPU (default: PyTorch's; 1 for a small model)"
+        "--threads", metavar="N", type=whole(1, 4096), help="CPU threads (default: PyTorch's; 1 for a small model)"
     )
 
 
 def public_name(path_or_id: str) -> str:
-    """A model's id, or only the name of its folder: where someone keeps it is nobody else's business."""
+    """Return the id, or the folder's name without its path: metadata is public."""
     if os.path.exists(path_or_id):
         return os.path.basename(os.path.realpath(path_or_id))
     return path_or_id
 
 
-# argparse's types. Each is a check that a pipeline's call makes too.
+# argparse's types; each makes a check that a pipeline's call makes too.
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number in range."""
+    """Return a parser of whole numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> int:
         from ..pipelines.checks import check_int
@@ -153,7 +153,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """A finite number in range."""
+    """Return a parser of finite numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> float:
         from ..pipelines.checks import check_float
@@ -164,21 +164,21 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def steps(text: str) -> int:
-    """Steps of the residual diffusion."""
+    """Parse a number of residual diffusion steps. Raises ArgumentTypeError."""
     from ..pipelines.checks import check_steps
 
     return _checked(lambda: check_steps(_number(int, text), ""))
 
 
 def named(text: str) -> str:
-    """A path or id, which is not empty."""
+    """Return a non-empty path or id. Raises ArgumentTypeError."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a folder or an id (owner/name)")
     return text
 
 
 def _checked(check: Callable[[], Any]) -> Any:
-    """The value that passes, or argparse's own error with the sentence."""
+    """Return the checked value; turn InputError into ArgumentTypeError with the same sentence."""
     try:
         return check()
     except InputError as error:
@@ -186,7 +186,7 @@ def _checked(check: Callable[[], Any]) -> Any:
 
 
 def _number(kind: Callable[[str], Any], text: str) -> Any:
-    """The number that is written, or the text, which no check takes."""
+    """Parse a finite number; return the text on failure, which the check then refuses."""
     try:
         value = kind(text)
     except ValueError:

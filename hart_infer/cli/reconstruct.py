@@ -1,4 +1,4 @@
-"""`hart-infer reconstruct`: a picture through the tokenizer and back."""
+"""`hart-infer reconstruct`: send a picture through the tokenizer and back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def add_parser(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, reconstruct, write, report."""
+    """Read, reconstruct, write and report. Raises UsageError or HartError."""
     from ..images.tensors import fit
 
     source = read_image(args.image)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def psnr(first: Image, second: Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; infinite if they are equal."""
+    """Return the peak signal-to-noise ratio in dB of two RGB pictures of one size; infinity if they are equal."""
     import numpy as np
 
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
@@ -92,5 +92,5 @@ def psnr(first: Image, second: Image) -> float:
 
 
 def _finite(score: float) -> float | None:
-    """JSON has no infinity."""
+    """Round to 4 decimals; None for infinity, which JSON lacks."""
     return round(score, 4) if math.isfinite(score) else None

@@ -1,4 +1,4 @@
-"""What `generate` writes: pictures, grids, previews, their metadata and the lines on stdout."""
+"""Write what `generate` produces: pictures, grids, previews, their metadata and the lines on stdout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
-    """Raise before the work is done what writing to `paths` would raise after it."""
+    """Check before generating that `paths` can be written, and without `replace` are new. Raises UsageError, OutputError."""
     paths = list(paths)
     for path in paths:
         try:
@@ -46,7 +46,7 @@ def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How pictures are written and reported."""
+    """What is written for each picture, and what is printed."""
 
     grid: int | None  # columns; 0 for about square, None for no grid
     singles: bool  # beside a grid
@@ -56,12 +56,12 @@ class OutputOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> OutputOptions:
-        """From the options of `generate`."""
+        """Read the options of `generate`."""
         return OutputOptions(args.grid, args.singles, not args.no_overwrite, args.metadata, args.json)
 
 
 class Writer:
-    """Writes the pictures of one plan and reports each; touches no file before the first."""
+    """Writes the pictures of one plan and prints each one's path or JSON; touches no file before the first."""
 
     def __init__(self, options: OutputOptions, plan: Plan) -> None:
         self._options = options
@@ -71,7 +71,7 @@ class Writer:
         self._metadata: dict[str, Any] = {}
 
     def made_with(self, settings: Mapping[str, Any], model: ModelOptions, pipe: HartPipeline) -> None:
-        """Tell what the pictures are made with, for their metadata."""
+        """Set the metadata that all pictures share."""
         self._metadata = {
             **settings,
             "model": public_name(pipe.name),
@@ -84,12 +84,12 @@ class Writer:
         }
 
     def targets(self) -> list[Path]:
-        """Every file that will be written."""
+        """Return every file that will be written, previews not counted."""
         singles = [job.path for job in self._plan.jobs] if self._wants_singles else []
         return singles if self._plan.grid is None else [*singles, self._plan.grid]
 
     def check_grid_size(self, side: int) -> None:
-        """Refuse a grid that its format cannot hold, before the pictures are made."""
+        """Raise OutputError for a grid of pictures of `side` pixels that its format cannot hold."""
         path = self._plan.grid
         if path is None:
             return
@@ -100,7 +100,7 @@ class Writer:
             raise OutputError(f"{path} cannot be written: {size} pixels are more than its format holds ({limit}).")
 
     def add(self, job: Job, image: Image) -> None:
-        """Write one picture, or keep it for the grid."""
+        """Write one picture, keep it for the grid, or both."""
         if self._plan.grid is not None:
             self._grid_images.append(image)
         if self._wants_singles:
@@ -137,7 +137,7 @@ class Writer:
 
 
 class Previews:
-    """One PNG per picture and scale in a folder of their own: NAME-scale-00.png and so on."""
+    """Writes one PNG per picture and scale into a folder of their own: NAME-scale-00.png and so on."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Choose a distinct name for every picture."""
@@ -145,11 +145,11 @@ class Previews:
         self._stems = {job.index: path.with_suffix("") for job, path in zip(jobs, names, strict=True)}
 
     def first_paths(self) -> list[Path]:
-        """The first scale's file of every picture; what goes for these goes for the others."""
+        """Return the first scale's file of every picture, checked in place of all scales."""
         return [_scale_path(stem, 0) for stem in self._stems.values()]
 
     def callback(self, jobs: Sequence[Job]) -> Callable[[Step], None]:
-        """What to call after each scale of a batch."""
+        """Return the function to call after each scale of a batch, which writes its previews."""
 
         def write(step: Step) -> None:
             for job, image in zip(jobs, step.preview(), strict=True):

@@ -1,4 +1,4 @@
-"""How a model runs on a CPU: with how many threads."""
+"""The number of threads with which a model runs on a CPU."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SMALL_MODEL = 50_000_000  # parameters
 
 
 def threads_for(model: nn.Module) -> int | None:
-    """1 for a small model, else None: as many as PyTorch takes.
+    """Return 1 below SMALL_MODEL parameters, else None: as many as PyTorch takes.
 
-    A small model's operations last microseconds, and between two of them OpenMP's threads spin, waiting for each other. Beside
-    other work a thread waits for one that has no core: four pictures of hart-mini then took 4.9 s with two threads and 0.8 s
-    with one, on two cores (alone: 0.52 and 0.77). One thread also draws the same bits whatever the number of cores.
+    A small model's operations last microseconds, so OpenMP's threads mostly spin, waiting for each other; beside other work
+    they wait for one that has no core. Four images of hart-mini on two cores of an AMD EPYC: 0.52 s with two threads and 0.77 s
+    with one on an idle machine, 4.9 s and 0.8 s beside other work. One thread also gives the same bits on any number of cores.
     """
     return 1 if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL else None
 
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Within it, this thread's operations on the CPU take `count` threads; None leaves the number alone.
+    """Run the block with `count` CPU threads in this Python thread; None changes nothing.
 
-    Other threads keep their numbers, but for one that uses PyTorch for the first time meanwhile: it begins with `count`.
+    Other Python threads keep their numbers, but one that first uses PyTorch during the block starts with `count` too.
     """
     before = torch.get_num_threads()
     if count is None or count == before:

@@ -1,4 +1,4 @@
-"""Runs next-scale models: owns key/value caches and the unconditional prefix, which calls share."""
+"""Execute next-scale models: own the key/value caches and the unconditional prefix, which calls share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from ..models.parts.layers import weights_key
 from ..models.parts.quantizer import Quantizer
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
-KEEPS_CACHES = ("cuda",)  # kept for the next call where memory is the device's own; main memory goes back to the system
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that a cache depends on."""
+    """Shape, dtype and device of a cache: equal keys mean interchangeable caches."""
 
     rows: int
     length: int
@@ -41,10 +40,14 @@ class CacheKey:
 
 
 class Engine(Generic[TransformerT]):
-    """Executes one model, eagerly. Threads may share it: a call changes nothing that another one reads."""
+    """Executes one model, eagerly. Threads may share it: a call changes nothing that another one reads.
 
-    def __init__(self, transformer: TransformerT, quantizer: Quantizer) -> None:
-        self.transformer, self.quantizer = transformer, quantizer
+    `keep_buffers`: keep the last call's key/value cache for the next one of the same key. It then takes memory during the
+    diffusion and the decoding too; PyTorch's allocator on CUDA gives a freed block back as fast.
+    """
+
+    def __init__(self, transformer: TransformerT, quantizer: Quantizer, *, keep_buffers: bool = False) -> None:
+        self.transformer, self.quantizer, self.keep_buffers = transformer, quantizer, keep_buffers
         self._lock = threading.Lock()
         self._idle: tuple[CacheKey, KVCache] | None = None
         self._unconditional: tuple[object, Prefix] | None = None
@@ -56,11 +59,12 @@ class Engine(Generic[TransformerT]):
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None = None,
     ) -> list[GenerationState]:
-        """One state for each sampler, its images' conditions in the cache.
+        """Return one state per sampler, its conditions prefilled.
 
-        `prompts`, and `negatives` in place of the unconditional row, serve equally many states each, in turn.
+        `negatives` replace the unconditional condition. Conditions are shared out over the samplers in order: the number of
+        samplers is a multiple of that of `prompts`, and of `negatives`.
         """
-        prefixes: dict[tuple[int, int], Prefix] = {}  # by half and condition: where its keys and values are already
+        prefixes: dict[tuple[int, int], Prefix] = {}  # by guidance half and index of the condition
         states = []
         for index, sampler in enumerate(samplers):
             batch_size = sampler.batch_size
@@ -87,7 +91,7 @@ class Engine(Generic[TransformerT]):
             run_scale(state, stage)
 
     def unconditional(self) -> Prefix:
-        """The prefix of the unconditional row, encoded once for each state of the weights."""
+        """Return the prefix of the unconditional condition, computed anew only after the weights have changed."""
         key = (self.transformer.device, self.transformer.dtype, weights_key(self.transformer))
         kept = self._unconditional
         if kept is None or kept[0] != key:
@@ -95,13 +99,13 @@ class Engine(Generic[TransformerT]):
         return kept[1]
 
     def give_back(self, cache: KVCache) -> None:
-        """Take a cache that a state has no more use for; keep the last one where the device's memory allows."""
-        if cache.keys.device.type in KEEPS_CACHES:
+        """Take a cache back from a state that has ended; keep it if `keep_buffers`."""
+        if self.keep_buffers:
             with self._lock:
                 self._idle = (_key(cache), cache)
 
     def clear(self) -> None:
-        """Forget what is kept."""
+        """Free what is kept."""
         with self._lock:
             self._idle = self._unconditional = None
 
@@ -113,6 +117,7 @@ class Engine(Generic[TransformerT]):
             idle, self._idle = self._idle, None
         if idle is not None and idle[0] == wanted:
             return idle[1]
+        idle = None  # freed before the new one is allocated
         return new_cache(self.transformer, rows=rows, length=wanted.length, scratch_length=wanted.scratch_length)
 
 

@@ -24,25 +24,25 @@ from .schedule import Schedule, Stage
 
 @dataclass(frozen=True)
 class Prefix:
-    """What scale 0 leaves of R conditions: all that later scales need of them."""
+    """Result of `prefill` for R conditions: all that the scales need of them."""
 
-    keys: Tensor  # [depth, R, H, L, d]: of the condition's tokens
+    keys: Tensor  # [depth, R, H, L, d]: of the condition's L tokens
     values: Tensor
-    hidden: Tensor  # [R, 1, D]: of the last of them, from which scale 0's code is drawn
+    hidden: Tensor  # [R, 1, D]: of the last token, gives scale 0's logits
     modulation: Modulation  # R rows
     shift: Tensor  # [R]: added to the positions of the image tokens
 
 
 class CacheOwner(Protocol):
-    """Who takes a key/value cache back when a generation has no more use for it."""
+    """Takes a key/value cache back from a generation that no longer needs it."""
 
     def give_back(self, cache: KVCache) -> None:
-        """Take it; the caller forgets it."""
+        """Take the cache; the caller has no reference to it afterwards."""
         ...
 
 
 def new_cache(transformer: NextScaleTransformer, *, rows: int, length: int, scratch_length: int = 0) -> KVCache:
-    """A cache for `rows` rows of the transformer's batch."""
+    """Allocate a cache for `rows` rows of the transformer's batch."""
     return KVCache(
         depth=transformer.depth,
         rows=rows,
@@ -56,9 +56,10 @@ def new_cache(transformer: NextScaleTransformer, *, rows: int, length: int, scra
 
 
 def prefill(transformer: NextScaleTransformer, condition: Condition, cache: KVCache, rows: slice) -> Prefix:
-    """Run scale 0 of R conditions into the cache's `rows`, of which each condition takes equally many in turn.
+    """Run scale 0 for R conditions and fill `rows` of the cache.
 
-    Keys and values are written where the first of them stays, and copied to the others.
+    Each condition fills len(rows) / R consecutive rows: its keys and values are computed into the first of them and copied to
+    the others.
     """
     if condition.copies > 1:
         prefix = _prefill_copies(transformer, condition)
@@ -75,13 +76,13 @@ def prefill(transformer: NextScaleTransformer, condition: Condition, cache: KVCa
 
 
 def prefill_alone(transformer: NextScaleTransformer, condition: Condition) -> Prefix:
-    """Run scale 0 of R conditions in a cache of their own size, for more than one generation."""
+    """Prefill into a new cache; the Prefix can be copied into the caches of several generations."""
     rows, length = condition.inputs.shape[0] // condition.copies, condition.inputs.shape[1]
     return prefill(transformer, condition, new_cache(transformer, rows=rows, length=length), slice(0, rows))
 
 
 def _prefill_copies(transformer: NextScaleTransformer, condition: Condition) -> Prefix:
-    """Run scale 0 of conditions that stand there several times each, and keep one of each."""
+    """Prefill conditions whose rows are repeated `copies` times, and keep one row of each."""
     rows, length = condition.inputs.shape[:2]
     cache, once = new_cache(transformer, rows=rows, length=length), slice(None, None, condition.copies)
     hidden = transformer(condition.inputs, condition.modulation, condition.table, cache.at(0, length))
@@ -90,14 +91,14 @@ def _prefill_copies(transformer: NextScaleTransformer, condition: Condition) -> 
 
 
 def copy_prefix(prefix: Prefix, cache: KVCache, rows: slice) -> None:
-    """Put the keys and values of R conditions into the cache's `rows`, each into equally many in turn."""
+    """Copy the keys and values of each of R conditions into len(rows) / R consecutive rows of the cache."""
     count, length = len(prefix.hidden), prefix.keys.shape[3]
     for kept, given in ((cache.keys, prefix.keys), (cache.values, prefix.values)):
         kept[:, rows, :, :length].unflatten(1, (count, -1)).copy_(given[:, :, None])
 
 
 class GenerationState:
-    """What a generation of B images has so far. Its rows are the B conditional ones, then, with guidance, the others."""
+    """State of generating B images. Its rows are B conditional ones and, with guidance, B unconditional ones behind them."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class GenerationState:
         cache: KVCache,
         owner: CacheOwner,
     ) -> None:
-        """`prefixes`: the conditional one and, with guidance, the unconditional one, which are in the `cache` of `owner`."""
+        """`prefixes`: the conditional and, with guidance, the unconditional one, both in `cache`, which is `owner`'s."""
         self.transformer, self.quantizer, self.schedule, self.sampler = transformer, quantizer, schedule, sampler
         self.batch_size = sampler.batch_size
         index = [
@@ -133,10 +134,14 @@ class GenerationState:
         return self._cache
 
     def end_cache(self) -> None:
-        """Give the cache back: nothing attends to it any more."""
-        if self._cache is not None:
-            self._owner.give_back(self._cache)
-            self._cache = None
+        """Give the cache back to its owner, once nothing attends to it any more."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            self._owner.give_back(cache)
+
+    def drop_cache(self) -> None:
+        """Free the cache of a generation that failed."""
+        self._cache = None
 
 
 def run_scale(state: GenerationState, stage: Stage) -> None:
@@ -144,7 +149,7 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
     transformer, sampler, codebook = state.transformer, state.sampler, state.quantizer.codebook.weight
     hidden = state.hidden if stage.prefilled else _hidden(state, stage)
     if stage.ends_cache:
-        state.end_cache()  # most of the memory, before the largest logits and the diffusion want theirs
+        state.end_cache()  # frees most of the memory, before the largest logits and the diffusion are allocated
     logits = transformer.head(hidden, state.modulation.head[: len(hidden)])
     indices, embedding = sampler.draw(logits, codebook, stage)
     del logits
@@ -169,7 +174,7 @@ def finish(state: GenerationState) -> Tensor:
 
 
 def _hidden(state: GenerationState, stage: Stage) -> Tensor:
-    """A scale through the transformer: [R, p * p, D], of both halves where the stage is guided."""
+    """Run one scale through the transformer -> [R, p * p, D]; R = 2B if the stage is guided, else B."""
     rows = state.batch_size * (2 if stage.guided else 1)
     latent = state.quantizer.next_input(state.f_hat, stage.side)
     x = state.transformer.embed_tokens(latent, stage.index).repeat(rows // state.batch_size, 1, 1)

@@ -15,12 +15,12 @@ from ..models.parts.diffusion import ResidualDiffusion
 from .sampling import ResidualNoise
 
 TRAIN_STEPS = 1000
-LATENT_SCALE = 0.6  # the sample is in units of 1 / 0.6 of the latent
+LATENT_SCALE = 0.6  # latent = sample * LATENT_SCALE
 
 
 @dataclass(frozen=True)
 class DiffusionStep:
-    """Constants of one denoising step, fp64 on the way, plain floats here."""
+    """Constants of one denoising step, computed in fp64."""
 
     timestep: int  # the original step number, which the network sees
     x0_from_x: float  # x0 = x0_from_x * x_t - x0_from_noise * eps
@@ -38,7 +38,7 @@ def _cosine_alpha_bar(time: float) -> float:
 
 @lru_cache(maxsize=8)
 def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
-    """The kept steps, largest t first: round(i * 999 / (n - 1)) of 1000, betas recomputed from the kept alpha-bars."""
+    """Return the steps, largest t first: t_i = round(i * 999 / (n - 1)); betas from the kept alpha-bars."""
     kept = [round(i * (TRAIN_STEPS - 1) / (num_inference_steps - 1)) for i in range(num_inference_steps)]
     alpha_bars, alpha_bar = [], 1.0
     for i in range(TRAIN_STEPS):
@@ -53,7 +53,7 @@ def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
         variance = beta * (1 - previous) / (1 - current)
         constants.append((timestep, current, previous, beta, variance, i > 0))
         previous = current
-    first_variance = constants[1][4]  # the first is zero: its logarithm is clipped to the second's
+    clipped_variance = constants[1][4]  # at t = 0 the variance is 0; its log is the next step's, as released
     return tuple(
         DiffusionStep(
             timestep=timestep,
@@ -61,7 +61,7 @@ def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
             x0_from_noise=math.sqrt(1 / current - 1),
             mean_from_x0=beta * math.sqrt(previous) / (1 - current),
             mean_from_x=(1 - previous) * math.sqrt(1 - beta) / (1 - current),
-            log_variance_min=math.log(variance if adds_noise else first_variance),
+            log_variance_min=math.log(variance if adds_noise else clipped_variance),
             log_variance_max=math.log(beta),
             adds_noise=adds_noise,
         )
@@ -74,8 +74,8 @@ def sample_residual(
 ) -> Tensor:
     """Sample the residual [B, L, C] fp32, in units of the latent, for the B images of `noise`.
 
-    `condition` z [R, L, D]: R = B rows, or 2B with the unconditional half behind. Both halves share one x_t: the released
-    code keeps a second one for the unconditional half, which nothing reads.
+    `condition` z [R, L, D]: R = B, or 2B with the unconditional rows last. Both halves share x_t: the released code computes
+    one for the unconditional half that is never read.
     """
     _, length, _ = condition.shape
     embedded = network.condition_embed(condition.flatten(0, 1))
@@ -90,7 +90,7 @@ def sample_residual(
 def denoise(
     network: ResidualDiffusion, x: Tensor, step: DiffusionStep, condition: Tensor, guidance: float, noise: Tensor
 ) -> Tensor:
-    """One step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] embedded, conditional rows first."""
+    """Do one step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] is embedded, conditional rows first."""
     timestep = torch.full((1,), step.timestep, device=x.device)
     eps, variance = network(x, timestep, condition)
     return ops.diffusion_step(

@@ -1,7 +1,7 @@
-"""From a scale's logits to codes and the embeddings to go on with, and the random draws that decide them.
+"""Draw a scale's codes from its logits, and return the embeddings that are added to f_hat.
 
-Two samplers with one interface: generators on the CPU, which replay the released code, and a function of seed and place
-where a CUDA device draws. `make_sampler` chooses once for a generation.
+GeneratorSampler draws from generators on the CPU and reproduces the released code. PhiloxSampler, on CUDA, draws numbers that
+are a function of seed, scale, token and code. `make_sampler` picks one per generation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import WeightsError
 from ..ops.logits import filter_logits, guide
 from .schedule import Stage
 
-FP64_DRAWS = 2**20  # at once, to bound their memory
+FP64_DRAWS = 2**20  # per chunk, to bound their memory
 NOT_FINITE = (
     "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
     "dtype=torch.bfloat16 or torch.float32."
@@ -25,7 +25,7 @@ NOT_FINITE = (
 
 
 class ResidualNoise:
-    """Standard normal noise of the residual diffusion, [B, L, C] fp32: one generator a seed, each for equally many images."""
+    """Standard normal noise of the residual diffusion, [B, L, C] fp32: one generator per seed, for `images_per_seed` images."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device, *, images_per_seed: int = 1) -> None:
         self.device = device
@@ -37,7 +37,7 @@ class ResidualNoise:
         return self._draw(self.images_per_seed, tokens, channels, device)
 
     def step(self, tokens: int, channels: int, device: torch.device) -> Tensor:
-        """One step's noise. The released code draws for both guidance halves and uses the conditional one, which is first."""
+        """Noise of one step: draw twice the rows and keep the first half, as the released code does."""
         return self._draw(2 * self.images_per_seed, tokens, channels, device)
 
     def _draw(self, rows: int, tokens: int, channels: int, device: torch.device) -> Tensor:
@@ -52,11 +52,11 @@ class Sampler(Protocol):
     noise: ResidualNoise
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Codes [B, L] int64 and the embeddings to go on with [B, L, C] fp32 (released `autoregressive_infer_cfg`).
+        """Return codes [B, L] int64, and embeddings [B, L, C] fp32 to add to f_hat (released `autoregressive_infer_cfg`).
 
         `logits` fp32, which may be overwritten: [2B, L, V] to be guided, or [B, L, V]; `codebook` [V, C] fp32. The code is
         drawn first. The embeddings are the Gumbel-softmax mixtures of the codebook with `stage.more_smooth`, else the drawn
-        codes' own. Raises WeightsError for logits that are not finite, unless `check` does.
+        codes' own. For logits that are not finite WeightsError is raised here or by `check`.
         """
         ...
 
@@ -66,15 +66,15 @@ class Sampler(Protocol):
 
 
 def make_sampler(seeds: Sequence[int], device: torch.device) -> Sampler:
-    """The sampler for one image a seed, on the device that draws: CUDA by its own, everything else by generators on the CPU."""
+    """Return a PhiloxSampler where CUDA draws, else a GeneratorSampler; one image per seed."""
     return PhiloxSampler(seeds, device) if device.type == "cuda" else GeneratorSampler(seeds)
 
 
 class GeneratorSampler:
     """Draws from generators on the CPU, whatever device computes.
 
-    Each seed feeds two generators, as a run of the released code seeded once does: one for the codes and the Gumbel noise, one
-    for the residual diffusion. A seed covers `images_per_seed` consecutive images, 1 unless a recorded batch is replayed.
+    Each seed seeds two generators, as in a run of the released code: one for the codes and the Gumbel noise, one for the
+    residual diffusion. A seed covers `images_per_seed` consecutive images, 1 unless a recorded batch is replayed.
     """
 
     def __init__(self, seeds: Sequence[int], *, images_per_seed: int = 1) -> None:
@@ -95,10 +95,10 @@ class GeneratorSampler:
         return indices, noisy.softmax(dim=-1) @ codebook[None]
 
     def check(self, indices: Tensor) -> None:
-        """Nothing: `draw` has raised."""
+        """Do nothing: `draw` raises."""
 
     def multinomial(self, probabilities: Tensor) -> Tensor:
-        """One index per row of `probabilities` [B, L, V] -> [B, L]: torch.multinomial's race of exponential draws.
+        """Draw one index per row of `probabilities` [B, L, V] -> [B, L], as torch.multinomial: argmax(p / exponential draws).
 
         Raises WeightsError where they are not finite.
         """
@@ -113,7 +113,7 @@ class GeneratorSampler:
         return torch.cat(drawn).view(batch_size, length).to(probabilities.device)
 
     def gumbel(self, like: Tensor) -> Tensor:
-        """Standard Gumbel noise of the shape of `like` [B, L, V]: -log of exponential draws, fp32."""
+        """Return standard Gumbel noise of the shape of `like` [B, L, V]: -log of exponential draws, fp32."""
         shape = (len(like) // len(self._generators), *like.shape[1:])
         noise = torch.cat([_exponential(shape, generator) for generator in self._generators])
         return noise.log_().neg_().to(like.device)
@@ -129,10 +129,10 @@ class PhiloxSampler:
         self.batch_size = len(seeds)
         self.noise = ResidualNoise(seeds, device)
         signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
-        self._seeds = torch.tensor(signed, dtype=torch.int64, device=device)  # the bits of the seeds
+        self._seeds = torch.tensor(signed, dtype=torch.int64, device=device)  # uint64 seeds as int64
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-        """As `Sampler.draw`; nothing waits for the device."""
+        """As `Sampler.draw`, without waiting for the device."""
         return ops.guided_sample(
             logits,
             codebook,
@@ -147,18 +147,18 @@ class PhiloxSampler:
         )
 
     def check(self, indices: Tensor) -> None:
-        """Where logits have no softmax the op's codes are -1 and its embeddings NaN, and so at all later scales.
+        """Raise WeightsError if codes are -1, as they are from the first scale on whose logits were not finite.
 
-        Asking once for each picture waits for the device once.
+        Called once per generation, so that the host waits for the device once.
         """
         if bool((indices < 0).any()):
             raise WeightsError(NOT_FINITE)
 
 
 def _exponential(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard exponential draws on the CPU, fp32, made of uniform ones as in torch 2.13, which recorded the golden data.
+    """Return standard exponential draws, fp32 on the CPU: -log(1 - u) of fp64 u.
 
-    `exponential_` gives the same seed other numbers in other versions of torch (2.6, for one).
+    So draws torch 2.13, with which the golden data were recorded; `exponential_` differs between versions (2.6, for one).
     """
     drawn = torch.empty(shape)
     for part in drawn.view(-1).split(FP64_DRAWS):

@@ -1,4 +1,4 @@
-"""The next-scale schedule as data: one `Stage` per scale, every quirk and every saving a field."""
+"""The schedule of next-scale prediction: one `Stage` per scale; what differs between scales is a field."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from ..models.parts.quantizer import phi_index
 
-HART_TOP_K = (600, 300)  # before scale 7, and from it on (released `autoregressive_infer_cfg`)
+HART_TOP_K = (600, 300)  # of scales 0 to 6, and from 7 on (released `autoregressive_infer_cfg`)
 HART_TOP_K_CHANGES_AT = 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a caller chooses about the sampling."""
+    """A caller's settings of the sampling."""
 
     guidance_scale: float = 4.5  # at the last scale; 0 is none
     num_inference_steps: int = 8  # of the residual diffusion; 0 leaves it out (the released `final_stage=1`)
@@ -24,18 +24,18 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One scale of the autoregression: what it feeds the transformer, how its codes are drawn, what becomes of them."""
+    """One scale: its input, its sampling, its update of f_hat."""
 
     index: int
     side: int  # of its grid of codes
     length: int  # tokens that it feeds the transformer: the context's at HART's scale 0, else side * side
     offset: int = 0  # position in the key/value cache of its first token
-    prefilled: bool = False  # its tokens are the condition's, which go through the transformer before the first scale
+    prefilled: bool = False  # its hidden states come from the prefill of the condition
     cached: bool = True  # later scales attend to it
     ends_cache: bool = False  # nothing attends to the cache after it
     guided: bool  # its logits need the unconditional half
     guidance: float  # t: logits = (1 + t) conditional - t unconditional
-    progress: float  # r, from 0 to 1: sharpens the mixture
+    progress: float  # r = index / last, from 0 to 1: raises logit_gain and lowers temperature
     top_k: int  # 0 keeps all codes
     top_p: float  # 0 is off
     more_smooth: bool
@@ -49,12 +49,12 @@ class Stage:
 
     @property
     def logit_gain(self) -> float:
-        """Factor on the logits inside the Gumbel mixture."""
+        """Factor 1 + r on the logits in the Gumbel mixture."""
         return 1.0 + self.progress
 
     @property
     def temperature(self) -> float:
-        """Temperature tau of the Gumbel mixture. The released floor of 0.005 is out of reach: at r = 1 tau is 0.0135."""
+        """Temperature tau of the Gumbel mixture. The released lower bound 0.005 never applies: at r = 1 tau is 0.0135."""
         return 0.27 * (1.0 - self.progress * 0.95)
 
 
@@ -85,12 +85,12 @@ class Schedule:
 
     @property
     def scratch_length(self) -> int:
-        """Positions that the largest scale which isn't cached attends to; 0 where all are cached."""
+        """Largest length that a scale which is not cached attends to; 0 if all are cached."""
         return max((stage.offset + stage.length for stage in self.stages if not stage.cached), default=0)
 
 
 def placed(stages: Sequence[Stage], latent_side: int) -> Schedule:
-    """A schedule of `stages`, each with its place in the cache behind the cached ones before it."""
+    """Set each stage's offset in the cache, mark the last one; return the Schedule."""
     result, offset = [], 0
     for index, stage in enumerate(stages):
         result.append(replace(stage, offset=offset, ends_cache=index == len(stages) - 1))
@@ -101,9 +101,9 @@ def placed(stages: Sequence[Stage], latent_side: int) -> Schedule:
 def hart_schedule(
     patch_nums: Sequence[int], *, context_tokens: int, share_quant_resi: int, settings: Settings | None = None
 ) -> Schedule:
-    """HART's stages. The first feeds on the context of `context_tokens` tokens; the last is not cached and not refined.
+    """Return HART's schedule: scale 0 takes the context of `context_tokens` tokens, the last is not cached and not refined.
 
-    At the last scale the released code leaves the progress r, and with it guidance and temperature, at the one before's.
+    As released, the last scale reuses the previous one's progress r, and so its guidance and temperature.
     """
     settings = settings or Settings()
     last = len(patch_nums) - 1

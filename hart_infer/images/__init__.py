@@ -1,1 +1,1 @@
-"""Pictures between tensors, PIL and files."""
+"""Convert pictures between tensors, PIL and files."""

@@ -1,4 +1,4 @@
-"""Pictures on disk: written whole or not at all, carrying what made them; and grids of them.
+"""Write pictures atomically, with metadata; read the metadata back; put pictures into grids.
 
 PNG keeps the metadata as JSON in a text chunk, JPEG and WebP in EXIF's ImageDescription.
 """
@@ -49,7 +49,7 @@ class NameTakenError(OutputError):
 
 
 def picture_format(path: str | Path) -> str:
-    """Pillow's name of the format that the extension asks for; InputError names those there are."""
+    """Return Pillow's name of the format that the extension asks for. Raises InputError that lists the formats."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         found = f"the extension {suffix}" if suffix else "no extension"
@@ -58,7 +58,7 @@ def picture_format(path: str | Path) -> str:
 
 
 def check_writable(paths: Iterable[str | Path]) -> None:
-    """Raise what saving to any of `paths` would raise, before work is done for it; leaves nothing behind."""
+    """Raise OutputError now for any path that can't be written, InputError for an unknown extension; leaves nothing behind."""
     probed: set[Path] = set()
     for path in paths:
         picture_format(path)
@@ -74,11 +74,10 @@ def check_writable(paths: Iterable[str | Path]) -> None:
 
 
 def save_picture(image: Image, path: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = True) -> Path:
-    """Write `image` to `path` in one step and return the path; missing folders are made.
+    """Write `image` to `path` as RGB and return the path; missing folders are created.
 
-    The file appears under its name only when it is complete. With `overwrite=False` an existing file is left
-    alone and NameTakenError raised. OutputError says why a picture could not be written; nothing half-written
-    is left.
+    The file appears under its name only when it is complete. With `overwrite=False` an existing file is kept and NameTakenError
+    raised. Raises OutputError if it can't be written, InputError for an unknown extension; leaves no partial file.
     """
     file_format = picture_format(path)
     limit = MAX_SIDE[file_format]
@@ -99,9 +98,9 @@ def save_picture(image: Image, path: str | Path, *, metadata: Mapping[str, Any] 
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `save_picture` was given as metadata; None where the picture carries none of ours. Decodes no pixel.
+    """Return the metadata that `save_picture` wrote, or None if there is none; decodes no pixels.
 
-    Raises InputError where there is no picture.
+    Raises InputError if the file does not exist or is not a picture.
     """
     from PIL import Image
 
@@ -121,7 +120,10 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
 
 
 def make_grid(images: Sequence[Image], columns: int | None = None, *, gap: int = GRID_GAP) -> Image:
-    """All images in one picture, row by row, `gap` white pixels apart; about square if `columns` is None."""
+    """Put all images into one RGB picture, row by row, `gap` white pixels apart; about square if `columns` is None.
+
+    Raises InputError for no images or fewer than one column.
+    """
     from PIL import Image as Pillow
 
     if not images:
@@ -139,18 +141,18 @@ def make_grid(images: Sequence[Image], columns: int | None = None, *, gap: int =
 
 
 def grid_columns(count: int, columns: int | None) -> int:
-    """Columns of a grid of `count` cells: those asked for if there are cells for them, else about square."""
+    """Return the columns of a grid of `count` cells: `columns` capped at `count`; for None or 0 about sqrt(count)."""
     return min(columns or math.ceil(math.sqrt(count)), count)
 
 
 def grid_size(count: int, columns: int, cell: tuple[int, int], gap: int = GRID_GAP) -> tuple[int, int]:
-    """Width and height of a grid of `count` cells."""
+    """Return width and height in pixels of a grid of `count` cells, each `cell` (width, height), `gap` pixels apart."""
     rows = math.ceil(count / columns)
     return columns * (cell[0] + gap) - gap, rows * (cell[1] + gap) - gap
 
 
 def _save_options(image: Image, path: str | Path, file_format: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Pillow's keyword arguments; metadata is ASCII JSON, which any reader shows."""
+    """Return Pillow's keyword arguments; metadata is ASCII JSON, which any reader shows. Raises OutputError if too long."""
     from PIL import Image as Pillow
     from PIL.PngImagePlugin import PngInfo
 
@@ -176,7 +178,7 @@ def _save_options(image: Image, path: str | Path, file_format: str, metadata: Ma
 
 @contextmanager
 def _whole_file(path: str | Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file that takes its name at the end; after an exception neither it nor a new folder remains."""
+    """Yield a temporary file, renamed to `path` on success; on an exception it and new folders are removed."""
     target = _resolved(path)
     missing = [folder for folder in (target.parent, *target.parent.parents) if not os.path.lexists(folder)]
     temporary = target.with_name(_temporary_name())
@@ -200,7 +202,7 @@ def _whole_file(path: str | Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 
 
 def _rename_to_new(temporary: Path, target: Path) -> None:
-    """Rename, unless the name is taken, even if it was taken just now."""
+    """Rename; raise NameTakenError if `target` exists, even since a moment ago where the file system has hard links."""
     try:
         os.link(temporary, target)
     except OSError as error:  # taken, or a file system without hard links
@@ -212,7 +214,7 @@ def _rename_to_new(temporary: Path, target: Path) -> None:
 
 
 def _resolved(path: str | Path) -> Path:
-    """Where a symbolic link at `path` points: the link stays, the file behind it is written."""
+    """Resolve symbolic links: a link at `path` stays, and the file behind it is written."""
     return Path(os.path.realpath(path))
 
 
@@ -223,7 +225,7 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def _check_name(target: Path) -> None:
-    """Raise OSError if `target` is something that a file cannot replace, or a name that no folder takes."""
+    """Raise OSError if `target` is a folder, is not writable, or has too long a name."""
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in target.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     try:
@@ -237,7 +239,7 @@ def _check_name(target: Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Make and remove a file: permissions, read-only mounts and quotas all speak up."""
+    """Create and delete a file: finds missing permission, read-only mounts and used-up quotas. Raises OSError."""
     probe = folder / _temporary_name()
     with open(probe, "xb"):
         pass

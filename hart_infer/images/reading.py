@@ -1,4 +1,4 @@
-"""Pictures of any kind, from files or PIL, as upright 8-bit RGB."""
+"""Read pictures of any kind, from files or PIL, as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_image(path: str | Path) -> Image:
-    """The picture in a file, as `to_rgb` makes it. Raises InputError, or OutOfMemoryError."""
+    """Read the picture in a file and convert it by `to_rgb`. Raises InputError or OutOfMemoryError."""
     from PIL import Image
 
     try:
@@ -30,7 +30,7 @@ def read_image(path: str | Path) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """8-bit RGB: upright as its camera said, on white where transparent, 16-bit and float pictures scaled to 8 bits.
+    """Convert to 8-bit RGB: apply EXIF orientation, put transparency on white, scale 16-bit and float to 8 bits.
 
     Raises InputError for integers over 65535 and for floats outside 0..1.
     """
@@ -47,7 +47,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def _scaled(image: Image) -> Image:
-    """A grey picture of 16-bit integers or of floats in 0..1 -> 8 bits, rounded to the nearest."""
+    """Scale a grey picture of 16-bit integers or of floats in 0..1 to 8 bits, rounded to the nearest. Raises InputError."""
     import numpy as np
     from PIL import Image as Pillow
 

@@ -1,4 +1,4 @@
-"""Between tensors in 0..1 and the forms in which pictures come and go."""
+"""Convert between tensors in 0..1 and PIL, NumPy or torch images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def to_numpy(pixels: Tensor) -> np.ndarray[Any, Any]:
-    """[N, 3, H, W] -> numpy [N, H, W, 3] fp32."""
+    """Convert [N, 3, H, W] -> numpy [N, H, W, 3] fp32."""
     return pixels.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[N, 3, H, W] in 0..1 -> [N, H, W, 3] uint8 in main memory, rounded to the nearest level on the device they are on."""
+    """Convert [N, 3, H, W] in 0..1 -> [N, H, W, 3] uint8 on the CPU, rounded to the nearest level on the source device."""
     levels = (pixels * 255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if levels.device.type != "cuda":
         return levels.cpu()
@@ -33,14 +33,17 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> list[Image]:
-    """[N, 3, H, W] in 0..1 -> 8-bit RGB pictures, rounded to the nearest level."""
+    """Convert [N, 3, H, W] in 0..1 -> N 8-bit RGB pictures, rounded to the nearest level."""
     from PIL import Image
 
     return [Image.fromarray(picture) for picture in to_uint8(pixels).numpy()]
 
 
 def to_tensor(image: Image | Sequence[Image] | Tensor, size: int) -> Tensor:
-    """Pictures -> [N, 3, size, size] fp32 in 0..1; PIL ones are scaled and centre-cropped, tensors must fit."""
+    """Convert pictures -> [N, 3, size, size] fp32 in 0..1; PIL ones are scaled and centre-cropped, tensors must fit.
+
+    Raises InputError.
+    """
     if isinstance(image, Tensor):
         if image.ndim != 4 or not len(image) or image.shape[1:] != (3, size, size):
             raise InputError(f"An image tensor must have shape [N, 3, {size}, {size}], not {list(image.shape)}.")
@@ -64,7 +67,7 @@ def _pil_to_tensor(picture: Image, size: int) -> Tensor:
 
 
 def fit(picture: Image, size: int) -> Image:
-    """The centred square of a picture, scaled to `size` pixels a side."""
+    """Crop a picture to its centred square and scale it to `size` x `size` pixels."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(picture, (size, size), method=Image.Resampling.LANCZOS)

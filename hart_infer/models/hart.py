@@ -19,7 +19,7 @@ from .parts.rope import Table, context_table, image_tables
 
 @dataclass(frozen=True, kw_only=True)
 class HartConfig:
-    """The transformer and its residual diffusion (paper section 3; released `HARTForT2IConfig`, whose names these are)."""
+    """The transformer and its residual diffusion (paper section 3; field names as in the released `HARTForT2IConfig`)."""
 
     patch_nums: tuple[int, ...]
     context_token: int
@@ -40,7 +40,7 @@ class HartConfig:
     diff_depth: int = 6
 
     def __post_init__(self) -> None:
-        """Refuse sizes and combinations that no recorded data covers, or that nothing could hold."""
+        """Raise ConfigError for unsupported combinations and sizes out of range."""
         require_rising(self, "patch_nums")
         require_positive(self, context_token=2**16, context_dim=2**16, embed_dim=2**16, num_heads=2**12, depth=2**10)
         require_positive(self, mlp_ratio=64, norm_eps=1, diff_width=2**16, diff_depth=2**10)
@@ -112,11 +112,12 @@ class HartTransformer(NextScaleTransformer):
         )
 
     def condition(self, context: Tensor, mask: Tensor, position_ids: Tensor) -> Condition:
-        """Encoded prompts as a condition: context [R, T, context_dim], mask [R, T] bool, position_ids [R, T] int64.
+        """Make a condition of encoded prompts: context [R, T, context_dim], mask [R, T] bool, position_ids [R, T] int64.
 
-        Blocks pool by a masked average or by a plain maximum, padding included; the head always by the maximum.
+        The blocks' condition is pooled by a masked average, or by a maximum over all tokens, as configured; the head's always
+        by the maximum.
         """
-        copies = -(-MANY_ROWS // (context.shape[0] * context.shape[1]))  # more than one for a tiny context only
+        copies = -(-MANY_ROWS // (context.shape[0] * context.shape[1]))  # to have MANY_ROWS; 1 unless the context is tiny
         context, mask, position_ids = (
             x.to(self.device).repeat_interleave(copies, dim=0) for x in (context, mask, position_ids)
         )
@@ -130,7 +131,7 @@ class HartTransformer(NextScaleTransformer):
         )
 
     def unconditional(self) -> Condition:
-        """One row of context 0, position ids 0, and only the first token in the mask."""
+        """Make the condition of one row: context 0, position ids 0, a mask of the first token only."""
         tokens = self.config.context_token
         context = torch.zeros(1, tokens, self.config.context_dim, device=self.device)
         position_ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
@@ -139,11 +140,11 @@ class HartTransformer(NextScaleTransformer):
         return self.condition(context, mask, position_ids)
 
     def embed_context(self, context: Tensor) -> Tensor:
-        """Text context [R, T, context_dim] -> [R, T, D], without the level embedding."""
+        """Embed a text context [R, T, context_dim] -> [R, T, D], without the level embedding."""
         return self.context_embed(self.context_norm(context.to(self.dtype)))
 
     def embed_scale(self, index: int) -> Tensor:
-        """Level embedding [1, D] of scale `index`; that of 0 is the context's as a whole."""
+        """Return the level embedding [1, D] of scale `index`; that of scale 0 is added to all context tokens."""
         embedding: Tensor = self.level_embed(torch.full((1,), index, device=self.device))
         return embedding
 
@@ -153,5 +154,5 @@ class HartTransformer(NextScaleTransformer):
 
     def residual_condition(self, hidden: Tensor, code_embeddings: Tensor) -> Tensor:
         """The residual diffusion's condition z [R, L, D] from the last scale's hidden states and drawn codes [B, L, C]."""
-        words: Tensor = self.word_embed(code_embeddings.to(self.dtype))
-        return self.decoder_norm(hidden + words.repeat(len(hidden) // len(words), 1, 1))
+        embedded: Tensor = self.word_embed(code_embeddings.to(self.dtype))
+        return self.decoder_norm(hidden + embedded.repeat(len(hidden) // len(embedded), 1, 1))

@@ -23,24 +23,24 @@ from .parts.rope import Table
 
 @dataclass(frozen=True)
 class Condition:
-    """What prompts, or classes, give a next-scale model, row by row."""
+    """Input of a next-scale model, made from prompts or classes: R rows."""
 
     inputs: Tensor  # [R, L, D]: the tokens of scale 0, embedded
     table: Table  # their rotary angles
     modulation: Modulation
     shift: Tensor  # [R] int64: added to the positions of the image tokens
-    copies: int = 1  # each row stands so many times, for rounding's sake: see SteadyLinear
+    copies: int = 1  # so many consecutive rows are the same: repeated to round as SteadyLinear says
 
 
 class Block(nn.Module):
-    """Attention and MLP, both after the one norm that they share (released `AdaLNSelfAttn`)."""
+    """Attention and MLP, each after the same RMS norm (released `AdaLNSelfAttn`)."""
 
     def __init__(self, norm: RMSNorm, attn: Attention, mlp: nn.Module, modulation: nn.Module) -> None:
         super().__init__()
         self.norm, self.attn, self.mlp, self.modulation = norm, attn, mlp, modulation
 
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `vectors` [R, 0, D] are none."""
+        """x [R, L, D] -> [R, L, D]; `vectors` [R, 0, D] is empty."""
         x, normed = self.norm.after(x, self.attn(self.norm(x), table, place, layer))
         return x + self.mlp(normed)
 
@@ -72,7 +72,7 @@ class Head(nn.Module):
 
 
 class NextScaleTransformer(nn.Module, ABC):
-    """Embeddings, blocks and head; a family says how a condition is made and how scales and positions are told apart."""
+    """Embeddings, blocks and head. Subclasses define the condition, the scales' embeddings and the positions."""
 
     def __init__(self, *, channels: int, blocks: Sequence[Block], head: Head) -> None:
         super().__init__()
@@ -93,36 +93,36 @@ class NextScaleTransformer(nn.Module, ABC):
         """Where the weights are."""
         return self.word_embed.weight.device
 
-    diffusion: ResidualDiffusion  # of models whose schedules have num_inference_steps
+    diffusion: ResidualDiffusion  # only of models whose schedules have num_inference_steps
 
     def residual_condition(self, hidden: Tensor, code_embeddings: Tensor) -> Tensor:
-        """The residual diffusion's condition z [R, L, D] from the last scale's hidden states and drawn codes [B, L, C]."""
+        """Return the residual diffusion's condition z [R, L, D] from hidden states [R, L, D] and drawn codes [B, L, C]."""
         raise NotImplementedError(f"{type(self).__name__} has no residual diffusion.")
 
     @abstractmethod
     def unconditional(self) -> Condition:
-        """The condition of one unconditional row, the same for every call."""
+        """Make the condition of one unconditional row, the same for every call."""
 
     @abstractmethod
     def embed_scale(self, index: int) -> Tensor:
-        """What is added to the embedded tokens of scale `index`: [1, D], or [L, D]."""
+        """Return what is added to the embedded tokens of scale `index`: [1, D] or [L, D]."""
 
     @abstractmethod
     def image_tables(self, sides: Sequence[int], shift: Tensor) -> list[Table]:
-        """Rotary angles of every scale's side * side tokens, whose positions are shifted by `shift` [R]."""
+        """Return the rotary angles of every scale's side * side tokens, whose positions are shifted by `shift` [R]."""
 
     def modulate(self, block_condition: Tensor, head_condition: Tensor) -> Modulation:
-        """All adaptive norms' vectors from what the blocks and the head are conditioned on, [R, D] each."""
+        """Compute the vectors of all adaptive norms from the blocks' and the head's condition, [R, D] each."""
         blocks = torch.stack([block.modulation(block_condition) for block in self.blocks])  # type: ignore[operator]
         return Modulation(blocks, self.head.modulation(head_condition))
 
     def embed_tokens(self, latent: Tensor, index: int) -> Tensor:
-        """A scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]."""
+        """Embed a scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]."""
         tokens = latent.flatten(2).transpose(1, 2).to(self.dtype)
         return self.word_embed(tokens) + self.embed_scale(index)
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
-        """One scale through all blocks: x [R, L, D] -> hidden [R, L, D], caching keys and values."""
+        """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""
         for layer, (block, vectors) in enumerate(zip(self.blocks, modulation.blocks.unbind(0), strict=True)):
             x = block(x, vectors, table, place, layer)
         return x

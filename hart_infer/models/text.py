@@ -23,8 +23,8 @@ from .parts.layers import weights_key
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TOKENIZING = threading.RLock()  # a tokenizer changes itself in a call, and fails if two threads do so at once
-# For rows that see nothing these give numbers; cuDNN's attention may give NaN, which would spread over the whole picture.
+_TOKENIZING = threading.RLock()  # fast tokenizers change state in a call and are not thread-safe
+# These give finite numbers for rows that are masked entirely; cuDNN's attention may give NaN, which spreads over the image.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -44,27 +44,27 @@ class PromptEmbeds:
         """Number of prompts."""
         return len(self.context)
 
-    def split(self, rows: int) -> list[PromptEmbeds]:
-        """Parts of so many prompts each."""
-        pairs = zip(self.context.split(rows), self.mask.split(rows), strict=True)
+    def split(self, batch_size: int) -> list[PromptEmbeds]:
+        """Split into parts of `batch_size` prompts each."""
+        pairs = zip(self.context.split(batch_size), self.mask.split(batch_size), strict=True)
         return [PromptEmbeds(context, mask) for context, mask in pairs]
 
 
 @lru_cache(maxsize=1)
 def system_prompt() -> str:
-    """The instruction that the released scripts put before every prompt (model data, MIT)."""
+    """Return the instruction that the released scripts put before every prompt (model data, MIT)."""
     return (resources.files("hart_infer") / "assets" / "system_prompt.txt").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class _Prefix:
+class _SystemPrefix:
     """The system prompt's keys and values, one pair [1, kv heads, length, d] per layer."""
 
     layers: list[tuple[Tensor, Tensor]]
     length: int
 
 
-NO_PREFIX = _Prefix([], 0)
+NO_PREFIX = _SystemPrefix([], 0)
 
 
 class TextEncoder:
@@ -78,16 +78,16 @@ class TextEncoder:
         """`tokenizer` must have a padding token; its padding side is honoured."""
         if tokenizer.pad_token_id is None:
             raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
-        rows, highest = int(model.config.vocab_size), max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)
-        if highest >= rows:
+        vocab_size, highest = int(model.config.vocab_size), max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)
+        if highest >= vocab_size:
             raise WeightsError(
-                f"The text encoder's tokenizer has ids up to {highest}, and its embedding has {rows} rows; both must come from "
-                "the same model."
+                f"The text encoder's tokenizer has ids up to {highest}, and its embedding has {vocab_size} rows; both must "
+                "come from the same model."
             )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._cache_argument = _cache_argument(model)
-        self._prefixes: dict[int, tuple[object, _Prefix]] = {}  # by token limit, with the weights that computed it
+        self._prefixes: dict[int, tuple[object, _SystemPrefix]] = {}  # by token limit, with the weights that computed it
 
     @property
     def width(self) -> int:
@@ -110,23 +110,23 @@ class TextEncoder:
         context_tokens: int,
         max_sequence_length: int | None = None,
         use_system_prompt: bool = True,
-        at_once: int | None = None,
+        batch_size: int | None = None,
     ) -> PromptEmbeds:
         """Encode `prompts`, padded to `context_tokens` T and truncated to `max_sequence_length` (T by default).
 
-        `at_once`: prompts that go through the model together; None is all of them, 1 makes a context independent of its batch.
-        Warns about a prompt that is cut, saying from which character on.
+        `batch_size`: prompts per forward pass, None for all; 1 makes each result independent of the others. Warns of a
+        truncated prompt.
         """
         tokens, mask = self.tokenize(prompts, context_tokens=context_tokens, max_sequence_length=max_sequence_length)
         prefix = self._system_prefix(context_tokens) if use_system_prompt else NO_PREFIX
-        at_once = at_once or len(tokens)
-        hidden = [self.hidden(*part, prefix) for part in zip(tokens.split(at_once), mask.split(at_once), strict=True)]
-        return PromptEmbeds(torch.cat(hidden).float(), mask)
+        batch_size = batch_size or len(tokens)
+        parts = zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
+        return PromptEmbeds(torch.cat([self.hidden_states(*part, prefix) for part in parts]).float(), mask)
 
     def tokenize(
         self, prompts: Sequence[str], *, context_tokens: int, max_sequence_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token ids [U, T] int64 of `prompts`, cut and padded as in `encode`, and their mask [U, T] bool."""
+        """Return token ids [U, T] int64 of `prompts`, truncated and padded as in `encode`, and their mask [U, T] bool."""
         limit = max_sequence_length or context_tokens
         with _TOKENIZING:
             tokens = torch.stack([self._tokenize(i, prompt, limit, context_tokens) for i, prompt in enumerate(prompts)])
@@ -134,21 +134,20 @@ class TextEncoder:
         return tokens, tokens != self.tokenizer.pad_token_id
 
     def _tokenize(self, index: int, prompt: str, limit: int, padded: int) -> Tensor:
-        if self.tokenizer.is_fast:
-            spans = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-            if len(spans) > limit:
-                _warn_caller(
-                    f"Prompt {index} has {len(spans)} tokens; the limit is {limit}. "
-                    f"Its text from character {spans[limit][0]} of {len(prompt)} on was cut."
-                )
-        ids = self.tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+        encoding = self.tokenizer(prompt, return_offsets_mapping=self.tokenizer.is_fast)
+        ids = encoding["input_ids"]
+        if len(ids) > limit:
+            spans = encoding.get("offset_mapping")  # of fast tokenizers only
+            cut = f"text from character {spans[limit][0]} of {len(prompt)} on" if spans else "end"
+            _warn_caller(f"Prompt {index} has {len(ids)} tokens; the limit is {limit}. Its {cut} was cut.")
+            ids = self.tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
         padding = [self.tokenizer.pad_token_id] * (padded - len(ids))
         return torch.tensor(padding + ids if self.tokenizer.padding_side == "left" else ids + padding)
 
-    def hidden(
-        self, tokens: Tensor, mask: Tensor, prefix: _Prefix = NO_PREFIX, record: list[tuple[Tensor, Tensor]] | None = None
+    def hidden_states(
+        self, tokens: Tensor, mask: Tensor, prefix: _SystemPrefix = NO_PREFIX, record: list[tuple[Tensor, Tensor]] | None = None
     ) -> Tensor:
-        """Last hidden state [U, T, width] after the final norm, for tokens [U, T] with a mask [U, T], behind a prefix."""
+        """Return the last hidden states [U, T, width], after the final norm, of tokens and mask [U, T] behind `prefix`."""
         rows, length = tokens.shape
         cache = _recording_cache(record)
         for layer, (keys, values) in enumerate(prefix.layers):
@@ -164,8 +163,8 @@ class TextEncoder:
             )
         return output.last_hidden_state
 
-    def _system_prefix(self, limit: int) -> _Prefix:
-        """The system prompt cut to `limit` tokens, run once for each state of the weights."""
+    def _system_prefix(self, limit: int) -> _SystemPrefix:
+        """Return the system prompt's prefix, truncated to `limit` tokens; computed anew only after the weights have changed."""
         key = weights_key(self.model)
         kept = self._prefixes.get(limit)
         if kept is None or kept[0] != key:
@@ -173,14 +172,14 @@ class TextEncoder:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             layers: list[tuple[Tensor, Tensor]] = []
-            self.hidden(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
-            kept = self._prefixes[limit] = (key, _Prefix(layers, ids.shape[1]))
+            self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
+            kept = self._prefixes[limit] = (key, _SystemPrefix(layers, ids.shape[1]))
         return kept[1]
 
 
 @contextmanager
 def _attention_backends(device: torch.device) -> Iterator[None]:
-    """Attention by _BACKENDS on a CUDA device; elsewhere there are no others."""
+    """Restrict scaled_dot_product_attention to _BACKENDS on CUDA."""
     if device.type != "cuda":
         yield
         return
@@ -189,15 +188,15 @@ def _attention_backends(device: torch.device) -> Iterator[None]:
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """What a model's forward calls its key/value cache: transformers 5.24 renamed it."""
+    """Return the name of the cache argument of a model's forward, which transformers 5.24 renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _attention_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """[U, T] bool, behind `prefix` visible tokens -> additive [U, 1, T, prefix + T]: causal, padding hidden.
+    """Mask [U, T] bool after `prefix` visible tokens -> additive [U, 1, T, prefix + T]: causal, padding hidden.
 
-    Written out, because transformers' versions differ in what a left-padding position, which sees nothing, attends to; with
-    -inf it is nothing, as when the golden data was recorded, and HART attends to those positions' contexts.
+    Built here because transformers' versions treat rows that are masked entirely (left padding) differently. With -inf such a
+    row attends to nothing, as in the recorded data. Its output matters: HART uses the contexts of padding positions.
     """
     rows, length = mask.shape
     shown = torch.cat([mask.new_ones(rows, prefix), mask], dim=1)[:, None, None]
@@ -206,7 +205,7 @@ def _attention_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
 
 
 def _warn_caller(message: str) -> None:
-    """Warn at the line outside this package that led here, however many functions and torch's decorators lie between."""
+    """Warn at the first frame outside hart_infer and torch."""
     frame, level = sys._getframe().f_back, 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hart_infer", "torch"):
         frame, level = frame.f_back, level + 1
@@ -214,7 +213,7 @@ def _warn_caller(message: str) -> None:
 
 
 def _recording_cache(record: list[tuple[Tensor, Tensor]] | None) -> Any:
-    """A transformers cache that also appends what each layer stores to `record`; its public interface is stable."""
+    """Return a transformers cache that appends what each layer stores to `record`, and overrides only the public `update`."""
     from transformers import DynamicCache
 
     class RecordingCache(DynamicCache):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The operations that kernels may replace, each a plain PyTorch function whose body is its specification."""
+"""Define the model's operations as plain PyTorch functions, each the specification of the kernels that may replace it."""
 
 from .attention import attention
 from .diffusion_step import diffusion_step

@@ -1,4 +1,4 @@
-"""Attention of one scale over the key/value cache."""
+"""Attend from one scale's queries to the key/value cache."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from .registry import Backend, op
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
 ) -> Tensor:
-    """Softmax attention without a mask: q [R, H, L, d], k and v [R, H, N, d] -> [R, L, H * d].
+    """Compute softmax attention without a mask: q [R, H, L, d], k and v [R, H, N, d], of one dtype -> [R, L, H * d].
 
-    `ranges` (start, stop, start, stop, ...) leaves only those of the N keys, as if they were all: the first scales and a
-    window, say. What that does to a picture is for who asks for it to know.
+    `ranges` [start0, stop0, start1, stop1, ...]: attend only to these of the N keys, which is not equal to full attention.
 
-    `multiplicity`: each key of the first range (without `ranges`: all) counts as so many equal ones. This is exact: the
-    unconditional half's context keys are all equal, and one may stand for the 300.
+    `multiplicity` m: weight each key of the first range as m identical keys; without `ranges` it has no effect. This is exact
+    for keys that are equal, as the unconditional half's 300 context keys are: one of them may stand for all.
     """
     rows, heads, length, head_dim = q.shape
     if ranges is not None:
@@ -31,7 +30,8 @@ def attention(
         k, v = (torch.cat([x.narrow(2, start, count) for start, count in pairs], dim=2) for x in (k, v))
     if multiplicity != 1 and ranges is not None:
         bonus = q.new_zeros(k.shape[2], dtype=torch.float32)
-        bonus[: ranges[1] - ranges[0]] = math.log(multiplicity)  # in fp32, and so all of it: bf16 would be 1 % off
+        # All in fp32: log(300) rounded to bf16 is a multiplicity 1.5 % off.
+        bonus[: ranges[1] - ranges[0]] = math.log(multiplicity)
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bonus.expand(length, -1), scale=scale).to(q.dtype)
     elif widens(q, "attention"):
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(q.dtype)

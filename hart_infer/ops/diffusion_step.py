@@ -1,4 +1,4 @@
-"""What one step of the residual diffusion does once the network has spoken."""
+"""Do one denoising step of the residual diffusion, given the network's output."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def diffusion_step(
     log_variance_max: float,
     adds_noise: bool,
 ) -> Tensor:
-    """x_t -> x_{t-1}, both [N, C] fp32: the posterior mean and, if the step `adds_noise`, `noise` [N, C] of the right size.
+    """Compute x_{t-1} from `x`, x_t, both [N, C] fp32: the posterior mean and, if `adds_noise`, scaled `noise` [N, C].
 
-    `eps` and `variance` are the network's, [N, C], or [2N, C] with the unconditional half behind: guidance acts on eps, the
-    variance is the conditional half's own. The constants are a `DiffusionStep`'s.
+    `eps` and `variance` are the network's outputs, [N, C], or [2N, C] with the unconditional half last: guidance acts on eps,
+    and the variance is the conditional half's. `variance` (-1 to 1) interpolates the log variance between its limits. The
+    constants are those of a `DiffusionStep`.
     """
     if len(eps) > len(x):
         eps, variance = guide(eps, guidance), variance[: len(x)]

@@ -1,4 +1,4 @@
-"""Group norm and, behind it, SiLU: what stands before every convolution of the autoencoder."""
+"""Apply group norm, then SiLU, as before most convolutions of the autoencoder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .registry import Backend, op
 
 @op(keeps_layout=True, triton=Backend("..kernels.group_norm_silu:group_norm_silu"))
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = True) -> Tensor:
-    """Normalise `x` [B, C, h, w] within each of `groups` groups of channels; `weight`, `bias` [C]; then, with `silu`, SiLU.
+    """Normalise `x` [B, C, h, w] within each of `groups` groups of channels; `weight`, `bias` [C]; with `silu` apply SiLU.
 
-    Statistics are taken in fp32; the norm is rounded to x's dtype before SiLU. The result is laid out as `x` is: channels
-    last or first.
+    Statistics are taken in fp32; the norm is rounded to x's dtype before SiLU. The result keeps x's memory format: channels
+    first or channels last.
     """
     last = not x.is_contiguous() and x.stride(1) == 1
     normed = F.group_norm(x, groups, weight, bias, eps)  # on a GPU always channels first

@@ -1,4 +1,4 @@
-"""From the head's logits to the codes of a scale and the embeddings to go on with, with its own random numbers."""
+"""Draw a scale's codes from the head's logits, with Philox random numbers, and return them with their embeddings."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def guided_sample(
     temperature: float,
     more_smooth: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Draw codes [B, L] int64 and give their embeddings [B, L, C] fp32, from `logits` [B, L, V] and `codebook` [V, C] fp32.
+    """Draw codes [B, L] int64; return them and embeddings [B, L, C] fp32, from `logits` [B, L, V] and `codebook` [V, C] fp32.
 
-    Logits [2B, L, V] are guided first (`guide`), then filtered by top-k and top-p (`filter_logits`), but codes of equal
-    logits stay or go together.
+    Logits [2B, L, V] are guided first (`guide`), then filtered by top-k and top-p (`filter_logits`), except that ties with
+    the lowest kept logit are all kept.
 
-    A code is drawn by argmax(log p + G1), which is the race of exponential draws argmax(p / E1) of torch.multinomial.
-    With `more_smooth` the embedding is softmax((logit_gain logits + G2) / temperature) @ codebook, else the drawn code's own.
-    G1 and G2 are Gumbel noise from the first two words of Philox with key `seeds` [B] int64 and counter (code, token, offset):
-    an image's depend on its seed and on `offset` [1] int64 alone, which has to differ from scale to scale.
+    A code is drawn by argmax(log p + G1), equivalent to torch.multinomial's argmax(p / E) with exponential E. With
+    `more_smooth` the embedding is softmax((logit_gain * logits + G2) / temperature) @ codebook, else the drawn code's.
+    G1 and G2 are Gumbel noise from the first two words of Philox with key `seeds` [B] int64 and counter (code, token, offset).
+    An image's noise depends only on its seed and on `offset` [1] int64, which must differ from scale to scale.
 
-    Nothing waits for the device, so nothing is raised for logits without a softmax (NaN, or infinite): there the code is -1
-    and the embedding NaN.
+    It does not synchronise with the device, so logits without a softmax (a NaN or inf, or all -inf) raise nothing: the code
+    is -1, the embedding NaN.
     """
     logits = guide(logits.float(), guidance) if len(logits) > len(seeds) else logits.float()
     race, mixing = _noise(logits, seeds, offset)
@@ -50,7 +50,7 @@ def guided_sample(
 
 
 def _noise(logits: Tensor, seeds: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent draws of Gumbel noise of the shape of `logits` [B, L, V]; image by image, for the words are wide."""
+    """Draw Gumbel noise [B, L, V] fp32, shaped as `logits`, twice; one image at a time, as the int64 words take memory."""
     _, length, vocabulary = logits.shape
     token = torch.arange(length, device=logits.device)[:, None]
     code = torch.arange(vocabulary, device=logits.device)

@@ -1,4 +1,4 @@
-"""Layer norm with a scale and a shift per row, alone and after a gated update (the residual diffusion's)."""
+"""Apply the residual diffusion's layer norm with a scale and a shift per row, alone or after a gated update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .registry import Backend, op
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
-    """The layer norm of `x` [N, D], times 1 + `scale`, plus `shift`, both [N, D]; `weight`, `bias` [D] or None."""
+    """Return layer_norm(x) * (1 + scale) + shift; `x`, `scale`, `shift` [N, D], `weight`, `bias` [D] or None, of one dtype."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
 
 
@@ -27,6 +27,6 @@ def gated_layer_norm_modulate(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """x + gate * update, [N, D] each, and the modulated layer norm of that."""
+    """Return the sum x + gate * update, [N, D] each, and that sum's layer norm as `layer_norm_modulate` computes it."""
     total = x + gate * update
     return total, layer_norm_modulate.reference(total, weight, bias, scale, shift, eps)

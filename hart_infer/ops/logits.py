@@ -1,4 +1,4 @@
-"""What is done to logits before a code is drawn: guidance, top-k, top-p."""
+"""Guide and filter logits before a code is drawn: classifier-free guidance, top-k, top-p."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def guide(rows: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance of `rows` [2B, ...], conditional first: (1 + t) conditional - t unconditional [B, ...]."""
+    """Guide `rows` [2B, ...], the conditional half first -> (1 + t) conditional - t unconditional [B, ...], t: `guidance`."""
     conditional, unconditional = rows.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
 
 
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf what top-k, then top-p, removes from `logits` [..., V] fp32; in place, and returned.
+    """Set to -inf what top-k and then top-p remove from `logits` [..., V] fp32; in place, and returned.
 
-    Top-k keeps the k best codes and all ties of the last of them. Of what is left top-p removes the lowest codes whose
-    cumulated probability is at most 1 - p, never the best one. 0 turns either off.
+    `top_k`: keep the k largest and ties with the k-th. `top_p`: then drop the least likely of the rest while their
+    probabilities add up to at most 1 - top_p, never the best one. 0 disables either.
     """
     vocabulary = logits.shape[-1]
     if 0 < top_k < vocabulary:
@@ -31,6 +31,6 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 
 def keep_ties(filtered: Tensor, logits: Tensor) -> Tensor:
-    """`filtered` with the codes of `logits` [..., V] back that tie with the lowest one that stayed: no order decides."""
+    """Restore codes whose `logits` [..., V] equal the smallest that `filtered` kept, so that no tie depends on sort order."""
     lowest = filtered.masked_fill(filtered == -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
     return logits.masked_fill(logits < lowest, -torch.inf)

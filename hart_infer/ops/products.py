@@ -1,4 +1,4 @@
-"""Matrix products and convolutions, in the precision that suits the device."""
+"""Compute matrix products and convolutions in the precision that suits the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from .precision import MIN_ROWS, widens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] -> [..., out] in x's dtype, accumulated in fp32.
+    """Map x [..., in] by weight [out, in] and bias [out] or None -> [..., out] in x's dtype, accumulated in fp32.
 
-    On CUDA cuBLAS may add the parts of a split sum in x's dtype, unless
-    `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (`fp16` alike) is off; PyTorch leaves it on.
+    On CUDA cuBLAS may reduce split-K sums in x's dtype, unless
+    `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (for fp16 `allow_fp16_...`) is False; PyTorch's
+    default is True.
     """
     if x.numel() >= MIN_ROWS * x.shape[-1] and widens(x, "linear"):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -21,9 +22,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int) -> Tensor:
-    """x [B, in, h, w], weight [out, in, k, k], bias [out] -> [B, out, h', w'] in x's dtype, accumulated in fp32.
+    """Convolve x [B, in, h, w] with weight [out, in, k, k], bias [out] -> [B, out, h', w'] in x's dtype, accumulated in fp32.
 
-    fp32 means fp32: cuDNN's default, TF32, is turned off.
+    Turns TF32, cuDNN's default, off for fp32 on CUDA.
     """
     if widens(x, "conv2d"):
         return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)

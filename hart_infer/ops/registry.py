@@ -1,4 +1,4 @@
-"""Operations and what runs them: a PyTorch reference, which is the specification, and kernels where a device takes them."""
+"""Declare operations and choose what runs them: the PyTorch reference, which is the specification, or a kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import BackendError, InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 REFERENCE = "torch"
-BACKENDS = ("cuda", "triton", REFERENCE)  # in the order of preference
+BACKENDS = ("cuda", "triton", REFERENCE)  # in order of preference
 logger = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 _told: set[str] = set()
@@ -29,7 +29,7 @@ OPS: dict[str, Op[Any, Any]] = {}
 
 @dataclass(frozen=True)
 class Where:
-    """All that the choice of a backend may depend on: never a shape."""
+    """All that the choice of a backend depends on: device, dtype and compute capability, never a shape."""
 
     device: str  # "cuda", "cpu", "mps"
     dtype: torch.dtype
@@ -37,32 +37,32 @@ class Where:
 
     @staticmethod
     def of(x: Tensor) -> Where:
-        """Where `x` lives and in what dtype."""
+        """Return the device, dtype and capability of `x`."""
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
         return Where(x.device.type, x.dtype, capability)
 
     def __str__(self) -> str:
-        """For messages."""
+        """Return it for messages, such as: cuda sm_90 in bfloat16."""
         generation = f" sm_{self.capability[0]}{self.capability[1]}" if self.capability else ""
         return f"{self.device}{generation} in {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel: "module:function" under this package, imported when first asked about.
+    """A kernel: "module:function" relative to this package, imported when first asked about.
 
-    The module says where it works: its `refusal(where)` gives None, or why not. If it has an exception `LimitExceeded`, its function
-    raises that, before it does anything, for arguments that are right but larger than it was made for, which its LIMIT tells.
+    The module defines `refusal(where)`: None, or why it can't run there. It may define an exception `LimitExceeded`, which its
+    function raises, before any launch, for valid arguments that exceed its `LIMIT` (a text).
     """
 
     target: str
 
     def module(self) -> Any:
-        """The kernel's module; ImportError where it can't be imported."""
+        """Import the kernel's module. Raises ImportError."""
         return importlib.import_module(self.target.partition(":")[0], __package__)
 
     def refusal(self, where: Where) -> str | None:
-        """None if it runs there, else the reason."""
+        """Return why it can't run there, or None if it can."""
         try:
             module = self.module()
         except ImportError as error:
@@ -71,21 +71,21 @@ class Backend:
         return reason
 
     def function(self) -> Any:
-        """What to call."""
+        """Return the function to call."""
         return getattr(self.module(), self.target.partition(":")[2])
 
     def limit(self) -> str | None:
-        """What it is made for, in words, if that is not everything."""
+        """Return its limit in words, or None if it has none."""
         return getattr(self.module(), "LIMIT", None)
 
     def beyond(self) -> Any:
-        """The exceptions that say that arguments are beyond it."""
+        """Return the exception that it raises for arguments beyond its limit; () if it has none."""
         return getattr(self.module(), "LimitExceeded", ())
 
 
 @dataclass(frozen=True)
 class Choice(Generic[P, R]):
-    """What runs an operation somewhere, and why not the backends before it."""
+    """The chosen backend, and why preferred ones were refused."""
 
     backend: str
     function: Callable[P, R]
@@ -96,12 +96,12 @@ class Choice(Generic[P, R]):
 class Op(Generic[P, R]):
     """An operation; calling it runs the backend chosen for its first argument's device and dtype.
 
-    Where gradients have to flow that is the reference, which alone has a backward pass. `torch.compile` sees one opaque
-    operation, `torch.ops.hart_infer.<name>`, whose shapes the reference tells; on the CPU it sees the reference.
+    If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. Under `torch.compile`
+    it is the custom op `torch.ops.hart_infer.<name>`, with the reference as fake implementation; on the CPU the reference.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend]) -> None:
-        """`reference` takes a tensor first; it is the specification and the fallback."""
+        """Wrap `reference`, which takes a tensor first; it is the specification and the fallback."""
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
@@ -111,7 +111,7 @@ class Op(Generic[P, R]):
         self._chosen: dict[tuple[torch.device, torch.dtype, str | None], Choice[P, R]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the chosen backend."""
+        """Run the chosen backend. Raises BackendError if `use_backend` names one that can't run it."""
         x: Any = args[0]
         if _is_learning((*args, *kwargs.values())):
             return self.reference(*args, **kwargs)
@@ -120,9 +120,9 @@ class Op(Generic[P, R]):
         return self._run(*args, **kwargs)
 
     def _trace(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """As one opaque operation. It writes to fresh tensors, which are copied to those that it mutates.
+        """Run as a custom op that writes to fresh tensors, then copy these to the arguments that it mutates.
 
-        Inductor (torch 2.13) puts what an opaque operation writes to a slice at a symbolic offset in another place.
+        Inductor (torch 2.13) misplaces a custom op's write to a slice at a symbolic offset.
         """
         given: list[Any] = list(args)
         for place in self._mutated:
@@ -151,10 +151,10 @@ class Op(Generic[P, R]):
             return self.reference(*args, **kwargs)
 
     def register(self, mutates: Sequence[str], keeps_layout: bool) -> None:
-        """Make it known to PyTorch's dispatcher; the arguments are `op`'s."""
+        """Register it with PyTorch's dispatcher; the arguments are those of `op`."""
 
         def laid_out(run: Callable[P, R]) -> Callable[P, R]:
-            """Compilers need to know strides: the kernels' results are contiguous, so the reference's have to be."""
+            """Make results contiguous, unless `keeps_layout`: compilers have to know the strides of the kernels' results."""
             return run if keeps_layout else lambda *args, **kwargs: _contiguous(run(*args, **kwargs))
 
         self._mutated = [list(inspect.signature(self.reference).parameters).index(name) for name in mutates]
@@ -165,7 +165,7 @@ class Op(Generic[P, R]):
         self.traced = traced
 
     def choose(self, where: Where) -> Choice[P, R]:
-        """What runs there now."""
+        """Return what runs there now. Raises BackendError if `use_backend` names a backend that can't."""
         return self._choose(where, _forced.get())
 
     def _choose(self, where: Where, forced: str | None) -> Choice[P, R]:
@@ -188,19 +188,19 @@ class Op(Generic[P, R]):
 
 
 def _is_learning(args: tuple[Any, ...]) -> bool:
-    """Whether gradients have to flow: kernels have no backward pass."""
+    """Return whether gradients are enabled and an argument needs them."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
-    """Say that a GPU which has kernels can't use them: each reason once, whatever operations share it."""
+    """Warn once per reason when a CUDA device falls back to PyTorch, whatever operations share the reason."""
     listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
     if where.device == "cuda" and choice.backend == REFERENCE and listed:
         _warn_once(f"{name} and operations like it run on PyTorch on {where} ({listed}).", key=listed)
 
 
 def _warn_once(message: str, key: str | None = None) -> None:
-    """Log a message, unless one of the same key, by default its own text, has been logged."""
+    """Log a warning, unless one of the same key (default: its text) was logged before."""
     key = key or message
     if key not in _told:
         _told.add(key)
@@ -208,14 +208,14 @@ def _warn_once(message: str, key: str | None = None) -> None:
 
 
 def _contiguous(result: Any) -> Any:
-    """A tensor, or each of a tuple."""
+    """Make a tensor, or each of a tuple, contiguous."""
     return tuple(x.contiguous() for x in result) if isinstance(result, tuple) else result.contiguous()
 
 
 def op(*, mutates: Sequence[str] = (), keeps_layout: bool = False, **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declare an operation: decorates its reference, and names its kernels.
+    """Declare an operation: decorates its reference, and names its kernels by backend.
 
-    It writes to the arguments `mutates`. Its kernels' results are contiguous, or with `keeps_layout` as the reference's are.
+    `mutates`: arguments written in place. `keeps_layout`: results keep the reference's strides, else they are contiguous.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
@@ -229,9 +229,10 @@ def op(*, mutates: Sequence[str] = (), keeps_layout: bool = False, **backends: B
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within it, every operation that has a backend of this `name` runs by it, or raises BackendError: never another.
+    """Within the context run operations by backend `name` ("torch", "triton" or "cuda"), or raise BackendError.
 
-    "torch", "triton" or "cuda". Operations without such a backend are chosen for as always. Raises InputError.
+    Operations without that backend are unaffected, and so are those whose arguments need gradients. Raises InputError for an
+    unknown name.
     """
     if name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; {', '.join(BACKENDS)} are.")

@@ -1,4 +1,4 @@
-"""Root-mean-square norm with HART's rounding point, alone and with what comes before or after it."""
+"""Apply the RMS norm that rounds before the weight, as released, alone or with an addition, modulation or quantization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .registry import Backend, op
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a quantised row is scaled to
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest magnitude of a quantized row becomes this
 
 
 @op(cuda=Backend(".cuda:rms_norm"))
@@ -23,22 +23,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @op(cuda=Backend(".cuda:add_rms_norm"))
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of two tensors [..., D], rounded to their dtype, and its norm."""
+    """Return the sum of `x` and `update` [..., D], rounded to their dtype, and the RMS norm of that sum."""
     total = x + update
     return total, rms_norm.reference(total, weight, eps)
 
 
 @op(cuda=Backend(".cuda:rms_norm_modulate"))
 def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """The norm of `x` [R, L, D], times 1 + `scale`, plus `shift`, [R, 1, D] each; `x` may be wider than the others."""
+    """Return rms_norm(x) * (1 + scale) + shift: `x` [R, L, D], `scale`, `shift` [R, 1, D].
+
+    `x` may be fp32 with half-precision parameters; the result has x's dtype.
+    """
     return rms_norm.reference(x, weight, eps) * (1 + scale) + shift
 
 
 @op(cuda=Backend(".cuda:rms_norm_quantized"))
 def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The norm of `x` [..., D] in int8 or fp8 (e4m3), and each row's scale [...] fp32: values * scale is the norm.
+    """Return the RMS norm of `x` [..., D] in int8 or fp8 (e4m3), and each row's scale [...] fp32: values * scale is the norm.
 
-    The largest number of a row becomes the dtype's largest.
+    scale = the row's largest magnitude / the dtype's largest number.
     """
     normed = rms_norm.reference(x, weight, eps).float()
     scales = (normed.abs().amax(dim=-1) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)

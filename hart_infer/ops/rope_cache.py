@@ -1,4 +1,4 @@
-"""From the merged q, k, v to what attention needs: q rotated, k rotated and v put into the cache."""
+"""Rotate q and k of a merged qkv, and write k and v to the cache, as attention needs them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .rope import rope
 def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
     """Rotate q and k of `qkv` [R, L, 3, H, d] as `rope` does; return q [R, H, L, d].
 
-    `cos`, `sin` [R, 1, L, d] in qkv's dtype. k goes to `keys` and v to `values`, both [R, H, L, d], views of any strides into
-    a cache, perhaps of a wider dtype. With `gains` [H], q and k are first divided by their l2 norm and q multiplied by its
+    `cos`, `sin` [R, 1, L, d] in qkv's dtype. k is written to `keys` and v to `values`, both [R, H, L, d], views into a cache,
+    which may have a wider dtype. With `gains` [H], q and k are first divided by their l2 norm and q multiplied by its
     head's gain.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU MLP."""
+"""Compute the gate of a SwiGLU MLP."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .registry import Backend, op
 
 @op(triton=Backend("..kernels.swiglu:swiglu"))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up for two tensors [..., D] of one dtype; silu is rounded to it before the product."""
+    """Return silu(gate) * up for two tensors [..., D] of one dtype; silu(gate) is rounded to that dtype first."""
     return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""Checks of what users pass to a pipeline: seeds and generators, devices, dtypes, and the settings of the sampling."""
+"""Check what users pass to a pipeline: seeds and generators, devices, dtypes, and the settings of the sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..generation.schedule import Settings
 from .checks import MAX_GUIDANCE, MAX_SEED, check_bool, check_float, check_int, check_seeds, check_steps
 
-DRAWN_SEEDS = 2**32  # fresh ones are short, to be typed again
+DRAWN_SEEDS = 2**32  # fresh seeds are below it, short enough to retype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda", "mps")
 GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
@@ -21,12 +21,13 @@ GeneratorArgument = torch.Generator | Sequence[torch.Generator] | None
 def seeds_for(
     count: int, seed: int | Sequence[int] | None, generator: GeneratorArgument, device: torch.device
 ) -> tuple[list[int], torch.device]:
-    """Every image's seed and the device that draws.
+    """Return one seed per image, and the device that draws noise.
 
-    `seed` int: seed, seed + 1, ...; a list: one per image. `generator`: its device draws; a single one gives the first seed,
-    which is counted up, a list one seed each. A generator that nothing was drawn from yet gives the seed it was set to, so
-    that `generator=torch.Generator().manual_seed(7)` is `seed=7`. Neither: fresh seeds from the system. Without a generator
-    CUDA draws for itself and the CPU for everything else (MPS draws zeros where there must be none).
+    `seed`: an int gives seed, seed + 1, ...; a list gives one per image. `generator`: one gives the first seed, from which the
+    rest count up; a list gives one seed each; noise is drawn on its device. An unused generator gives its initial seed, so
+    that `torch.Generator().manual_seed(7)` equals `seed=7`. Neither: fresh seeds from the system. Without a generator CUDA
+    draws on CUDA, and everything else on the CPU (MPS may draw exact zeros, which the exponential draws can't take).
+    Raises InputError.
     """
     if seed is not None and generator is not None:
         raise InputError("seed and generator contradict each other; give one of them.")
@@ -53,14 +54,19 @@ def _check_generators(generators: Sequence[Any], draw_device: torch.device) -> N
     for item in generators:
         if not isinstance(item, torch.Generator):
             raise InputError(f"generator must be a torch.Generator or a list of them, not {type(item).__name__}.")
-        if item.device.type not in ("cpu", draw_device.type):
+        if item.device.type != "cpu" and not _same(item.device, draw_device):
             raise InputError(f"generator is on {item.device}; make it on the CPU, or on {draw_device}, where noise is drawn.")
         if item.device != generators[0].device:
             raise InputError("The generators are on different devices; make them all on one.")
 
 
+def _same(a: torch.device, b: torch.device) -> bool:
+    """Whether two devices are one; "cuda" may be any of its kind."""
+    return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
+
+
 def _next_seed(generator: torch.Generator) -> int:
-    """The generator's own seed if it is fresh, else a drawn one; either way it has been drawn from afterwards."""
+    """Return initial_seed() if nothing was drawn yet, else a drawn seed; the generator advances either way."""
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     is_fresh = torch.equal(fresh.get_state(), generator.get_state())
     drawn = torch.randint(DRAWN_SEEDS, (), generator=generator, device=generator.device).item()
@@ -70,7 +76,7 @@ def _next_seed(generator: torch.Generator) -> int:
 def check_settings(
     *, guidance_scale: Any, num_inference_steps: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int
 ) -> Settings:
-    """What a caller chooses about the sampling; raises InputError."""
+    """Return the checked settings of the sampling; raises InputError."""
     return Settings(
         guidance_scale=check_float(guidance_scale, "guidance_scale", 0, MAX_GUIDANCE),
         num_inference_steps=check_steps(num_inference_steps),
@@ -81,14 +87,14 @@ def check_settings(
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
+    """Return CUDA where there is one, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def check_device(device: torch.device | str | None) -> torch.device:
-    """The device, or the default one for None; raises InputError where it is unknown, of no use, or not here."""
+    """Return the device, the default one for None; raises InputError for an unknown, unsupported or absent one."""
     if device is None:
         return default_device()
     try:
@@ -107,6 +113,6 @@ def check_device(device: torch.device | str | None) -> torch.device:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """One of the dtypes that the models run in, or None; raises InputError."""
+    """Raise InputError unless `dtype` is None or one of DTYPES."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"The dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype!r}.")

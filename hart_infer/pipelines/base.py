@@ -1,7 +1,8 @@
-"""What every family's pipeline shares: devices and dtypes, saving, the progress bar, memory, describing itself."""
+"""What every family's pipeline shares: devices and dtypes, saving, the progress bar, decoding, `describe`."""
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..models.parts.autoencoder import Autoencoder
 from .arguments import check_device, check_dtype
 from .checks import check_int
 from .describe import describe
+from .out_of_memory import out_of_memory_advice
 
 DECODED_PIXELS = 1024 * 1024  # decoded at once, which bounds the memory of a batch
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ PipelineT = TypeVar("PipelineT", bound="Pipeline")
 
 # What users of diffusers look for, and what there is instead.
 _LORA = "there are no adapters; put changed weights into pipe.transformer by load_state_dict"
-_ATTENTION = "attention never holds a whole matrix; to save memory use dtype=torch.bfloat16 or enable_model_cpu_offload()"
+_ATTENTION = "attention stores no matrix of scores; to save memory use dtype=torch.bfloat16 or enable_model_cpu_offload()"
 INSTEAD = {
     "vae": "it is pipe.autoencoder",
     "unet": "it is pipe.transformer",
@@ -39,7 +41,7 @@ INSTEAD = {
     "enable_attention_slicing": _ATTENTION,
     "enable_xformers_memory_efficient_attention": _ATTENTION,
     "enable_sequential_cpu_offload": "it is enable_model_cpu_offload()",
-    "enable_freeu": "it is for networks with skip connections",
+    "enable_freeu": "it needs a network with skip connections, which these are not",
 }
 
 
@@ -52,12 +54,16 @@ class Pipeline(ABC):
         self._tile: int | None = None
         self._slices = False
         self._offloads_from: torch.device | None = None
+        self._offloading = threading.RLock()
+        self._interrupt = False  # set to True, it ends the running calls after their scale, as in diffusers
         self.num_threads: int | None = None  # of the CPU, for a call; None: as many as PyTorch takes
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Say what there is instead of what diffusers' pipelines have."""
+            """Raise AttributeError; for a name of diffusers', with what replaces it."""
+            if hasattr(type(self), name):  # a property has raised: raise its own error again
+                object.__getattribute__(self, name)
             instead = f": {INSTEAD[name]}." if name in INSTEAD else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
@@ -79,12 +85,12 @@ class Pipeline(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """That of the weights which make up most of the model."""
+        """dtype of the transformer's weights."""
 
     @property
     @abstractmethod
     def sizes(self) -> tuple[int, ...]:
-        """Sides in pixels of the square pictures that the checkpoint was trained for."""
+        """Sides in pixels of the square images that the checkpoint was trained for."""
 
     @abstractmethod
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -92,7 +98,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def _facts(self) -> Mapping[str, str]:
-        """Lines of `describe` that this family alone has, by their names."""
+        """Return this family's lines for `describe`, {label: text}."""
 
     def to(
         self: PipelineT,
@@ -101,10 +107,10 @@ class Pipeline(ABC):
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> PipelineT:
-        """Move and cast in place: `to("cuda")`, `to(torch.bfloat16)`, `to(device=..., dtype=...)`; returns self.
+        """Move and cast in place: `to("cuda")`, `to(torch.bfloat16)`, `to(device=..., dtype=...)`; return self.
 
-        `torch_dtype` is `dtype`. Raises InputError, and leaves all as it was, for a device or dtype that the models don't
-        run on.
+        `torch_dtype` is an alias of `dtype`. Raises InputError for an unsupported device or dtype, before anything moves, and
+        OutOfMemoryError.
         """
         dtype = dtype or torch_dtype
         for argument in args:
@@ -116,14 +122,15 @@ class Pipeline(ABC):
         target = None if device is None else check_device(device)
         if target is not None:
             self._offloads_from = None
-        self._move(target, dtype)
+        with out_of_memory_advice():
+            self._move(target, dtype)
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
-        """Keep all weights in main memory, and each part's on `device` only while it computes.
+        """Keep the weights on the CPU and move each component to `device` only while it runs.
 
-        Needs as much of the device's memory as the largest part, and copies its weights in every call. `device` None: CUDA,
-        else MPS. `to(device)` ends it. Raises InputError where there is no such device.
+        Needs device memory for the largest component, and copies its weights in every call; calls from several threads take
+        turns. `device` None: CUDA, else MPS. `to(device)` turns it off. Raises InputError where there is no such device.
         """
         target = check_device(device)
         if target.type == "cpu":
@@ -135,31 +142,32 @@ class Pipeline(ABC):
 
     @contextmanager
     def _using(self, *modules: nn.Module | None) -> Iterator[None]:
-        """Have modules on the device while they compute, where weights are kept in main memory."""
+        """Where weights are kept on the CPU, have those of `modules` on the device within the block."""
         if self._offloads_from is None:
             yield
             return
         present = [module for module in modules if module is not None]
-        try:
-            for module in present:
-                module.to(self._offloads_from)
-            yield
-        finally:
-            for module in present:
-                module.to(CPU)
+        with self._offloading:
+            try:
+                for module in present:
+                    module.to(self._offloads_from)
+                yield
+            finally:
+                for module in present:
+                    module.to(CPU)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options for tqdm's bar over the scales, e.g. `disable=True`; by default it shows on terminals only."""
         self._progress |= kwargs
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        """tqdm's bar with the options of `set_progress_bar_config`."""
+        """Return tqdm's bar with the options of `set_progress_bar_config`."""
         return tqdm(iterable, **{"desc": "scales", "total": total, **self._progress})
 
     def enable_decoder_tiling(self, tile: int | None = 32) -> None:
         """Decode in tiles of `tile` latent cells, to save memory; None turns it off.
 
-        Approximate: group norms see a tile instead of the picture. docs/memory.md has what it saves and costs.
+        Approximate: group norms take a tile's statistics. docs/memory.md has what it saves and costs.
         """
         self._tile = None if tile is None else check_int(tile, "tile", 8)
 
@@ -172,15 +180,15 @@ class Pipeline(ABC):
         self.enable_decoder_tiling(None)
 
     def enable_vae_slicing(self) -> None:
-        """Decode the pictures of a batch one by one, as is always done on a CPU."""
+        """Decode the images of a batch one by one, as a CPU does anyway."""
         self._slices = True
 
     def disable_vae_slicing(self) -> None:
-        """Decode as many pictures at once as make up 1024 x 1024 pixels."""
+        """Decode as many images at once as make up 1024 x 1024 pixels."""
         self._slices = False
 
     def describe(self) -> str:
-        """Which model, where, in what precision, and which implementation runs each operation."""
+        """Return lines that say which model this is, on which device, in what dtype, and what runs each operation."""
         return describe(self.name or type(self).__name__, self.components, self.device, self.dtype, self._facts())
 
     @abstractmethod
@@ -190,14 +198,14 @@ class Pipeline(ABC):
         The folder appears whole or not at all. Raises OutputError.
         """
 
-    def _together(self, reproducible: bool | None, limit: int) -> int:
-        """How many images, of `limit`, to take through a network together; see `reproducible` of a call."""
+    def _batch_size(self, reproducible: bool | None, limit: int) -> int:
+        """Return how many images go through a network together: 1 if reproducible (on a CPU by default), else `limit`."""
         alone = self.device.type == "cpu" if reproducible is None else reproducible
         return 1 if alone else max(1, limit)
 
     def _decode(self, latents: Tensor, reproducible: bool | None = None) -> Tensor:
-        """Latents [N, C, P, P] -> pictures [N, 3, H, W] fp32 in 0..1, few at a time."""
-        at_once = 1 if self._slices else self._together(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
+        """Latents [N, C, P, P] -> images [N, 3, H, W] fp32 in 0..1, in batches."""
+        batch_size = 1 if self._slices else self._batch_size(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
         with self._using(self.autoencoder.post_quant_conv, self.autoencoder.decoder):
-            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(at_once)]
+            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(batch_size)]
         return torch.cat(parts).add_(1).mul_(0.5)

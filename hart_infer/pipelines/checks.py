@@ -1,4 +1,4 @@
-"""Checks of plain values that users pass, each with one clear sentence. No torch: the command line checks by them too."""
+"""Check plain values that users pass; without torch, since the command line uses these checks before it imports torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from ..errors import InputError
 
 MAX_SEED = 2**64 - 1  # what a torch.Generator takes
-MAX_GUIDANCE = 1000.0  # far more than makes a picture, far less than overflows the logits
-MAX_STEPS = 1000  # of the residual diffusion, which was trained on as many
+MAX_GUIDANCE = 1000.0  # above useful values, below what overflows the logits
+MAX_STEPS = 1000  # the residual diffusion's training steps
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
-    """A whole number in range; booleans are not numbers."""
+    """Return a whole number in range as int; booleans are refused."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_whole or value < low or (high is not None and value > high):
         bounds = f"from {low} to {high}" if high is not None else f"of {low} or more"
@@ -25,7 +25,7 @@ def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
 
 
 def check_float(value: Any, name: str, low: float, high: float = math.inf) -> float:
-    """A finite number in range."""
+    """Return a finite number in range as float."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     try:
         number = float(value) if is_number else math.nan
@@ -38,14 +38,14 @@ def check_float(value: Any, name: str, low: float, high: float = math.inf) -> fl
 
 
 def check_bool(value: Any, name: str) -> bool:
-    """True or False, NumPy's included; a string is neither."""
+    """Accept True, False and numpy.bool only."""
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     raise InputError(f"{name} must be True or False, not {shown(value)}.")
 
 
 def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
-    """One or many non-empty strings, as a list."""
+    """Return one or many non-empty strings as a list."""
     listed = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(listed, list | tuple):
         raise InputError(f"{name} must be a string or a list of strings, not {type(prompts).__name__}.")
@@ -62,7 +62,7 @@ def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
 
 
 def check_size(size: Any, sizes: Sequence[int], name: str = "size") -> None:
-    """One of the sizes that the checkpoint was trained for, or None."""
+    """Raise InputError unless `size` is None or one of the checkpoint's."""
     if size is None:
         return
     is_whole = isinstance(size, Integral) and not isinstance(size, bool)
@@ -72,25 +72,26 @@ def check_size(size: Any, sizes: Sequence[int], name: str = "size") -> None:
 
 
 def check_steps(value: Any, name: str = "num_inference_steps") -> int:
-    """Steps of the residual diffusion: 0 for none, else 2 or more."""
-    if value == 1:
+    """Return the steps of the residual diffusion: 0 for none, else 2 or more."""
+    steps = check_int(value, name, 0, MAX_STEPS)
+    if steps == 1:
         raise InputError(f"{name} must be 0 (no residual) or from 2 to {MAX_STEPS}, not 1: one step has no schedule.")
-    return check_int(value, name, 0, MAX_STEPS)
+    return steps
 
 
 def check_output_type(value: Any) -> None:
-    """One of the four forms of the result."""
+    """Raise InputError unless `value` is one of OUTPUT_TYPES."""
     if not isinstance(value, str) or value not in OUTPUT_TYPES:
         raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {shown(value)}.")
 
 
 def check_seeds(first: Any, count: int, name: str = "seed") -> int:
-    """The first of `count` seeds that rise one by one."""
+    """Check that the seeds first ... first + count - 1 are in range; return the first."""
     return check_int(first, name, 0, MAX_SEED - count + 1)
 
 
 def shown(value: Any) -> str:
-    """A value for a message, not longer than a line."""
+    """Return a value's repr for a message, shortened to a line."""
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python writes

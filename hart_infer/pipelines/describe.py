@@ -23,13 +23,13 @@ def describe(
     if device.type == "cpu":
         lines.append("  operations: by PyTorch, every one; kernels are for GPUs")
         return "\n".join(lines)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # whose kernels are tried
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # refusal() tries kernels on the current device
         chosen = operations(Where.of(torch.empty(0, dtype=dtype, device=device)))
     return "\n".join([*lines, *(f"  {operation}: {by}" for operation, by in chosen.items())])
 
 
 def operations(where: Where) -> dict[str, str]:
-    """What runs each operation there, and why not a kernel that it has."""
+    """Map each operation to what runs it, and why its other kernels were refused."""
     told = {}
     for name in ops.__all__:
         declared = OPS.get(name)
@@ -49,7 +49,7 @@ def operations(where: Where) -> dict[str, str]:
 
 
 def _part(part: Any) -> str:
-    """A module, or something that has one as `model`, with its size; or that it is not there."""
+    """Return the size of a module, or of `part.model`, in words; a note for None."""
     if part is None:
         return "none (calls need prompt_embeds)"
     module: nn.Module = part if isinstance(part, nn.Module) else part.model

@@ -1,4 +1,4 @@
-"""`HartPipeline`: a checkpoint and a prompt in, pictures out. No maths here."""
+"""`HartPipeline`: check a call's arguments, run the model, return images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .outputs import HartOutput, check_callback
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How prompts are encoded; a call's arguments."""
+    """A call's arguments that control how prompts are encoded."""
 
     use_system_prompt: bool
     max_sequence_length: int | None
@@ -42,7 +42,7 @@ class TextOptions:
 class HartPipeline(NextScalePipeline[HartTransformer]):
     """Text to image with HART (Hybrid Autoregressive Transformer, arXiv:2410.10812).
 
-    >>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px", torch_dtype=torch.bfloat16)
+    >>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px", dtype=torch.bfloat16)
     >>> pipe("a cat", seed=7).images[0].save("cat.png")
     """
 
@@ -83,10 +83,10 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         "mit-han-lab/hart-0.7b-1024px", a download.
 
         `text_encoder`: id or folder; None takes the one beside the checkpoint, else the released one; False loads none.
-        `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `dtype`, or `torch_dtype`, None
-        keeps the stored one; the quantizer is fp32 always. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16"
-        reads `model.fp16.safetensors`. `strict_config` refuses configuration keys that nobody knows, which otherwise one
-        warning names. The rest goes to huggingface_hub.
+        `use_ema`: the EMA weights, as the released scripts do, where the checkpoint has them. `dtype` (alias `torch_dtype`):
+        None keeps the stored one; the quantizer stays fp32. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16" reads
+        `model.fp16.safetensors`. `strict_config`: raise ConfigError for unknown configuration keys, instead of one warning.
+        `revision`, `cache_dir`, `token`, `local_files_only`: passed to huggingface_hub.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
@@ -144,9 +144,9 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         max_sequence_length: int | None = None,
         reproducible: bool | None = None,
     ) -> PromptEmbeds:
-        """Encode prompts once, for `prompt_embeds=` of later calls; the arguments are a call's."""
+        """Encode prompts for reuse as `prompt_embeds`; the arguments are those of a call."""
         prompts = check_prompts(prompt)
-        with cpu_threads(self.num_threads):
+        with out_of_memory_advice(), cpu_threads(self.num_threads):
             return self._encode(prompts, self._text_options(use_system_prompt, max_sequence_length, reproducible))
 
     @overload
@@ -229,32 +229,31 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         reproducible: bool | None = None,
         return_dict: bool = True,
     ) -> HartOutput | tuple[Any]:
-        """Generate pictures.
+        """Generate images.
 
         Args:
             prompt: one or many texts.
-            size: side in pixels; one of `sizes`. `height` and `width` are the same, for pictures are square.
-            num_images_per_prompt: pictures per prompt, each with its own seed.
-            guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off, at half the work; None is
-                the checkpoint's default, 4.5 of the released one.
+            size: side in pixels, one of `sizes`. `height` and `width` are aliases: images are square.
+            num_images_per_prompt: images per prompt, each with its own seed.
+            guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off and halves the work; None is
+                the checkpoint's default (released: 4.5).
             num_inference_steps: steps of the residual diffusion, 8 in the paper; 0 leaves it out (discrete tokens only).
             top_k: codes kept before drawing; None is the released 600, then 300 from scale 7 on; 0 keeps all.
-            top_p: nucleus of probability kept after top-k; 0 turns it off; None is the checkpoint's default, 0 of the released
-                one.
+            top_p: nucleus of probability kept after top-k; 0 turns it off; None is the checkpoint's default (released: 0).
             more_smooth: feed on Gumbel-softmax mixtures of codes (the released scripts' default) instead of the drawn codes.
-            generator: draws the seeds, and its device draws the noise; one, or one per image. Excludes `seed`.
-            seed: picture i gets seed + i; or a list, one per picture; None for fresh ones, which are reported back.
-            negative_prompt: takes the place of the empty unconditional context; one text, or one per prompt.
+            generator: a torch.Generator, or one per image: seeds are drawn from it, and noise on its device. Not with `seed`.
+            seed: image i gets seed + i; or a list, one per image; None for fresh ones. The result's `seeds` has them.
+            negative_prompt: replaces the empty unconditional context; one text, or one per prompt.
             prompt_embeds: from `encode_prompt`, or a context tensor [U, T, width] without padding, instead of `prompt`.
             negative_prompt_embeds: as `prompt_embeds`, instead of `negative_prompt`; one row for all, or one per prompt.
             output_type: "pil"; "np" [N, H, W, 3] or "pt" [N, 3, H, W], fp32 in 0..1; or "latent" [N, C, P, P] fp32.
-            callback_on_step_end: called with a `Step` after each scale, or, if it takes diffusers' four arguments, with those.
+            callback_on_step_end: called after each scale, as callback(step) with a `Step`, or in diffusers' form
+                (pipe, step_index, timestep, callback_kwargs).
             max_sequence_length: truncate prompts to so many tokens instead of the checkpoint's limit.
-            use_system_prompt: put the released scripts' instruction before every prompt; None is the checkpoint's default,
-                True of the released one.
-            reproducible: take every image through the networks alone, so that it is the same, bit for bit, alone and in any
-                batch; False takes them together, which rounds otherwise. None is True on a CPU, where it costs little, and
-                False elsewhere.
+            use_system_prompt: put the released scripts' instruction before every prompt; None is the checkpoint's default
+                (released: True).
+            reproducible: True runs each image alone through the networks, so that its bits don't depend on the batch; False
+                runs all together, which rounds differently. None is True on a CPU, where it costs little, else False.
             return_dict: False returns `(images,)`.
 
         Raises InputError for a bad argument, OutOfMemoryError where the device has too little memory, and WeightsError where
@@ -300,7 +299,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
     def _text_options(
         self, use_system_prompt: bool | None, max_sequence_length: int | None, reproducible: bool | None
     ) -> TextOptions:
-        """Checked, with the checkpoint's defaults in their places."""
+        """Check the text arguments and fill in the checkpoint's defaults."""
         context_tokens = self.transformer.config.context_token
         system = self.defaults.use_system_prompt if use_system_prompt is None else use_system_prompt
         if reproducible is not None:
@@ -312,7 +311,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
     def _given(
         self, prompt: str | Sequence[str] | None, prompt_embeds: PromptEmbeds | Tensor | None
     ) -> list[str] | PromptEmbeds:
-        """The prompts, or what they were encoded to, checked."""
+        """Check that either prompt or prompt_embeds is given; return it."""
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("Give either prompt or prompt_embeds, one of them.")
         return check_prompts(prompt) if prompt_embeds is None else self._check_embeds(prompt_embeds, "prompt_embeds")
@@ -320,7 +319,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
     def _negative(
         self, prompt: str | Sequence[str] | None, embeds: PromptEmbeds | Tensor | None, count: int
     ) -> list[str] | PromptEmbeds | None:
-        """The negative prompts, one for all or one each, or what they were encoded to; None where there are none."""
+        """Check the negative prompts, or embeds: one for all or one per prompt; None without any."""
         if prompt not in (None, "") and embeds is not None:
             raise InputError("Give either negative_prompt or negative_prompt_embeds, one of them.")
         if embeds is not None:
@@ -334,7 +333,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         return given
 
     def _check_embeds(self, embeds: PromptEmbeds | Tensor, name: str) -> PromptEmbeds:
-        """As PromptEmbeds of the model's shape; a plain tensor is without padding."""
+        """Check shape and values; a plain tensor gets a mask of True."""
         if isinstance(embeds, Tensor):
             embeds = PromptEmbeds(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
         if not isinstance(embeds, PromptEmbeds):
@@ -352,7 +351,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         return embeds
 
     def _encode(self, given: list[str] | PromptEmbeds, options: TextOptions) -> PromptEmbeds:
-        """Prompts encoded; what is encoded already, as it is."""
+        """Encode prompts; return PromptEmbeds unchanged."""
         if isinstance(given, PromptEmbeds):
             return given
         if self.text_encoder is None:
@@ -365,7 +364,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
                 context_tokens=self.transformer.config.context_token,
                 max_sequence_length=options.max_sequence_length,
                 use_system_prompt=options.use_system_prompt,
-                at_once=self._together(options.reproducible, len(given)),
+                batch_size=self._batch_size(options.reproducible, len(given)),
             )
 
     def _schedule(self, settings: Settings) -> Schedule:
@@ -378,6 +377,6 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         )
 
     def _conditions(self, embeds: PromptEmbeds, reproducible: bool | None) -> list[Condition]:
-        """The prompts' conditions: of each alone, or of all together."""
-        parts = embeds.split(self._together(reproducible, len(embeds.context)))
+        """Compute conditions: of one prompt each if reproducible, else of all together."""
+        parts = embeds.split(self._batch_size(reproducible, len(embeds.context)))
         return [self.transformer.condition(part.context, part.mask, part.position_ids) for part in parts]

@@ -1,4 +1,4 @@
-"""What the pipelines of next-scale models share: the loop with its bar and callback, and pictures to tokens and back."""
+"""What the pipelines of next-scale models share: the loop with progress bar and callback, and reconstruction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
     @property
     def transformer(self) -> TransformerT:
-        """The network that the engine runs; it may be replaced, by `torch.compile(pipe.transformer)` for one."""
+        """The network that the engine runs. It may be replaced, for example by `torch.compile(pipe.transformer)`."""
         return self.engine.transformer
 
     @transformer.setter
@@ -46,7 +46,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """The tokenizer: pictures to latents and codes, and back."""
+        """Encodes images to latents and codes, and decodes latents."""
         return self._autoencoder
 
     @autoencoder.setter
@@ -76,7 +76,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         self.autoencoder.to_device(device, dtype)
 
     def _check_memory(self, schedule: Schedule, count: int) -> None:
-        """Raise OutOfMemoryError where the keys and values of `count` images, and the pictures, could not be held."""
+        """Raise OutOfMemoryError if the caches and the pixels of `count` images exceed the device's memory."""
         transformer = self.transformer
         cache = KVCache.size_in_bytes(
             depth=transformer.depth,
@@ -98,12 +98,13 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         callback: Callback | None,
         reproducible: bool | None,
     ) -> Tensor:
-        """Run the scales with bar and callback; returns the latent [N, C, P, P] fp32.
+        """Run the scales with progress bar and callback; return the latents [N, C, P, P] fp32, one per seed.
 
-        `prompts`, and `negatives` in place of the unconditional row, have equally many seeds each, in turn.
+        Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition.
         """
-        at_once = self._together(reproducible, len(seeds))
-        samplers = [make_sampler(seeds[i : i + at_once], draw_device) for i in range(0, len(seeds), at_once)]
+        self._interrupt = False
+        batch_size = self._batch_size(reproducible, len(seeds))
+        samplers = [make_sampler(seeds[i : i + batch_size], draw_device) for i in range(0, len(seeds), batch_size)]
         states = self.engine.start(schedule, samplers, prompts, negatives)
         try:
             with self.progress_bar(schedule, total=len(schedule)) as bar:
@@ -115,17 +116,19 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
                         callback(step)
                         if step.stopped:
                             break
+                    if self._interrupt:
+                        break
             return torch.cat([finish(state) for state in states])
-        finally:  # whoever holds an error holds the states, by its traceback
+        finally:  # an error that someone keeps would keep the states alive, by its traceback
             for state in states:
-                state.end_cache()
+                state.drop_cache()
 
     @torch.no_grad()
     def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Literal["hybrid", "discrete"] = "hybrid") -> Any:
         """Image to tokens and back: "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
 
-        A PIL image, or a list of them, is resized and cropped to the checkpoint's size and comes back so; a tensor
-        [N, 3, size, size] in 0..1 comes back as one, fp32.
+        PIL images are resized, cropped at the centre, and returned as PIL images; a tensor [N, 3, size, size] in 0..1 gives a
+        tensor, fp32. Raises InputError.
         """
         if mode not in ("hybrid", "discrete"):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")

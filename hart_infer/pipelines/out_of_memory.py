@@ -1,4 +1,4 @@
-"""Before a call: does it fit at all? In it: what happens when the memory runs out, or the user stops waiting."""
+"""Check before a call that it can fit in memory; clean up when memory runs out, or the user interrupts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OURS = ("hart_infer", "torch")
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes that a device has in all; None where nobody tells."""
+    """Return the bytes that a device has in all; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -27,7 +27,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def check_memory(count: int, bytes_each: int, device: torch.device) -> None:
-    """Raise OutOfMemoryError for more images at once than the device could hold if it had nothing else to hold."""
+    """Raise OutOfMemoryError if count * bytes_each exceeds the device's total memory."""
     total = total_memory(device)
     if total is not None and count * bytes_each > total:
         raise OutOfMemoryError(
@@ -39,7 +39,7 @@ def check_memory(count: int, bytes_each: int, device: torch.device) -> None:
 
 @contextmanager
 def out_of_memory_advice() -> Iterator[None]:
-    """Free what an interrupted or out-of-memory call held, and turn the latter's error into one with advice."""
+    """On out-of-memory or Ctrl-C free what the call held; raise OutOfMemoryError with advice for the first."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -64,7 +64,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _release(error: BaseException) -> None:
-    """Empty the finished frames of the traceback, ours and torch's: a notebook keeps it, and by it the key/value cache."""
+    """Clear the locals of finished hart_infer and torch frames: a notebook keeps the traceback, and with it the cache."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
             try:

@@ -1,4 +1,4 @@
-"""What a call returns, and what its callback sees."""
+"""The result of a call, and the Step that its callback gets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Callback = Callable[["Step"], object]
 
 @dataclass
 class HartOutput:
-    """Result of a call: `images` in the asked form, prompt by prompt, and each image's `seeds` entry, which redraws it.
+    """Result of a call: `images` in the requested form, prompt by prompt; `seeds`: the seed that reproduces each.
 
     `out[0]` and `out["images"]` are the images, as in diffusers. A notebook shows them.
     """
@@ -36,7 +36,7 @@ class HartOutput:
         return getattr(self, key) if isinstance(key, str) else (self.images, self.seeds)[key]
 
     def _repr_html_(self) -> str | None:
-        """The pictures with their seeds, for notebooks; None, which shows the text, where they are no PIL images."""
+        """Return HTML with the images and their seeds, for notebooks; None, for the repr, unless they are PIL images."""
         if not isinstance(self.images, list):
             return None
         shown = zip(self.images[:SHOWN_IN_NOTEBOOKS], self.seeds, strict=False)
@@ -50,7 +50,7 @@ class HartOutput:
 
 
 def _png(image: Image) -> str:
-    """A picture as base64."""
+    """Return an image as the base64 of a PNG."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -77,10 +77,10 @@ class Step:
 
 
 def check_callback(callback: Any, pipe: Any) -> Callback | None:
-    """A callback that takes a `Step`, made of one that does or of one of diffusers' form; None for None.
+    """Adapt `callback` to callback(step); None stays None.
 
-    diffusers' form is callback(pipe, step_index, timestep, callback_kwargs): here callback_kwargs has "latents", the latent so
-    far, and "step", the Step; what it returns is not looked at, and `pipe._interrupt = True` stops. Raises InputError.
+    It may have diffusers' form, callback(pipe, step_index, timestep, callback_kwargs): callback_kwargs then has "latents", the
+    latent so far, and "step", the Step. Its return value is ignored; `pipe._interrupt = True` stops. Raises InputError.
     """
     if callback is None:
         return None
@@ -95,16 +95,13 @@ def check_callback(callback: Any, pipe: Any) -> Callback | None:
         )
 
     def adapted(step: Step) -> None:
-        pipe._interrupt = False
         callback(pipe, step.index, step.index, {"latents": step.f_hat, "step": step})
-        if pipe._interrupt:
-            step.stop()
 
     return adapted
 
 
 def _takes(function: Callable[..., object], count: int) -> bool:
-    """Whether a function can be called with so many arguments; where nobody knows, with one."""
+    """Whether `function` accepts `count` positional arguments; without a signature, only 1."""
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:

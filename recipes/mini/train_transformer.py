@@ -253,7 +253,7 @@ def main() -> None:
         rows = torch.tensor([place[i] for i in chosen])
         part = stages if step % args.full_every == 0 else stages[:-1]
         split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
-        context = text_encoder.hidden(tokens, mask)
+        context = text_encoder.hidden_states(tokens, mask)
         found = losses(transformer, quantizer, part, context, mask, split, latents[rows], generator)
         whole.zero_grad()
         found["loss"].backward()

@@ -631,7 +631,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(value.startswith("PyTorch; ") for value in report["kernels"].values())
     assert "the compiled extension is absent" in report["gpu"]["compiled_kernels"] or FILE.exists()
     widened = widens(torch.empty(0, dtype=torch.bfloat16), "linear")
-    assert report["cpu"]["bf16"] == ("stored, but multiplied in fp32" if widened else "multiplied as it is")
+    assert report["cpu"]["bf16"] == ("products computed in fp32" if widened else "native")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert report["used by default"]["device"].startswith(f"{device}: ")
     assert main(["doctor"]) == 0

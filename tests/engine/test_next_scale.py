@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -32,9 +33,8 @@ def engine(pipe: HartPipeline) -> Engine:
 
 
 @pytest.fixture
-def keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches are kept, as on a GPU."""
-    monkeypatch.setattr(next_scale, "KEEPS_CACHES", ("cpu",))
+def keeping(pipe: HartPipeline) -> Engine:
+    return Engine(pipe.transformer, pipe.autoencoder.quantizer, keep_buffers=True)
 
 
 @pytest.fixture
@@ -82,39 +82,46 @@ def test_the_unconditional_prefix_is_made_once_and_a_prompt_s_once_a_call(pipe: 
     assert prefilled(pipe, engine, schedule, count=1) == 2
 
 
-@pytest.mark.usefixtures("keeps")
-def test_a_cache_is_used_again_and_leaves_no_trace(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
+def test_a_cache_is_used_again_and_leaves_no_trace(pipe: HartPipeline, keeping: Engine, made: list[KVCache]) -> None:
     schedule = pipe._schedule(Settings())
-    latent = run(pipe, engine, schedule)
+    latent = run(pipe, keeping, schedule)
     for memory in (made[0].keys, made[0].values, made[0].scratch):
         memory.fill_(torch.nan)
-    assert torch.equal(run(pipe, engine, schedule), latent)
+    assert torch.equal(run(pipe, keeping, schedule), latent)
     assert len(made) == 1
 
 
-def test_main_memory_keeps_no_cache(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
+def test_no_cache_is_kept_unless_asked(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
     for _ in range(2):
         run(pipe, engine, pipe._schedule(Settings()))
     assert len(made) == 2
 
 
-@pytest.mark.usefixtures("keeps")
-def test_two_calls_at_once_have_a_cache_each(pipe: HartPipeline, engine: Engine) -> None:
+def test_two_calls_at_once_have_a_cache_each(pipe: HartPipeline, keeping: Engine) -> None:
     schedule = pipe._schedule(Settings())
-    run(pipe, engine, schedule)
-    first, second = start(pipe, engine, schedule)[0], start(pipe, engine, schedule)[0]
+    run(pipe, keeping, schedule)
+    first, second = start(pipe, keeping, schedule)[0], start(pipe, keeping, schedule)[0]
     assert first.cache.keys.data_ptr() != second.cache.keys.data_ptr()
 
 
-@pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("what", ["rows", "length", "scratch"])
-def test_a_cache_of_another_kind_is_not_taken(pipe: HartPipeline, engine: Engine, made: list[KVCache], what: str) -> None:
+def test_a_cache_of_another_kind_is_not_taken(pipe: HartPipeline, keeping: Engine, made: list[KVCache], what: str) -> None:
     schedule = pipe._schedule(Settings())
-    run(pipe, engine, schedule)
+    run(pipe, keeping, schedule)
     changed = {
         "rows": pipe._schedule(Settings(guidance_scale=0)),
         "length": placed([replace(stage, cached=stage.index not in (2, 5)) for stage in schedule], schedule.latent_side),
         "scratch": placed([replace(stage, cached=True) for stage in schedule], schedule.latent_side),
     }[what]
-    run(pipe, engine, changed)
+    run(pipe, keeping, changed)
     assert len(made) == 2
+
+
+def test_what_failed_keeps_no_cache(pipe: HartPipeline, keeping: Engine, made: list[KVCache]) -> None:
+    """An error's traceback, which a notebook keeps, would keep it too."""
+    schedule = pipe._schedule(Settings())
+    state = start(pipe, keeping, schedule)[0]
+    memory = weakref.ref(made[0].keys)
+    made.clear()
+    state.drop_cache()
+    assert memory() is None

@@ -155,7 +155,7 @@ def test_contexts_are_finite_whatever_is_padded(side: str, system: bool) -> None
 
 def test_use_leaves_the_kept_keys_and_values_alone(right: TextEncoder) -> None:
     alone = right.encode(["a cat"], context_tokens=T).context
-    right.encode(PROMPTS, context_tokens=T, at_once=1)
+    right.encode(PROMPTS, context_tokens=T, batch_size=1)
     assert torch.equal(right.encode(["a cat"], context_tokens=T).context, alone)
     other = load("right")
     other.encode(PROMPTS, context_tokens=T)
@@ -189,7 +189,7 @@ def test_mask_and_tokens_are_the_tokenizer_s(encoder: TextEncoder) -> None:
 
 
 def test_a_prompt_s_context_does_not_depend_on_the_others(encoder: TextEncoder) -> None:
-    together = encoder.encode(PROMPTS, context_tokens=T, at_once=1)
+    together = encoder.encode(PROMPTS, context_tokens=T, batch_size=1)
     for i, prompt in enumerate(PROMPTS):
         alone = encoder.encode([prompt], context_tokens=T)
         assert torch.equal(alone.context[0], together.context[i])
@@ -259,6 +259,28 @@ def test_the_warning_points_at_the_caller_s_line(pipe: HartPipeline, through: st
     assert here.__code__.co_firstlineno < warning.lineno <= max(line for *_, line in here.__code__.co_lines() if line)
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     assert "LONG" in lines[warning.lineno - 1]
+
+
+def test_a_slow_tokenizer_warns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no offsets to say where."""
+    encoder = load("right")
+
+    class Slow:
+        is_fast = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(fast, name)
+
+        def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
+            assert not return_offsets_mapping
+            return fast(*args, **kwargs)
+
+    fast = encoder.tokenizer
+    expected = encoder.encode(["a cat"], context_tokens=T, max_sequence_length=2)
+    monkeypatch.setattr(encoder, "tokenizer", Slow())
+    with pytest.warns(UserWarning, match=r"Prompt 0 has \d+ tokens; the limit is 2\. Its end was cut\."):
+        cut = encoder.encode(["a cat and more"], context_tokens=T, max_sequence_length=2)
+    assert torch.equal(cut.context, expected.context)
 
 
 @pytest.mark.parametrize("limit", [2, None])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.csrc.build import obstacle
+from tests.golden.data import golden_root
 from tests.mutation.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,7 @@ def run(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(folder)},
+        env=environment | {"PYTHONPATH": str(folder), "HART_INFER_GOLDEN": str(golden_root())},
         capture_output=True,
         text=True,
         timeout=600,

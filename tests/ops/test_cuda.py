@@ -51,7 +51,7 @@ def test_without_a_library(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "FILE", tmp_path / "_kernels.so")
     monkeypatch.setattr(library, "REASON", tmp_path / "_kernels.absent")
     reason = extension.refusal(HOPPER)
-    assert "absent (for them, " in reason and "HART_INFER_BUILD_CUDA=1" in reason
+    assert "absent (to build it: " in reason and "HART_INFER_BUILD_CUDA=1" in reason
     assert extension.describe() == reason
     with pytest.raises(BackendError, match="absent"):
         extension.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
@@ -61,7 +61,7 @@ def test_without_a_library_the_build_said_why(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "FILE", tmp_path / "_kernels.so")
     monkeypatch.setattr(library, "REASON", tmp_path / "_kernels.absent")
     library.REASON.write_text("nvcc was not found\n")
-    assert "absent (when this package was built, nvcc was not found; for them, " in extension.describe()
+    assert "absent (when this package was built, nvcc was not found; to build it: " in extension.describe()
 
 
 def test_what_is_no_library_says_so_but_not_where_it_lies(monkeypatch, tmp_path):

@@ -138,7 +138,7 @@ def test_what_runs_is_told_with_its_limits():
     pytest.importorskip("triton")
     with use_backend("triton"):
         told = operations(Where("cpu", torch.float32))
-    assert told["attention"] == "triton, for heads of up to 128" and told["guided_sample"] == "triton, for up to 16384 codes"
+    assert told["attention"] == "triton, for head_dim up to 128" and told["guided_sample"] == "triton, for up to 16384 codes"
     assert told["swiglu"] == "triton" and told["rms_norm"].startswith("PyTorch; not cuda")
 
 

@@ -138,7 +138,7 @@ def test_attention_refuses(shapes, message):
 
 def test_attention_of_wide_heads_has_no_kernel():
     q, k, v = (torch.zeros(1, 1, n, 136) for n in (3, 5, 5))
-    with use_backend("triton"), pytest.raises(BackendError, match="heads of at most 128, not 136. Leave the choice"):
+    with use_backend("triton"), pytest.raises(BackendError, match="head_dim up to 128, not 136. Leave the choice"):
         ops.attention(q, k, v, scale=1.0)
 
 

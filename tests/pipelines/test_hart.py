@@ -780,7 +780,7 @@ def test_how_many_images_go_together(
     own: HartPipeline, monkeypatch: pytest.MonkeyPatch, device: str, reproducible: bool | None, limit: int, together: int
 ) -> None:
     monkeypatch.setattr(type(own), "device", torch.device(device))
-    assert own._together(reproducible, limit) == together
+    assert own._batch_size(reproducible, limit) == together
 
 
 def test_a_batch_may_go_together_on_the_cpu(pipe: HartPipeline, scales: list[Scale]) -> None:

@@ -6,6 +6,8 @@ import inspect
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,21 @@ def test_a_callback_of_diffusers_form_interrupts(pipe: HartPipeline) -> None:
     assert torch.equal(latent(pipe), latent(pipe, callback_on_step_end=lambda step: None))
 
 
+def test_an_interruption_from_outside_ends_the_call_after_its_scale(pipe: HartPipeline) -> None:
+    """Whoever holds the pipe may set it, whatever form the callback has; the next call starts afresh."""
+    seen: list[int] = []
+
+    def watch(step: Step) -> None:
+        seen.append(step.index)
+        pipe._interrupt = step.index == 1
+
+    latent(pipe, callback_on_step_end=watch)
+    assert seen == [0, 1]
+    pipe._interrupt = True
+    latent(pipe, callback_on_step_end=lambda step: seen.append(step.index))
+    assert seen == [0, 1, 0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("wrong", [lambda: None, lambda a, b: None, lambda a, b, c: None, lambda *, step: None])
 def test_a_callback_of_another_form_is_refused_before_the_first_scale(
     pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch, wrong: Any
@@ -223,6 +240,36 @@ def test_parts_take_turns_on_the_device(own: HartPipeline, monkeypatch: pytest.M
     assert {"transformer", "quantizer"} in most
     assert {"post_quant_conv", "decoder"} in most or {"transformer", "quantizer", "post_quant_conv", "decoder"} in most
     assert not any("text encoder" in at_once and len(at_once) > 1 for at_once in most)
+
+
+def test_calls_that_offload_take_turns(own: HartPipeline) -> None:
+    """A part must not leave the device while another thread computes with it."""
+    inside: list[int] = []
+
+    class Part(torch.nn.Module):
+        def to(self, device: Any) -> None:  # type: ignore[override]
+            inside.append(1 if device == "the device" else -1)
+            assert 0 <= sum(inside) <= 1
+
+    own._offloads_from = "the device"  # type: ignore[assignment]
+    part = Part()
+
+    def use(_: int) -> None:
+        with own._using(part):
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(40)))
+    assert len(inside) == 80
+
+
+# Attributes.
+
+
+def test_a_property_s_own_error_is_shown(own: HartPipeline) -> None:
+    own._autoencoder = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'config'"):
+        _ = own.sizes
 
 
 # Types.

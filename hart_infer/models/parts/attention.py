@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.scale = 0.25 / math.sqrt(self.head_dim)
 
     def gains(self) -> Tensor | None:
-        """What multiplies each head's normalised queries, [H]; None where queries and keys are not normalised."""
+        """Return the factor on each head's normalised queries, [H]; None where queries and keys are not normalised."""
         return None
 
     def forward(self, x: Tensor, table: Table, place: Place, layer: int) -> Tensor:

@@ -172,10 +172,12 @@ def _decoder(config: AutoencoderConfig) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """Images to hybrid tokens and back. Pictures are in -1..1 here; the quantizer stays in fp32 in every dtype."""
+    """Images to hybrid tokens and back. Images are in -1..1 here; the quantizer stays in fp32 in every dtype.
+
+    Holds all of a released checkpoint's `tokenizer/` but the discriminator.
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
-        """Everything in a checkpoint's `tokenizer/` but the discriminator."""
         super().__init__()
         self.config = config
         self.encoder = _encoder(config)
@@ -200,7 +202,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Tensor, *, tile: int | None = None) -> Tensor:
         """Latent [B, C, h/f, w/f] -> image [B, 3, h, w] fp32, clamped to -1..1.
 
-        `tile`: run the levels above the lowest in tiles of so many latent cells (approximate: their group norms see a tile).
+        `tile`: run all levels but the lowest in tiles of `tile` latent cells (approximate: their group norms see a tile).
         """
         hidden = self.post_quant_conv(self._laid_out(latent))
         if tile is None or tile >= max(latent.shape[-2:]):
@@ -213,7 +215,7 @@ class Autoencoder(nn.Module):
         return image.float().clamp_(-1, 1)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """`x` in the weights' dtype; channels last in half precision, which is faster but rounds otherwise."""
+        """Cast `x` to the weights' dtype; in half precision to channels last, which is faster and rounds differently."""
         dtype = self.quant_conv.weight.dtype
         suits = dtype != torch.float32 and x.device.type in ("cpu", "cuda")
         layout = torch.channels_last if suits else torch.contiguous_format
@@ -229,7 +231,7 @@ class Autoencoder(nn.Module):
         return self.decode(self.latent(image, mode))
 
     def latent(self, image: Tensor, mode: Mode = "hybrid") -> Tensor:
-        """What reconstructs an image [B, 3, size, size] in -1..1 when decoded: [B, C, size/f, size/f] fp32.
+        """Return the latent that decodes to the reconstruction of an image [B, 3, size, size] in -1..1: [B, C, P, P] fp32.
 
         "hybrid" is the continuous latent, "discrete" the sum of the codes alone (paper figure 4).
         """

@@ -13,8 +13,8 @@ from ...ops.precision import widens
 class KVCache:
     """Keys and values of every block for every scale that later ones attend to.
 
-    `keys`, `values`: [depth, R, H, length, d], of uninitialised memory until a scale writes it. A scale that is not cached
-    attends to [what is cached, its own] through one scratch pair [2, R, H, scratch_length, d] that all blocks share.
+    `keys`, `values`: [depth, R, H, length, d], uninitialised until a scale is written. A scale that is not cached attends to
+    a copy of [cached, its own] in `scratch` [2, R, H, scratch_length, d], which all blocks share.
     """
 
     def __init__(
@@ -36,17 +36,17 @@ class KVCache:
 
     @staticmethod
     def size_in_bytes(*, depth: int, rows: int, width: int, length: int, scratch_length: int, itemsize: int) -> int:
-        """Bytes that a cache takes, scratch included (unless attention is widened); `width` is num_heads * head_dim."""
+        """Return a cache's bytes; `width` is num_heads * head_dim. The scratch takes more where attention is widened."""
         return 2 * rows * width * itemsize * (depth * length + scratch_length)
 
     def at(self, offset: int, length: int, *, cached: bool = True, rows: slice = slice(None)) -> Place:
-        """The place of a scale of `length` tokens behind `offset` cached ones, for some of the rows."""
+        """Return the place of a scale of `length` tokens at position `offset`, for `rows`."""
         return Place(self, offset, length, cached, rows)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one scale's keys and values go, and what it attends to."""
+    """A scale's part of the cache: where its keys and values go, and what it attends to."""
 
     cache: KVCache
     offset: int
@@ -55,12 +55,12 @@ class Place:
     rows: slice
 
     def slot(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Where the scale's own keys and values of a block go: two [R, H, length, d] views to write into."""
+        """Return the views [R, H, length, d] into which a block writes the scale's keys and values."""
         keys, values = self._buffers(layer)
         return keys[:, :, self.offset :], values[:, :, self.offset :]
 
     def visible(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All that the scale attends to, earlier ones and itself: two [R, H, offset + length, d] views."""
+        """Return the keys and values that the scale attends to, its own included: two views [R, H, offset + length, d]."""
         keys, values = self._buffers(layer)
         if not self.cached:
             keys[:, :, : self.offset].copy_(self.cache.keys[layer, self.rows, :, : self.offset])
@@ -68,7 +68,7 @@ class Place:
         return keys, values
 
     def _buffers(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Memory for what was cached before and the scale itself: [R, H, offset + length, d] each."""
+        """Return the memory of what was cached before and the scale itself: [R, H, offset + length, d] each."""
         end = self.offset + self.length
         if not self.cached:
             keys, values = self.cache.scratch.unbind(0)

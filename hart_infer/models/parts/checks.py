@@ -1,4 +1,4 @@
-"""Checks of configurations: each raises ConfigError with one sentence. Bounds keep a number out of reason from being built."""
+"""Check configurations: each raises ConfigError with one sentence. Upper bounds stop absurd sizes before allocation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(config: Any, **limits: float) -> None:
-    """Every named field is above 0 and at most its limit."""
+    """Require every named field to be above 0 and at most its limit."""
     for name, limit in limits.items():
         value = getattr(config, name)
         require(0 < value < math.inf, f"{name} must be positive, not {value}.")
@@ -27,14 +27,14 @@ def require_positive(config: Any, **limits: float) -> None:
 
 
 def require_one_of(config: Any, **choices: Sequence[Any]) -> None:
-    """Every named field is one of its choices."""
+    """Require every named field to be one of its choices."""
     for name, allowed in choices.items():
         value = getattr(config, name)
         require(value in allowed, f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}.")
 
 
 def require_rising(config: Any, name: str) -> None:
-    """The named sides rise from 1, and there are two or more."""
+    """Require the named sides to rise from 1, and to be two or more."""
     sides = getattr(config, name)
     rises = len(sides) > 1 and sides[0] == 1 and all(a < b for a, b in zip(sides, sides[1:], strict=False))
     shown = list(sides) if len(sides) <= MAX_SCALES else f"{len(sides)} sides"

@@ -1,6 +1,7 @@
-"""The residual diffusion's network: what the discrete tokens of the last scale miss, token by token (paper section 3.3).
+"""The residual diffusion's network (paper section 3.3; released `SimpleMLPAdaLN`).
 
-A small MLP predicts noise and variance (released `SimpleMLPAdaLN`); `generation/residual.py` has the loop around it.
+A small MLP predicts, for each token, the noise in what the discrete codes of the last scale miss. `generation/residual.py`
+has the loop around it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualDiffusion(nn.Module):
-    """The network. `channels` C of the latent, `condition_dim` D of the condition, `depth` blocks of `width`."""
+    """Predicts noise for each token, given a condition and a timestep."""
 
     def __init__(self, *, channels: int, condition_dim: int, width: int, depth: int) -> None:
         """`channels` C of the latent, `condition_dim` D of the condition, `depth` blocks of `width`."""

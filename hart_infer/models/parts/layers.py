@@ -11,9 +11,9 @@ from ... import ops
 
 
 def weights_key(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes with every change of a module's weights that PyTorch counts: assignment, loading, operations in place.
+    """Return a key of a module's weights: address and version of each tensor.
 
-    What is written into `parameter.data` in place is not counted.
+    It changes with assignment, loading, and operations in place, but not with writes through `parameter.data`.
     """
     tensors = (*module.parameters(), *module.buffers())
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
@@ -62,19 +62,18 @@ class Conv2d(nn.Conv2d):
         return ops.conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
 
 
-MANY_ROWS = 16  # CPU BLAS multiplies this many rows, or more, in one way
+MANY_ROWS = 16  # from so many rows on CPU BLAS takes one path, and rounds alike
 
 
 class SteadyLinear(Linear):
-    """A linear map for inputs of few rows, whose rounding is the released code's.
+    """A linear map of few rows that rounds on a CPU as the released code's does.
 
-    CPU BLAS takes another path for a handful of rows and rounds differently, and 1 / tau amplifies that from scale to scale.
-    So there the rows come in the number that the released code has for one image: many (`MANY_ROWS` or more round alike), or
-    the two guidance halves.
+    CPU BLAS takes another path for few rows, and the low temperature 1 / tau amplifies the difference from scale to scale.
+    So rows are repeated up to the released code's number: two for each (`halves`), else at least MANY_ROWS in all.
     """
 
     def __init__(self, in_features: int, out_features: int, *, halves: bool = False) -> None:
-        """`halves`: in the released code this product has one row per guidance half of an image."""
+        """`halves`: the released code has one row per guidance half here, so two for an image."""
         super().__init__(in_features, out_features)
         self.halves = halves
 

@@ -1,4 +1,4 @@
-"""Adaptive norms: what a condition gives the blocks and the head, the same at every scale, so computed once."""
+"""The vectors of adaptive norms, computed once per generation from the condition: they are the same at every scale."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Modulation:
 
 
 class NoModulation(nn.Module):
-    """A plain block's: no vectors."""
+    """Gives a plain block no vectors."""
 
     def forward(self, condition: Tensor) -> Tensor:
         """[R, D] -> [R, 0, D]."""
@@ -50,7 +50,7 @@ class LinearModulation(SteadyLinear):
 
 
 class TableModulation(nn.Module):
-    """Six learned vectors plus the condition (released `scale_shift_table`)."""
+    """Adds six learned vectors to the condition (released `scale_shift_table`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

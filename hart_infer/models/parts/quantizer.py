@@ -14,10 +14,10 @@ from .layers import Conv2d
 
 
 def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
-    """Which of the K shared residual convolutions serves scale s: the tick nearest to s / (S - 1).
+    """Return the index of the residual convolution phi of scale `index`: the nearest of K ticks to index / (num_scales - 1).
 
-    The K ticks run evenly from a to 1 - a, with a = 1/(3K) where K is 4, else 1/(2K). Which of two equally near ticks wins
-    is a matter of rounding, so the released expression is kept to the operation.
+    K is `share_quant_resi`, or `num_scales` for 0. The ticks run evenly from a to 1 - a, with a = 1/(3K) where K is 4, else
+    1/(2K). Ties depend on rounding, so the expression is the released one.
     """
     count = share_quant_resi or num_scales
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
@@ -27,11 +27,11 @@ def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
 
 @dataclass(frozen=True)
 class Tokens:
-    """An image, tokenized."""
+    """A tokenized image."""
 
     indices: list[Tensor]  # per scale [B, p * p] int64
     embeddings: list[Tensor]  # per scale [B, C, p, p], the codes' own
-    residual: Tensor  # [B, C, P, P]: what remained before the last scale's code, the continuous target of the hybrid
+    residual: Tensor  # [B, C, P, P]: what the last scale's codes and the residual diffusion together stand for
 
 
 class Quantizer(nn.Module):
@@ -50,7 +50,7 @@ class Quantizer(nn.Module):
         return latent * 0.5 + self.phi[phi](latent) * 0.5
 
     def contribution(self, embedding: Tensor, phi: int | None) -> Tensor:
-        """What one scale's `embedding` [B, C, p, p] adds to f_hat [B, C, P, P]: resized bicubically, and refined by `phi`."""
+        """Return what a scale's `embedding` [B, C, p, p] adds to f_hat [B, C, P, P]: resized bicubically, refined by `phi`."""
         side = self.patch_nums[-1]
         if embedding.shape[-1] != side:
             embedding = F.interpolate(embedding, size=(side, side), mode="bicubic")
@@ -58,13 +58,13 @@ class Quantizer(nn.Module):
 
     @staticmethod
     def next_input(f_hat: Tensor, side: int) -> Tensor:
-        """f_hat [B, C, P, P] resized by area to the next scale's [B, C, side, side]."""
+        """Resize f_hat [B, C, P, P] by area to the next scale's [B, C, side, side]."""
         if f_hat.device.type == "mps":  # which resizes by whole factors only, before torch 2.10 or so
             return F.interpolate(f_hat.cpu(), size=(side, side), mode="area").to(f_hat.device)
         return F.interpolate(f_hat, size=(side, side), mode="area")
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """Indices [B, p * p] of the codes nearest to `latent` [B, C, p, p] in Euclidean distance."""
+        """Return the indices [B, p * p] int64 of the codes nearest to `latent` [B, C, p, p] in Euclidean distance."""
         vectors = latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
         codes = self.codebook.weight
         distance = vectors.square().sum(dim=1, keepdim=True) + codes.square().sum(dim=1)
@@ -78,10 +78,10 @@ class Quantizer(nn.Module):
         return embedded.transpose(1, 2).reshape(len(indices), -1, side, side)
 
     def encode(self, latent: Tensor) -> Tokens:
-        """Hybrid tokenization of `latent` [B, C, P, P] fp32: codes scale by scale, and what they leave.
+        """Tokenize `latent` [B, C, P, P] fp32 scale by scale.
 
-        Each scale codes what is left, resized by area; its codes come back refined and are subtracted. The last scale is
-        not refined, as in generation.
+        Each scale resizes the remainder by area, takes the nearest codes, and subtracts their refined embeddings. The last
+        scale is neither refined nor subtracted: the remainder before it is the residual.
         """
         rest = latent
         indices, embeddings = [], []
@@ -94,14 +94,14 @@ class Quantizer(nn.Module):
         return Tokens(indices, embeddings, rest)
 
     def discrete(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """Sum of all scales' codes [B, C, P, P]; here, unlike in generation, the last scale is refined as well."""
+        """Return the sum of all scales' codes [B, C, P, P]; here, unlike in generation, the last scale is refined as well."""
         f_hat = torch.zeros_like(embeddings[-1])
         for index, embedding in enumerate(embeddings):
             f_hat = f_hat + self.contribution(embedding, self._phi(index))
         return f_hat
 
     def inputs(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
-        """Teacher forcing: the inputs [B, C, p, p] of scales 1, 2, ... given the codes of the scales before."""
+        """Return teacher forcing's inputs [B, C, p, p] of scales 1, 2, ..., given the codes of the scales before."""
         f_hat = torch.zeros_like(embeddings[-1])
         inputs = []
         for index, side in enumerate(self.patch_nums[1:]):

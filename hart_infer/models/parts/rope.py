@@ -17,14 +17,14 @@ Table = tuple[Tensor, Tensor]  # cos, sin: [R, 1, L, d] each
 
 
 def context_table(position_ids: Tensor, head_dim: int, dtype: torch.dtype) -> Table:
-    """cos, sin [R, 1, T, d] for context `position_ids` [R, T]: 1-D over all of d."""
+    """Return cos, sin [R, 1, T, d] for context `position_ids` [R, T]: 1-D over all of d."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids.float()[..., None] * (1.0 / THETA**exponents)  # [R, T, d/2]
     return _table(torch.cat([angles, angles], dim=-1), dtype)
 
 
 def image_tables(sides: Sequence[int], last_side: int, last_position: Tensor, head_dim: int, dtype: torch.dtype) -> list[Table]:
-    """cos, sin [R, 1, side * side, d] for each of several scales, computed together.
+    """Return cos, sin [R, 1, side * side, d] of several scales, computed together.
 
     `last_position` [R] is each row's last context position id. Along d: row, row, column, column frequencies, so that
     rotate-half pairs a row angle with a column angle.
@@ -42,7 +42,7 @@ def image_tables(sides: Sequence[int], last_side: int, last_position: Tensor, he
 
 @lru_cache(maxsize=256)
 def _positions(side: int, last_side: int) -> Tensor:
-    """Row and column of every token of a scale, in cells of the last one: [2, side * side] fp32, on the CPU."""
+    """Return every token's row and column in units of the last scale's cells, [2, side * side] fp32, on the CPU."""
     grid = torch.arange(side, dtype=torch.float32) / side * last_side
     row, column = torch.meshgrid(grid, grid, indexing="ij")
     return torch.stack([row.flatten(), column.flatten()])

@@ -1,4 +1,4 @@
-"""Run a convolutional stack tile by tile, blending the overlaps: less memory, slightly other numbers."""
+"""Run a convolutional stack tile by tile, blending the overlaps: less memory, approximate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OVERLAP = 4  # one part in so many of a tile's side is shared with its neighbour
+OVERLAP = 4  # tiles overlap by side // OVERLAP
 
 
 def tiled(stack: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
-    """`stack` applied to overlapping square tiles of `x` [B, C, h, w]; every output cell blends the tiles that cover it."""
+    """Apply `stack` to overlapping square tiles of `x` [B, C, h, w]; every output cell blends the tiles that cover it."""
     height, width = x.shape[-2:]
     side = min(tile, height, width)
     rows, columns = _starts(height, side), _starts(width, side)
@@ -33,13 +33,13 @@ def tiled(stack: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Where tiles begin: evenly spread, overlapping by about a quarter, the last one flush with the end."""
+    """Return where tiles begin: evenly spread, overlapping by about a quarter, the last one flush with the end."""
     count = 1 + -(-(length - side) // max(1, side - side // OVERLAP)) if length > side else 1
     return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
 def _window(side: int, overlap: int, device: torch.device) -> Tensor:
-    """A [side, side] weight that falls off linearly over the overlap and is never zero."""
+    """Return weights [side, side] that fall off linearly over the overlap and are never zero."""
     ramp = torch.arange(1, side + 1, device=device, dtype=torch.float32).clamp(max=overlap) / overlap
     profile = torch.minimum(ramp, ramp.flip(0))
     return profile[:, None] * profile

@@ -1,4 +1,4 @@
-"""The door to the compiled CUDA kernels of `csrc/`: checks arguments, then calls the library that an installation may hold."""
+"""Check arguments and call the compiled CUDA kernels of `csrc/`, where they were built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled library `hart_infer/_kernels.so`: whether it is there, what it was built for, and how it is called."""
+"""Load the compiled library `hart_infer/_kernels.so`, tell what it was built for, and call it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from ...errors import BackendError
 
 FILE = Path(__file__).resolve().parents[2] / "_kernels.so"
-REASON = FILE.with_suffix(".absent")  # setup.py's, where it could not build one
-INTERFACE = 2  # as csrc/library.cpp says; other arguments, another number
+REASON = FILE.with_suffix(".absent")  # written by setup.py: why no library was built
+INTERFACE = 2  # ABI version, equal to csrc/library.cpp's
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 HOST = "host"  # the tests' build, whose kernels run on CPU tensors
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
-HOW = "for them, HART_INFER_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir from the sources, where nvcc is"
+HOW = "to build it: HART_INFER_BUILD_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir . in the sources, with nvcc"
 
 
 class View(ctypes.Structure):
-    """A tensor [groups, rows, width]: its address and its strides in elements; all zero where there is none."""
+    """A tensor [groups, rows, width]: its address and its strides in elements. All zero for None."""
 
     _fields_ = [("data", ctypes.c_void_p), ("group", ctypes.c_int64), ("row", ctypes.c_int64)]
 
     @staticmethod
     def of(x: Tensor | None) -> View:
-        """Of three dimensions, the last of stride 1. A dimension of one element has stride 0: no stride of it is ever used."""
+        """Describe x [groups, rows, width], last stride 1; dimensions of size 1 get stride 0, as theirs is never used."""
         if x is None:
             return View()
         group, row = (stride if size > 1 else 0 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
@@ -38,7 +38,7 @@ class View(ctypes.Structure):
 
 
 class Shape(ctypes.Structure):
-    """Groups, rows of a group, width."""
+    """The sizes of a tensor [groups, rows, width]."""
 
     _fields_ = [("groups", ctypes.c_int64), ("rows", ctypes.c_int64), ("width", ctypes.c_int64)]
 
@@ -55,7 +55,7 @@ class Library:
     """A loaded library."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where it can't be loaded or has another interface."""
+        """Load it. Raises OSError if that fails or its interface is another, AttributeError if it lacks a function."""
         self.path = path
         self._c = ctypes.CDLL(str(path))
         interface = self._c.hart_infer_interface()
@@ -67,7 +67,7 @@ class Library:
             getattr(self._c, f"hart_infer_{name}").argtypes = arguments
 
     def launch(self, name: str, x: Tensor, *arguments: Any) -> None:
-        """Call a launcher on the current stream of x's device; raises BackendError where CUDA refuses."""
+        """Call launcher `name` on the current stream of x's device. Raises BackendError if CUDA refuses."""
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else None
         code = getattr(self._c, f"hart_infer_{name}")(*arguments, stream)
         if code:
@@ -75,9 +75,10 @@ class Library:
 
     @lru_cache(maxsize=16)  # noqa: B019 - there is one library
     def failure(self, index: int) -> str | None:
-        """Why the driver doesn't take its code, such as one older than the CUDA that compiled it; None if it does.
+        """Launch a trial kernel on the current device; return the driver's error, None on success.
 
-        `index`: of the current device, for which the answer is. Want of memory is raised, and not remembered.
+        A driver older than the CUDA that compiled the library fails, for example. `index`: the current device, by which the
+        answer is cached. Raises OutOfMemoryError, which is not cached.
         """
         code = self._c.hart_infer_trial()
         if code == OUT_OF_MEMORY:
@@ -85,7 +86,7 @@ class Library:
         return self._c.hart_infer_error(code).decode() if code else None
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether it was built for such a GPU: for its generation, or as PTX for an older one."""
+        """Return whether it has code for `capability`: the same major version and no newer, or PTX that is no newer."""
         for major, minor, ptx in re.findall(r"(\d+)(\d)(\+PTX)?", self.targets):
             target = int(major), int(minor)
             if (ptx or target[0] == capability[0]) and target <= capability:
@@ -95,19 +96,19 @@ class Library:
 
 @lru_cache(maxsize=1)
 def load() -> Library | str:
-    """The library, or why there is none."""
+    """Load the library once; return it, or why there is none."""
     if not FILE.exists():
         reason = f"when this package was built, {REASON.read_text(encoding='utf-8').strip()}; " if REASON.exists() else ""
         return f"the compiled extension is absent ({reason}{HOW})"
     try:
         return Library(FILE)
     except (OSError, AttributeError) as error:
-        reason = str(error).replace(f"{FILE.parent}/", "")  # not where it lies: reports get posted
+        reason = str(error).replace(f"{FILE.parent}/", "")  # without the path: users post reports
         return f"the compiled extension can't be used ({reason}; {HOW})"
 
 
 def library() -> Library:
-    """The library; BackendError where there is none."""
+    """Return the library. Raises BackendError if there is none."""
     loaded = load()
     if isinstance(loaded, str):
         raise BackendError(f"The CUDA kernels can't run: {loaded}.")
@@ -115,7 +116,7 @@ def library() -> Library:
 
 
 def refusal(where: Any) -> str | None:
-    """Why the kernels don't run at a `Where` (device, dtype, capability), or None if they do."""
+    """Return why the kernels can't run at a `Where` (device, dtype, capability), or None if they can."""
     if where.dtype not in ACTIVATIONS:
         return f"{where.dtype} is not supported"
     loaded = load()
@@ -132,7 +133,7 @@ def refusal(where: Any) -> str | None:
 
 
 def describe() -> str:
-    """Whether the library is there and for which targets, in words."""
+    """Return for which targets the library was built, or why there is none, in words."""
     loaded = load()
     if isinstance(loaded, str):
         return loaded

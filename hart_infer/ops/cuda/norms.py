@@ -1,4 +1,7 @@
-"""Norms by compiled kernels: each function as the reference of its name in `hart_infer/ops`."""
+"""Compute norms by compiled kernels: each function does what the reference of its name in `hart_infer/ops` does.
+
+They raise ValueError for shapes, dtypes or devices that don't fit, BackendError where the kernel can't be launched.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,22 @@ MOST_COLUMNS = 2**30
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As the reference in `hart_infer/ops/rms_norm.py`."""
+    """Compute what the reference in `hart_infer/ops/rms_norm.py` computes."""
     return _rms_norm("rms_norm", x, None, weight, None, None, eps)[1]
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As the reference in `hart_infer/ops/rms_norm.py`."""
+    """Compute what the reference in `hart_infer/ops/rms_norm.py` computes."""
     return _rms_norm("add_rms_norm", x, update, weight, None, None, eps)
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """As the reference in `hart_infer/ops/rms_norm.py`."""
+    """Compute what the reference in `hart_infer/ops/rms_norm.py` computes."""
     return _rms_norm("rms_norm_modulate", x, None, weight, scale, shift, eps)[1]
 
 
 def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As the reference in `hart_infer/ops/rms_norm.py`."""
+    """Compute what the reference in `hart_infer/ops/rms_norm.py` computes."""
     name = "rms_norm_quantized"
     _check_size(name, x)
     if dtype not in (torch.int8, torch.float8_e4m3fn):
@@ -47,7 +50,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
-    """As the reference in `hart_infer/ops/layer_norm_modulate.py`."""
+    """Compute what the reference in `hart_infer/ops/layer_norm_modulate.py` computes."""
     return _layer_norm("layer_norm_modulate", x, None, None, weight, bias, scale, shift, eps)[1]
 
 
@@ -61,14 +64,14 @@ def gated_layer_norm_modulate(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference in `hart_infer/ops/layer_norm_modulate.py`."""
+    """Compute what the reference in `hart_infer/ops/layer_norm_modulate.py` computes."""
     return _layer_norm("gated_layer_norm_modulate", x, update, gate, weight, bias, scale, shift, eps)
 
 
 def _rms_norm(
     name: str, x: Tensor, update: Tensor | None, weight: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + update, the norm of it); x itself where there is no update. Parameters may be narrower than an fp32 x."""
+    """Return (x + update, its norm); x itself without update. With x in fp32, parameters may be in half precision."""
     _check_size(name, x)
     parameters = weight.dtype if x.dtype == torch.float32 and weight.dtype in ACTIVATIONS else x.dtype
     weight = _vector(name, "weight", weight, x, parameters)
@@ -98,7 +101,7 @@ def _layer_norm(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * update, the modulated norm of it); x itself where there is no update."""
+    """Return (x + gate * update, its modulated norm); x itself without update."""
     _check_size(name, x)
     weight = None if weight is None else _vector(name, "weight", weight, x, x.dtype)
     bias = None if bias is None else _vector(name, "bias", bias, x, x.dtype)
@@ -119,7 +122,7 @@ def _layer_norm(
 
 
 def _check_size(name: str, x: Tensor) -> None:
-    """Raise ValueError where the launchers could not count the rows or columns of `x`, or there are none of them."""
+    """Raise ValueError if `x` is 0-d or exceeds the launchers' row and column counts."""
     if x.dim() == 0:
         raise ValueError(f"{name}: x must have a last dimension.")
     if x.shape[-1] > MOST_COLUMNS or x.numel() > MOST_ROWS * x.shape[-1]:
@@ -127,7 +130,7 @@ def _check_size(name: str, x: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` [..., D] as [groups, rows, D] of stride 1 along D: a view, but for unusual strides."""
+    """Return `x` [..., D] as [groups, rows, D] of stride 1 along D; copied only if strides require it."""
     x = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
@@ -140,7 +143,7 @@ def _check(name: str, argument: str, y: Tensor, x: Tensor, dtype: torch.dtype) -
 
 
 def _vector(name: str, argument: str, y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y` [D], contiguous."""
+    """Check `y` [D] and return it contiguous. Raises ValueError."""
     _check(name, argument, y, x, dtype)
     if y.shape != x.shape[-1:]:
         raise ValueError(f"{name}: {argument} must be {list(x.shape[-1:])}, not {list(y.shape)}.")
@@ -148,7 +151,7 @@ def _vector(name: str, argument: str, y: Tensor, x: Tensor, dtype: torch.dtype) 
 
 
 def _like(name: str, argument: str, y: Tensor | None, x: Tensor, dtype: torch.dtype, *, shared: bool = True) -> Tensor | None:
-    """`y` as rows of x's shape; with `shared`, dimensions of one before the last are repeated, without a copy."""
+    """Return `y` as rows of x's shape. `shared`: broadcast size-1 dimensions before the last. Raises ValueError."""
     if y is None:
         return None
     _check(name, argument, y, x, dtype)
