@@ -33,3 +33,13 @@ class BackendError(HartError, RuntimeError):
 
 class OutOfMemoryError(HartError, RuntimeError):
     """The device ran out of memory; the message says what to reduce."""
+
+
+# What torch's allocators say in a RuntimeError: CUDA and MPS, CPU on Unix, CPU on Windows, cuBLAS.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python's or a device's allocator raised `error`."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return told or isinstance(error, MemoryError)

@@ -49,10 +49,10 @@ def _unordered(image):
 @triton.jit(do_not_specialize=["top_k"])
 def threshold_kernel(
     logits, thresholds,
-    x_half, x_image, x_token, vocabulary, with_guidance, guidance, top_k, removable,
+    x_half, x_image, x_token, vocab_size, with_guidance, guidance, top_k, removable,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write one token's lowest kept logit to thresholds [B, L] fp32; grid (L, B). BLOCK: the vocabulary's next power of two.
+    """Write one token's lowest kept logit to thresholds [B, L] fp32; grid (L, B). BLOCK: vocab_size's next power of two.
 
     With logits as ordered integers, top-k's threshold is the largest integer that at least top_k logits reach; top-p's is the
     largest below which the probabilities left by top-k add up to at most removable = 1 - p. with_guidance: 1 + guidance.
@@ -60,13 +60,13 @@ def threshold_kernel(
     image, token = tl.program_id(1).to(tl.int64), tl.program_id(0)
     code = tl.arange(0, BLOCK)
     place = image * x_image + token.to(tl.int64) * x_token + code
-    x = _guided(logits, place, code < vocabulary, x_half, with_guidance, guidance, GUIDED)
+    x = _guided(logits, place, code < vocab_size, x_half, with_guidance, guidance, GUIDED)
     ordered = _ordered(x)
     lowest = tl.full([], 0, tl.uint32)
     if TOP_K:
         bit = tl.full([], 0x80000000, tl.uint32)
         for _ in range(32):
-            reached = tl.sum(((ordered >= (lowest | bit)) & (code < vocabulary)).to(tl.int32), 0)
+            reached = tl.sum(((ordered >= (lowest | bit)) & (code < vocab_size)).to(tl.int32), 0)
             lowest = tl.where(reached >= top_k, lowest | bit, lowest)
             bit = bit >> 1
     if TOP_P:
@@ -93,7 +93,7 @@ def _gumbel(word):
 @triton.jit(do_not_specialize=["tokens"])
 def draw_kernel(
     logits, codebook, seeds, offset, thresholds, indices, embeddings,
-    x_half, x_image, x_token, tokens, vocabulary, channels, with_guidance, guidance, logit_gain, rate,
+    x_half, x_image, x_token, tokens, vocab_size, channels, with_guidance, guidance, logit_gain, rate,
     GUIDED: tl.constexpr, FILTERED: tl.constexpr, MORE_SMOOTH: tl.constexpr,
     TOKENS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -120,9 +120,9 @@ def draw_kernel(
     largest = tl.full([TOKENS], float("-inf"), tl.float32)
     total = tl.zeros([TOKENS], tl.float32)
     mixture = tl.zeros([TOKENS, WIDTH], tl.float32)
-    for start in range(0, vocabulary, CODES):
+    for start in range(0, vocab_size, CODES):
         code = start + tl.arange(0, CODES)
-        valid = known[:, None] & (code[None, :] < vocabulary)
+        valid = known[:, None] & (code[None, :] < vocab_size)
         x = _guided(logits, row[:, None] + code[None, :], valid, x_half, with_guidance, guidance, GUIDED)
         failed = tl.maximum(failed, tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 1))
         kept = valid & (x >= lowest[:, None])
@@ -138,7 +138,7 @@ def draw_kernel(
             weight = tl.exp2((noisy - base[:, None]) * rate)
             shrink = tl.exp2((largest - base) * rate)
             total = total * shrink + tl.sum(weight, 1)
-            in_table = (code[:, None] < vocabulary) & (lane[None, :] < channels)
+            in_table = (code[:, None] < vocab_size) & (lane[None, :] < channels)
             table = tl.load(codebook + code[:, None] * channels + lane[None, :], mask=in_table, other=0.0)
             mixture = tl.dot(weight, table, mixture * shrink[:, None], input_precision="ieee")
             largest = larger
@@ -194,25 +194,25 @@ def guided_sample(
     _check(logits, codebook, seeds, offset)
     if not 0 <= top_p <= 1 or (more_smooth and not temperature > 0):
         raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
-    (rows, tokens, vocabulary), channels, images = logits.shape, codebook.shape[1], len(seeds)
+    (rows, tokens, vocab_size), channels, images = logits.shape, codebook.shape[1], len(seeds)
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     indices = logits.new_empty(images, tokens, dtype=torch.int64)
     embeddings = logits.new_empty(images, tokens, channels, dtype=torch.float32)
     if not indices.numel():
         return indices, embeddings
-    guided, cuts = rows > images, (0 < top_k < vocabulary, top_p > 0)
+    guided, cuts = rows > images, (0 < top_k < vocab_size, top_p > 0)
     strides = (images * logits.stride(0), logits.stride(0), logits.stride(1))
     thresholds = logits.new_empty(images, tokens, dtype=torch.float32) if any(cuts) else embeddings
     if any(cuts):
-        block = triton.next_power_of_2(vocabulary)
+        block = triton.next_power_of_2(vocab_size)
         threshold_kernel[(tokens, images)](
-            logits, thresholds, *strides, vocabulary, 1 + guidance, guidance, top_k, 1 - top_p,
+            logits, thresholds, *strides, vocab_size, 1 + guidance, guidance, top_k, 1 - top_p,
             GUIDED=guided, TOP_K=cuts[0], TOP_P=cuts[1], BLOCK=block,
             num_warps=warps_for(block), enable_fp_fusion=False,  # both launches must round the guided logits alike
         )  # fmt: skip
     draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
         logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,
-        *strides, tokens, vocabulary, channels, 1 + guidance, guidance, logit_gain, LOG2E / temperature,
+        *strides, tokens, vocab_size, channels, 1 + guidance, guidance, logit_gain, LOG2E / temperature,
         GUIDED=guided, FILTERED=any(cuts), MORE_SMOOTH=more_smooth,
         TOKENS=TOKENS, CODES=CODES, WIDTH=max(16, triton.next_power_of_2(channels)), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from hart_infer import HartPipeline, InputError
 from hart_infer.checkpoints.hart import find_checkpoint
-from hart_infer.checkpoints.layouts import EMBEDDED_MODEL
+from hart_infer.checkpoints.layouts import BUNDLED_MODEL
 
 SAME = 32.0  # dB
 REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at
@@ -46,15 +46,15 @@ def test_it_is_the_default_and_needs_no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     pipe = HartPipeline.from_pretrained(device="cpu")
-    assert pipe.name == EMBEDDED_MODEL and pipe.sizes == (96,) and pipe.text_encoder is not None
-    assert EMBEDDED_MODEL in pipe.describe()
+    assert pipe.name == BUNDLED_MODEL and pipe.sizes == (96,) and pipe.text_encoder is not None
+    assert BUNDLED_MODEL in pipe.describe()
 
 
 def test_its_bare_name_is_never_a_folder_nearby(monkeypatch, tmp_path, hart_tiny):
-    (tmp_path / EMBEDDED_MODEL).symlink_to(hart_tiny, target_is_directory=True)
+    (tmp_path / BUNDLED_MODEL).symlink_to(hart_tiny, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint(EMBEDDED_MODEL).transformer.patch_nums == (1, 2, 3, 5, 8, 12)
-    for folder in (f"./{EMBEDDED_MODEL}", Path(EMBEDDED_MODEL)):
+    assert find_checkpoint(BUNDLED_MODEL).transformer.patch_nums == (1, 2, 3, 5, 8, 12)
+    for folder in (f"./{BUNDLED_MODEL}", Path(BUNDLED_MODEL)):
         assert "llm" in str(find_checkpoint(folder).transformer_files[0])
 
 

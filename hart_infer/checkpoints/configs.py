@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from ..errors import CheckpointNotFoundError, ConfigError
 
 MAX_JSON_BYTES = 2**24  # a limit; real files have a few KB
+MAX_GUIDANCE = 1000.0  # above useful values, below what overflows the logits
 ConfigT = TypeVar("ConfigT")
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,10 @@ def _means(value: Any, allowed: Any) -> bool:
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """Convert lists of ints to tuples, ints to floats, 0 and 1 to bools, as `hint` asks. Raises ConfigError for other types."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{where} must be a number that fits a float.") from error
     if hint in (int, float, bool, str) and type(value) is hint:
         return value
     if hint is bool and type(value) is int and value in (0, 1):

@@ -7,7 +7,6 @@ Released: `llm/` (transformer; `ema_model.bin` beside `model.safetensors`) and `
 from __future__ import annotations
 
 import logging
-import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..models.hart import HartConfig, HartTransformer
 from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.text import TextEncoder
-from .configs import BOOKKEEPING, Keys, config_from_dict, config_to_dict, read_config, read_json
+from .configs import BOOKKEEPING, MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
 from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
 from .saving import WritePart, check_shard_size, save_checkpoint, write_module
@@ -120,7 +119,8 @@ class Defaults:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that no call accepts."""
-        require(0 <= self.guidance_scale < math.inf, f"guidance_scale must be 0 or more, not {self.guidance_scale}.")
+        guidance = self.guidance_scale
+        require(0 <= guidance <= MAX_GUIDANCE, f"guidance_scale must be from 0 to {MAX_GUIDANCE:g}, not {guidance}.")
         require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from ..errors import CheckpointNotFoundError
 from .hub import HubOptions, Repository, file_names
 
 INDEX = "model_index.json"  # of the project's own layout, which `save_pretrained` writes
-EMBEDDED_MODEL = "hart-mini"  # comes with this package, in assets/
+BUNDLED_MODEL = "hart-mini"  # comes with this package, in assets/
 RELEASED_MODEL = "mit-han-lab/hart-0.7b-1024px"
 _ASSETS = Path(__file__).parents[1] / "assets"
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
@@ -66,9 +66,9 @@ def open_source(repo_or_path: str | Path, markers: Iterable[str], hub: HubOption
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:
-    """Return the path, `~` expanded, or None if it doesn't exist; the embedded model's bare name gives its folder here."""
-    if str(repo_or_path) == EMBEDDED_MODEL and not isinstance(repo_or_path, Path):
-        return _ASSETS / EMBEDDED_MODEL
+    """Return the path, `~` expanded, or None if it doesn't exist; the bundled model's bare name gives its folder here."""
+    if str(repo_or_path) == BUNDLED_MODEL and not isinstance(repo_or_path, Path):
+        return _ASSETS / BUNDLED_MODEL
     path = Path(os.path.expanduser(repo_or_path))
     try:
         return path if path.exists() else None
@@ -101,7 +101,7 @@ def _root(path: Path, markers: tuple[str, ...]) -> Path:
 
 
 def choose_weights(
-    names: Iterable[str], folder: str, stems: Sequence[str], variant: str | None, origin: str
+    names: Collection[str], folder: str, stems: Sequence[str], variant: str | None, origin: str
 ) -> tuple[str, ...]:
     """Choose the weights of one folder: the first stem that exists, safetensors before .bin, one file or all its shards.
 

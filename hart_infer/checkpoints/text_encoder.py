@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointNotFoundError, ConfigError, WeightsError
+from ..errors import CheckpointNotFoundError, ConfigError, WeightsError, is_out_of_memory
 from ..models.text import TextEncoder
 from .configs import read_json
 from .hub import HUB, HubOptions, Repository
@@ -66,6 +66,8 @@ def load_text_encoder(
             model, report = _load_model(path, dtype)
             tokenizer = _load_tokenizer(path)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if _was_refused(error):
             raise WeightsError(
                 f"The text encoder in {path} holds more than tensors and was refused: loading it could run code. Use "

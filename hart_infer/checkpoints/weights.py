@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointNotFoundError, WeightsError
+from ..errors import CheckpointNotFoundError, WeightsError, is_out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -95,7 +95,7 @@ class _Checked:
     def add(self, stored_name: str, tensor: Tensor) -> None:
         """Add a tensor, or a third of a merged one."""
         renamed = self._rename(stored_name) or ""
-        name, _, part = renamed.partition("[")
+        name, _, part = ("", "", "") if "[" in stored_name else renamed.partition("[")
         shape = self.expected.get(name)
         if shape is not None and part:
             shape = torch.Size([shape[0] // 3])
@@ -220,9 +220,11 @@ def _load_pickle(file: Path) -> object:
     """Load a file by `torch.load` without running code; it is mapped unless it is in PyTorch's old format."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception as error:  # arbitrary bytes can raise anything
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(
             f"{file} is not a plain file of tensors and was refused, as reading it could run code: it is damaged or holds "
             "Python objects. Download it again, or use a safetensors file."

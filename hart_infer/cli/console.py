@@ -94,5 +94,10 @@ def _show_warning(
 
 
 class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}"
+    """One line that names the program and the level in lower case; a traceback follows if the record has one."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{PROGRAM}: %(levelname)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return super().formatMessage(logging.makeLogRecord(record.__dict__ | {"levelname": record.levelname.lower()}))

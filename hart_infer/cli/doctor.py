@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL, RELEASED_MODEL
 from ..version import __version__
 from . import machine, options
 from .console import emit_json, emit_table
@@ -141,7 +141,7 @@ def _defaults() -> dict[str, Any]:
     return {
         "device": f"{choice.device}: {choice.device_reason}",
         "dtype": f"{choice.dtype}: {choice.dtype_reason}",
-        "model": EMBEDDED_MODEL,
+        "model": BUNDLED_MODEL,
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED, check_prompts, check_seeds
 from . import options
 from .console import UsageError, note
 from .loading import load_pipeline
@@ -133,7 +134,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED
 
     group = parser.add_argument_group("sampling")
     add = group.add_argument
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = load_pipeline(model, MachineOptions.of(args), text_encoder=model.text_encoder, quiet=args.quiet)
     sampling = SamplingOptions.of(args).completed(pipe)
     writer.made_with(asdict(sampling), model, pipe)
-    writer.check_grid_size(sampling.size or max(pipe.sizes))
+    writer.check_grid_size(options.side(args.size, pipe.sizes))
     if not args.quiet and args.seed is None:
         note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
     _generate(pipe, plan.jobs, sampling, writer, previews, batch_size=args.batch_size, quiet=args.quiet)
@@ -198,7 +198,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_seeds(first: int, count: int) -> None:
-    from ..pipelines.checks import check_seeds
 
     try:
         check_seeds(first, count, "--seed")
@@ -246,7 +245,6 @@ def _factored(prompts: list[str]) -> tuple[list[str], int]:
 
 def _prompts(given: Sequence[str], file: str | None) -> list[str]:
     """Return the prompts of the command line, then those of the file. Raises UsageError or InputError."""
-    from ..pipelines.checks import check_prompts
 
     prompts = [*given, *(_read_prompts(file) if file is not None else [])]
     if not prompts:

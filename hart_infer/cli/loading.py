@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..checkpoints.layouts import EMBEDDED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL, RELEASED_MODEL
 from .console import note
 from .machine import choose
 from .options import MachineOptions, ModelOptions
@@ -20,7 +20,7 @@ def load_pipeline(
     from ..pipelines.hart import HartPipeline
 
     choice = choose(machine.device, machine.dtype)
-    name = model.model or EMBEDDED_MODEL
+    name = model.model or BUNDLED_MODEL
     if quiet:
         silence_others()
     else:
@@ -31,7 +31,7 @@ def load_pipeline(
         revision=model.revision,
         local_files_only=model.local_files_only,
         use_ema=model.use_ema,
-        torch_dtype=choice.torch_dtype,
+        dtype=choice.torch_dtype,
         device=choice.device,
     )
     if machine.threads is not None:
@@ -39,7 +39,7 @@ def load_pipeline(
     if quiet:
         pipe.set_progress_bar_config(disable=True)
     elif model.model is None:
-        drawn = f"{EMBEDDED_MODEL} draws emoji at {max(pipe.sizes)} px"
+        drawn = f"{BUNDLED_MODEL} draws emoji at {max(pipe.sizes)} px"
         note(f"{drawn}; for other subjects, at 1024 px, use -m {RELEASED_MODEL} (a download)")
     return pipe
 

@@ -20,7 +20,7 @@ DEFAULT_REASONS = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class MachineChoice:
     """A device, a dtype (one of DTYPES, or STORED) and the reasons for them."""
 
     device: str
@@ -36,7 +36,7 @@ class Choice:
         return getattr(torch, DTYPES[self.dtype]) if self.dtype in DTYPES else None
 
 
-def choose(device: str | None = None, dtype: str | None = None) -> Choice:
+def choose(device: str | None = None, dtype: str | None = None) -> MachineChoice:
     """Choose a device and dtype for arguments that are None. Raises InputError if `device` is not there."""
     from ..pipelines.arguments import check_device
 
@@ -44,7 +44,7 @@ def choose(device: str | None = None, dtype: str | None = None) -> Choice:
     chosen = str(check_device(device))
     device_reason = asked if device else DEFAULT_REASONS[chosen]
     dtype, dtype_reason = (dtype, asked) if dtype else _choose_dtype(chosen)
-    return Choice(chosen, dtype, device_reason, dtype_reason)
+    return MachineChoice(chosen, dtype, device_reason, dtype_reason)
 
 
 def _choose_dtype(device: str) -> tuple[str, str]:

@@ -6,12 +6,14 @@ import argparse
 import math
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoints.layouts import EMBEDDED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL
 from ..errors import InputError
+from ..pipelines.checks import check_float, check_int, check_size, check_steps
+from .console import UsageError
 from .machine import DTYPES
 
 Commands = Any  # argparse keeps the type of add_subparsers' result private
@@ -21,7 +23,7 @@ Commands = Any  # argparse keeps the type of add_subparsers' result private
 class ModelOptions:
     """The checkpoint, and which of its weights to load."""
 
-    model: str | None  # None is the embedded model
+    model: str | None  # None is the bundled model
     revision: str | None
     local_files_only: bool
     use_ema: bool
@@ -89,7 +91,7 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
         "--model",
         metavar="PATH|ID",
         type=named,
-        help=f"checkpoint folder or Hugging Face id (default: {EMBEDDED_MODEL}, which is in the package)",
+        help=f"checkpoint folder or Hugging Face id (default: {BUNDLED_MODEL}, which is in the package)",
     )
     add_source(group)
     return group
@@ -138,6 +140,16 @@ def public_name(path_or_id: str) -> str:
     return path_or_id
 
 
+def side(size: int | None, sizes: Sequence[int]) -> int:
+    """Return --size, or the largest of a model's `sizes`. Raises UsageError for a size that the model lacks."""
+
+    try:
+        check_size(size, sizes, "--size")
+    except InputError as error:
+        raise UsageError(str(error)) from error
+    return size or max(sizes)
+
+
 # argparse's types; each makes a check that a pipeline's call makes too.
 
 
@@ -145,7 +157,6 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return a parser of whole numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> int:
-        from ..pipelines.checks import check_int
 
         return _checked(lambda: check_int(_number(int, text), "", low, high))
 
@@ -156,7 +167,6 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Return a parser of finite numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> float:
-        from ..pipelines.checks import check_float
 
         return _checked(lambda: check_float(_number(float, text), "", low, high))
 
@@ -165,7 +175,6 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 def steps(text: str) -> int:
     """Parse a number of residual diffusion steps. Raises ArgumentTypeError."""
-    from ..pipelines.checks import check_steps
 
     return _checked(lambda: check_steps(_number(int, text), ""))
 

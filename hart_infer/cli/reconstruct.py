@@ -7,12 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
 from ..images.files import make_grid, save_picture
 from ..images.reading import read_image
-from ..pipelines.checks import check_size
 from . import options
-from .console import UsageError, emit, emit_json
+from .console import emit, emit_json
 from .loading import load_pipeline
 from .options import MachineOptions, ModelOptions
 from .writing import check_outputs
@@ -63,11 +61,7 @@ def run(args: argparse.Namespace) -> int:
     source = read_image(args.image)
     check_outputs([Path(args.out)], replace=True)
     pipe = load_pipeline(ModelOptions.of(args), MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
-    side = args.size or max(pipe.sizes)
-    try:
-        check_size(side, pipe.sizes, "--size")
-    except InputError as error:
-        raise UsageError(str(error)) from error
+    side = options.side(args.size, pipe.sizes)
     original = fit(source, side)
     modes: tuple[Any, ...] = ("discrete", "hybrid") if args.mode == "both" else (args.mode,)
     results: dict[str, Any] = {mode: pipe.reconstruct(original, mode=mode) for mode in modes}

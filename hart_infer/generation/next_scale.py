@@ -28,9 +28,9 @@ class Prefix:
 
     keys: Tensor  # [depth, R, H, L, d]: of the condition's L tokens
     values: Tensor
-    hidden: Tensor  # [R, 1, D]: of the last token, gives scale 0's logits
+    hidden_states: Tensor  # [R, 1, D]: of the last token, gives scale 0's logits
     modulation: Modulation  # R rows
-    shift: Tensor  # [R]: added to the positions of the image tokens
+    last_position: Tensor  # [R]: added to the positions of the image tokens
 
 
 class CacheOwner(Protocol):
@@ -72,7 +72,7 @@ def prefill(transformer: NextScaleTransformer, condition: Condition, cache: KVCa
         each = kept[:, rows, :, :length].unflatten(1, (count, -1))
         each[:, :, 1:].copy_(each[:, :, :1])
     keys, values = cache.keys[:, first, :, :length], cache.values[:, first, :, :length]
-    return Prefix(keys, values, hidden[:, -1:].clone(), condition.modulation, condition.shift)
+    return Prefix(keys, values, hidden[:, -1:].clone(), condition.modulation, condition.last_position)
 
 
 def prefill_alone(transformer: NextScaleTransformer, condition: Condition) -> Prefix:
@@ -86,13 +86,13 @@ def _prefill_copies(transformer: NextScaleTransformer, condition: Condition) -> 
     rows, length = condition.inputs.shape[:2]
     cache, once = new_cache(transformer, rows=rows, length=length), slice(None, None, condition.copies)
     hidden = transformer(condition.inputs, condition.modulation, condition.table, cache.at(0, length))
-    modulation, shift = condition.modulation.rows(once), condition.shift[once]
-    return Prefix(cache.keys[:, once], cache.values[:, once], hidden[once, -1:].clone(), modulation, shift)
+    modulation, last_position = condition.modulation.rows(once), condition.last_position[once]
+    return Prefix(cache.keys[:, once], cache.values[:, once], hidden[once, -1:].clone(), modulation, last_position)
 
 
 def copy_prefix(prefix: Prefix, cache: KVCache, rows: slice) -> None:
     """Copy the keys and values of each of R conditions into len(rows) / R consecutive rows of the cache."""
-    count, length = len(prefix.hidden), prefix.keys.shape[3]
+    count, length = len(prefix.hidden_states), prefix.keys.shape[3]
     for kept, given in ((cache.keys, prefix.keys), (cache.values, prefix.values)):
         kept[:, rows, :, :length].unflatten(1, (count, -1)).copy_(given[:, :, None])
 
@@ -113,14 +113,12 @@ class GenerationState:
         """`prefixes`: the conditional and, with guidance, the unconditional one, both in `cache`, which is `owner`'s."""
         self.transformer, self.quantizer, self.schedule, self.sampler = transformer, quantizer, schedule, sampler
         self.batch_size = sampler.batch_size
-        index = [
-            torch.arange(len(prefix.hidden), device=transformer.device).repeat_interleave(self.batch_size // len(prefix.hidden))
-            for prefix in prefixes
-        ]
-        self.hidden = prefixes[0].hidden[index[0]]  # [B, 1, D]: scale 0's
+        rows = [torch.arange(len(prefix.hidden_states), device=transformer.device) for prefix in prefixes]
+        index = [row.repeat_interleave(self.batch_size // len(row)) for row in rows]
+        self.hidden_states = prefixes[0].hidden_states[index[0]]  # [B, 1, D]: scale 0's
         self.modulation = Modulation.cat([p.modulation.rows(i) for p, i in zip(prefixes, index, strict=True)])
-        shift = torch.cat([p.shift[i] for p, i in zip(prefixes, index, strict=True)])
-        self.tables = transformer.image_tables([stage.side for stage in schedule], shift)
+        last_position = torch.cat([p.last_position[i] for p, i in zip(prefixes, index, strict=True)])
+        self.tables = transformer.image_tables([stage.side for stage in schedule], last_position)
         side, channels = schedule.latent_side, transformer.word_embed.in_features
         self.f_hat = torch.zeros(self.batch_size, channels, side, side, device=transformer.device)  # fp32
         self.indices: list[Tensor] = []  # per finished scale [B, p * p] int64
@@ -147,7 +145,7 @@ class GenerationState:
 def run_scale(state: GenerationState, stage: Stage) -> None:
     """Advance a state by one scale: hidden states, logits, codes, and what they add to f_hat."""
     transformer, sampler, codebook = state.transformer, state.sampler, state.quantizer.codebook.weight
-    hidden = state.hidden if stage.prefilled else _hidden(state, stage)
+    hidden = state.hidden_states if stage.prefilled else _hidden(state, stage)
     if stage.ends_cache:
         state.end_cache()  # frees most of the memory, before the largest logits and the diffusion are allocated
     logits = transformer.head(hidden, state.modulation.head[: len(hidden)])

@@ -104,8 +104,8 @@ class GeneratorSampler:
         """
         if not probabilities.sum().isfinite():
             raise WeightsError(NOT_FINITE)
-        batch_size, length, vocabulary = probabilities.shape
-        rows = probabilities.cpu().reshape(len(self._generators), -1, vocabulary)
+        batch_size, length, vocab_size = probabilities.shape
+        rows = probabilities.cpu().reshape(len(self._generators), -1, vocab_size)
         drawn = [
             (group / _exponential(group.shape, generator)).argmax(dim=-1)
             for group, generator in zip(rows, self._generators, strict=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 METADATA_KEY = "hart_infer"
+SOFTWARE = "hart-infer"  # how the Software entry begins, which tells our pictures from others
 EXIF_DESCRIPTION = 0x010E
 EXIF_SOFTWARE = 0x0131
 MAX_EXIF_BYTES = 65000  # one JPEG segment
@@ -108,7 +109,9 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                text = image.info.get(METADATA_KEY) or image.getexif().get(EXIF_DESCRIPTION)
+                exif = image.getexif()
+                is_ours = str(exif.get(EXIF_SOFTWARE)).startswith(SOFTWARE)
+                text = image.info.get(METADATA_KEY) or (exif.get(EXIF_DESCRIPTION) if is_ours else None)
         values = json.loads(text) if text else None
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
@@ -162,7 +165,7 @@ def _save_options(image: Image, path: str | Path, file_format: str, metadata: Ma
     if metadata is None:
         return options
     text = json.dumps(metadata)
-    software = str(metadata.get("software", "hart-infer"))
+    software = str(metadata.get("software", SOFTWARE))
     if file_format == "PNG":
         chunks = PngInfo()
         chunks.add_text(METADATA_KEY, text)
@@ -195,8 +198,8 @@ def _whole_file(path: str | Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
-        with suppress(OSError):
-            for folder in missing:
+        for folder in missing:
+            with suppress(OSError):
                 folder.rmdir()
         raise
 

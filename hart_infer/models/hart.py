@@ -126,7 +126,7 @@ class HartTransformer(NextScaleTransformer):
             inputs=embedded + self.embed_scale(0),
             table=context_table(position_ids, self.head_dim, self.dtype),
             modulation=self.modulate(self.pool(embedded, mask), maximum(embedded, mask)),
-            shift=position_ids[:, -1],
+            last_position=position_ids[:, -1],
             copies=copies,
         )
 
@@ -148,9 +148,9 @@ class HartTransformer(NextScaleTransformer):
         embedding: Tensor = self.level_embed(torch.full((1,), index, device=self.device))
         return embedding
 
-    def image_tables(self, sides: Sequence[int], shift: Tensor) -> list[Table]:
+    def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
         """cos, sin [R, 1, side * side, d] of every scale."""
-        return image_tables(sides, self.config.patch_nums[-1], shift, self.head_dim, self.dtype)
+        return image_tables(sides, self.config.patch_nums[-1], last_position, self.head_dim, self.dtype)
 
     def residual_condition(self, hidden: Tensor, code_embeddings: Tensor) -> Tensor:
         """The residual diffusion's condition z [R, L, D] from the last scale's hidden states and drawn codes [B, L, C]."""

@@ -28,7 +28,7 @@ class Condition:
     inputs: Tensor  # [R, L, D]: the tokens of scale 0, embedded
     table: Table  # their rotary angles
     modulation: Modulation
-    shift: Tensor  # [R] int64: added to the positions of the image tokens
+    last_position: Tensor  # [R] int64: added to the positions of the image tokens
     copies: int = 1  # so many consecutive rows are the same: repeated to round as SteadyLinear says
 
 
@@ -108,8 +108,8 @@ class NextScaleTransformer(nn.Module, ABC):
         """Return what is added to the embedded tokens of scale `index`: [1, D] or [L, D]."""
 
     @abstractmethod
-    def image_tables(self, sides: Sequence[int], shift: Tensor) -> list[Table]:
-        """Return the rotary angles of every scale's side * side tokens, whose positions are shifted by `shift` [R]."""
+    def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
+        """Return the rotary angles of every scale's side * side tokens, whose positions are shifted by `last_position` [R]."""
 
     def modulate(self, block_condition: Tensor, head_condition: Tensor) -> Modulation:
         """Compute the vectors of all adaptive norms from the blocks' and the head's condition, [R, D] each."""

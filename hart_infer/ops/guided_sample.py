@@ -51,9 +51,9 @@ def guided_sample(
 
 def _noise(logits: Tensor, seeds: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Draw Gumbel noise [B, L, V] fp32, shaped as `logits`, twice; one image at a time, as the int64 words take memory."""
-    _, length, vocabulary = logits.shape
+    _, length, vocab_size = logits.shape
     token = torch.arange(length, device=logits.device)[:, None]
-    code = torch.arange(vocabulary, device=logits.device)
+    code = torch.arange(vocab_size, device=logits.device)
     draws = []
     for seed in seeds.unbind():
         race, mixing, _, _ = philox((code, token, offset & 0xFFFFFFFF, (offset >> 32) & 0xFFFFFFFF), seed)

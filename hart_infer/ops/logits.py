@@ -18,8 +18,8 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     `top_k`: keep the k largest and ties with the k-th. `top_p`: then drop the least likely of the rest while their
     probabilities add up to at most 1 - top_p, never the best one. 0 disables either.
     """
-    vocabulary = logits.shape[-1]
-    if 0 < top_k < vocabulary:
+    vocab_size = logits.shape[-1]
+    if 0 < top_k < vocab_size:
         lowest = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits.masked_fill_(logits < lowest, -torch.inf)
     if top_p > 0:

@@ -78,7 +78,7 @@ class Backend:
         """Return its limit in words, or None if it has none."""
         return getattr(self.module(), "LIMIT", None)
 
-    def beyond(self) -> Any:
+    def limit_error(self) -> Any:
         """Return the exception that it raises for arguments beyond its limit; () if it has none."""
         return getattr(self.module(), "LimitExceeded", ())
 
@@ -90,7 +90,7 @@ class Choice(Generic[P, R]):
     backend: str
     function: Callable[P, R]
     refusals: dict[str, str]
-    beyond: Any = ()
+    limit_error: Any = ()
 
 
 class Op(Generic[P, R]):
@@ -144,7 +144,7 @@ class Op(Generic[P, R]):
                 _tell(self.name, Where.of(x), choice)
             try:
                 return choice.function(*args, **kwargs)
-            except choice.beyond as limit:
+            except choice.limit_error as limit:
                 if forced:
                     raise BackendError(f"{limit} Leave the choice to the library.") from None
                 _warn_once(f"{self.name} runs on PyTorch: {limit}")
@@ -175,14 +175,14 @@ class Op(Generic[P, R]):
             reason = self.backends[forced].refusal(where)
             if reason is not None:
                 raise BackendError(f"{self.name} can't run by {forced} on {where}: {reason}. Leave the choice to the library.")
-            return Choice(forced, self.backends[forced].function(), {}, self.backends[forced].beyond())
+            return Choice(forced, self.backends[forced].function(), {}, self.backends[forced].limit_error())
         refusals: dict[str, str] = {}
         if where.device == "cpu":
             return Choice(REFERENCE, self.reference, dict.fromkeys(self.backends, "kernels are for GPUs"))
         for name, backend in self.backends.items():
             reason = backend.refusal(where)
             if reason is None:
-                return Choice(name, backend.function(), refusals, backend.beyond())
+                return Choice(name, backend.function(), refusals, backend.limit_error())
             refusals[name] = reason
         return Choice(REFERENCE, self.reference, refusals)
 

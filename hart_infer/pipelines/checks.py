@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from ..checkpoints.configs import MAX_GUIDANCE as MAX_GUIDANCE
 from ..errors import InputError
 
 MAX_SEED = 2**64 - 1  # what a torch.Generator takes
-MAX_GUIDANCE = 1000.0  # above useful values, below what overflows the logits
 MAX_STEPS = 1000  # the residual diffusion's training steps
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

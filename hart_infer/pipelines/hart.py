@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoints import hart as checkpoints
 from ..checkpoints.hart import Defaults, find_checkpoint
 from ..checkpoints.hub import HubOptions
-from ..checkpoints.layouts import EMBEDDED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL
 from ..checkpoints.text_encoder import load_text_encoder
 from ..engine.cpu import cpu_threads
 from ..errors import InputError
@@ -63,7 +63,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
     @classmethod
     def from_pretrained(
         cls,
-        repo_or_path: str | Path = EMBEDDED_MODEL,
+        repo_or_path: str | Path = BUNDLED_MODEL,
         *,
         text_encoder: str | Path | Literal[False] | None = None,
         revision: str | None = None,

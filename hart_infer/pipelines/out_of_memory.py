@@ -9,10 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import OutOfMemoryError
+from ..errors import OutOfMemoryError, is_out_of_memory
 
-# What torch's allocators say where they raise a plain RuntimeError: CPU on Unix, CPU on Windows, MPS.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 _OURS = ("hart_infer", "torch")
 
 
@@ -54,13 +52,6 @@ def out_of_memory_advice() -> Iterator[None]:
             "dtype=torch.bfloat16, call enable_decoder_tiling() or enable_model_cpu_offload(), or free what else is on the "
             "device."
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's allocator raised this."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _release(error: BaseException) -> None:

@@ -89,7 +89,7 @@ def forward(
     place: Any = cache.at(stages[0])
     hidden = [transformer(condition.inputs, condition.modulation, condition.table, place)[:, -1:]]
     for stage, latent in zip(stages[1:], inputs, strict=True):
-        (table,), place = transformer.image_tables([stage.side], condition.shift), cache.at(stage)
+        (table,), place = transformer.image_tables([stage.side], condition.last_position), cache.at(stage)
         hidden.append(transformer(transformer.embed_tokens(latent, stage.index), condition.modulation, table, place))
     return hidden, condition.modulation
 

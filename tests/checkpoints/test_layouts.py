@@ -72,7 +72,9 @@ def test_defaults_are_the_indexs(make: Make) -> None:
         ('{"guidance": 3}', "defaults has keys that hart_infer does not know: guidance"),
         ('{"top_k": 50}', "defaults has keys that hart_infer does not know: top_k"),
         ("null", "defaults must be an object, not None"),
-        ('{"guidance_scale": NaN}', "guidance_scale must be 0 or more, not nan"),
+        ('{"guidance_scale": NaN}', "guidance_scale must be from 0 to 1000, not nan"),
+        ('{"guidance_scale": 1001}', "guidance_scale must be from 0 to 1000, not 1001"),
+        ('{"guidance_scale": 1' + "0" * 400 + "}", "guidance_scale must be a number that fits a float"),
     ):
         (root / "model_index.json").write_text(f'{{"defaults": {wrong}}}')
         with pytest.raises(ConfigError, match=message):

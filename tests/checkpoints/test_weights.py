@@ -217,6 +217,27 @@ def test_a_tensor_given_twice(build: Build, stored: dict[str, Tensor], tmp_path:
     assert f"given twice: {again}" in refusal(build, *files)
 
 
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.bias[5]", "blocks.0.attn.qkv.bias[x]", "head.linear.weight[0]"])
+def test_a_stored_name_can_not_ask_for_a_third_of_a_tensor(
+    build: Build, stored: dict[str, Tensor], tmp_path: Path, name: str
+) -> None:
+    file = write(tmp_path / "a.safetensors", stored | {name: torch.ones(128)})
+    assert f"unexpected: {name}" in refusal(build, file)
+
+
+def test_memory_that_runs_out_is_not_called_damage(
+    build: Build, stored: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] . DefaultCPUAllocator: can't allocate memory: you tried")
+
+    file = tmp_path / "a.bin"
+    torch.save(stored, file)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_module(build, [file], RENAMES, dtype=None)
+
+
 def test_a_dtype_without_a_torch_counterpart(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"head.weight": np.ones((2, 2), dtype=np.uint16)}, file)

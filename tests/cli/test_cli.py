@@ -293,7 +293,7 @@ def test_every_option_arrives(calls: Calls) -> None:
         "revision": "r",
         "local_files_only": True,
         "use_ema": False,
-        "torch_dtype": torch.bfloat16,
+        "dtype": torch.bfloat16,
         "device": "cpu",
     }
     settings = {key: batch[key] for key in ("size", "guidance_scale", "num_inference_steps", "top_k", "top_p")}
@@ -602,11 +602,11 @@ def test_convert(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "some/model", "new/folder", "--dtype", "bf16", "--max-shard-size", "500mb"]) == 0
     assert capsys.readouterr().out == f"{Path('new/folder')}\n"
     assert Path("new/folder/model_index.json").read_text() == "500mb"
-    assert calls.loads[0]["torch_dtype"] == torch.bfloat16
+    assert calls.loads[0]["dtype"] == torch.bfloat16
     assert calls.loads[0]["device"] == "cpu"
     assert main(["convert", "some/model", "other", "--no-text-encoder"]) == 0
     assert calls.loads[1]["text_encoder"] is False
-    assert calls.loads[1]["torch_dtype"] is None
+    assert calls.loads[1]["dtype"] is None
 
 
 def test_convert_refuses_before_loading(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -721,10 +721,20 @@ def test_reconstruct_with_a_real_tokenizer(model: list[str], capsys: pytest.Capt
     assert err == ""
 
 
+@pytest.mark.parametrize("command", [["generate", "a cat"], ["reconstruct", "photo.png", "-o", "again.png"]])
+def test_a_size_that_the_model_lacks_is_a_wrong_command_line(
+    model: list[str], capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save("photo.png")
+    options = model if command[0] == "generate" else model[:2]
+    assert main([*command, "-q", *options, "--size", "7"]) == 2
+    assert "--size 7" in capsys.readouterr().err
+    assert here() == ["photo.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--size", "7"], "7"),
         (["--top-k", "999999"], "999999"),
         (["-m", "no/such/folder"], "no/such/folder"),
         (["-m", "."], "checkpoint"),

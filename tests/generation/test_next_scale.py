@@ -170,6 +170,6 @@ def test_a_prefix_alone_is_the_one_in_a_cache(pipe: HartPipeline, text_tiny: Pat
     length = condition.inputs.shape[1]
     cache = new_cache(pipe.transformer, rows=3, length=length + 5)
     prefix, alone = prefill(pipe.transformer, condition, cache, slice(0, 3)), prefill_alone(pipe.transformer, condition)
-    assert torch.equal(prefix.hidden, alone.hidden)
+    assert torch.equal(prefix.hidden_states, alone.hidden_states)
     for kept, other in ((cache.keys, alone.keys), (cache.values, alone.values)):
         assert torch.equal(kept[:, :, :, :length], other.expand(-1, 3, -1, -1, -1))

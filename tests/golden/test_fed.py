@@ -68,7 +68,7 @@ def test_hidden(checkpoint, scale):
 def test_unconditional_half(checkpoint):
     """Encoded alone, one row, it is what the released code computes beside every prompt."""
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
-    hidden = prefill_alone(model.transformer, model.transformer.unconditional()).hidden
+    hidden = prefill_alone(model.transformer, model.transformer.unconditional()).hidden_states
     for row in trace.at(0, "hidden")[trace.images :]:
         assert relative(hidden[0], row[-1:]) <= FED
 

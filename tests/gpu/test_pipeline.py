@@ -170,7 +170,7 @@ def _scale(pipe: HartPipeline, place: int = -2) -> Callable[[], Tensor]:
     mask = torch.ones(2, config.context_token, dtype=torch.bool, device="cuda")
     context = random(2, config.context_token, config.context_dim)
     condition = transformer.condition(context, mask, mask.long().cumsum(dim=1) - 1)
-    (table,) = transformer.image_tables([stage.side], condition.shift)
+    (table,) = transformer.image_tables([stage.side], condition.last_position)
     where = cache.at(stage.offset, stage.length, cached=stage.cached)
 
     @torch.inference_mode()

@@ -56,6 +56,14 @@ def test_every_format_round_trips_with_its_metadata(tmp_path: Path, image: Image
     assert files(tmp_path) == [name]
 
 
+def test_a_description_in_json_by_another_program_is_not_ours(tmp_path: Path, image: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[pictures.EXIF_DESCRIPTION] = '{"seed": 7}'
+    exif[pictures.EXIF_SOFTWARE] = "a camera"
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read_metadata(tmp_path / "a.jpg") is None
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
 def test_no_metadata_means_none_at_all(tmp_path: Path, image: Image.Image, name: str) -> None:
     save_picture(image, tmp_path / name)

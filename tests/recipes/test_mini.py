@@ -58,7 +58,7 @@ def test_teacher_forcing_is_the_cached_generation(parts):
         places = [cache.at(stage.offset, stage.length) for stage in stages]
         expected = [transformer(condition.inputs, condition.modulation, condition.table, places[0])[:, -1:]]
         for stage, latent, place in zip(stages[1:], inputs, places[1:], strict=True):
-            (table,) = transformer.image_tables([stage.side], condition.shift)
+            (table,) = transformer.image_tables([stage.side], condition.last_position)
             x = transformer.embed_tokens(latent, stage.index)
             expected.append(transformer(x, condition.modulation, table, place))
     for one, other in zip(found, expected, strict=True):

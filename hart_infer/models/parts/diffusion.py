@@ -6,6 +6,7 @@ has the loop around it.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,13 +17,6 @@ NORM_EPS = 1e-6
 
 
 Update = tuple[Tensor, Tensor]  # what a block adds to its input, and the gate that multiplies it, [N, width] each
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor, update: Update | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the last block's update, if there is one; the sum, and its modulated norm."""
-    if update is None:
-        return x, ops.layer_norm_modulate(x, norm.weight, norm.bias, scale, shift, norm.eps)
-    return ops.gated_layer_norm_modulate(x, *update, norm.weight, norm.bias, scale, shift, norm.eps)
 
 
 class ResidualBlock(nn.Module):
@@ -36,10 +30,13 @@ class ResidualBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, update: Update | None, activated: Tensor) -> tuple[Tensor, Update]:
-        """x [N, width] and the last block's update -> their sum and this block's; `activated` is SiLU of the condition."""
+    def forward(self, x: Tensor, update: Update, activated: Tensor) -> tuple[Tensor, Update]:
+        """Add the last block's update to x [N, width]; return the sum and this block's update.
+
+        `activated` [N, width] is SiLU of the condition.
+        """
         shift, scale, gate = self.modulation(activated).chunk(3, dim=-1)
-        x, hidden = _normed(self.norm, x, update, scale, shift)
+        x, hidden = ops.gated_layer_norm_modulate(x, *update, self.norm.weight, self.norm.bias, scale, shift, NORM_EPS)
         return x, (self.fc2(F.silu(self.fc1(hidden))), gate)
 
 
@@ -67,10 +64,11 @@ class ResidualDiffusion(nn.Module):
         activated = F.silu(self.time_embed(timestep) + condition)
         hidden = self.input_proj(x.to(condition.dtype))
         hidden = hidden.repeat(len(condition) // len(hidden), 1)
-        update: Update | None = None
+        nothing = torch.zeros_like(hidden)
+        update: Update = (nothing, nothing)
         for block in self.blocks:
             hidden, update = block(hidden, update, activated)
         shift, scale = self.out_modulation(activated).chunk(2, dim=-1)
-        _, normed = _normed(self.out_norm, hidden, update, scale, shift)
+        _, normed = ops.gated_layer_norm_modulate(hidden, *update, None, None, scale, shift, NORM_EPS)
         noise, variance = self.out_proj(normed).float().chunk(2, dim=-1)
         return noise, variance

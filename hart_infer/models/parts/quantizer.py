@@ -66,9 +66,9 @@ class Quantizer(nn.Module):
     def nearest(self, latent: Tensor) -> Tensor:
         """Return the indices [B, p * p] int64 of the codes nearest to `latent` [B, C, p, p] in Euclidean distance."""
         vectors = latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
-        codes = self.codebook.weight
-        distance = vectors.square().sum(dim=1, keepdim=True) + codes.square().sum(dim=1)
-        distance = torch.addmm(distance, vectors, codes.T, alpha=-2)
+        codebook = self.codebook.weight
+        distance = vectors.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
+        distance = torch.addmm(distance, vectors, codebook.T, alpha=-2)
         return distance.argmin(dim=1).view(len(latent), -1)
 
     def embed(self, indices: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ class Quantizer(nn.Module):
         rest = latent
         indices, embeddings = [], []
         for index, side in enumerate(self.patch_nums):
-            codes = self.nearest(self.next_input(rest, side))
-            indices.append(codes)
-            embeddings.append(self.embed(codes))
+            nearest = self.nearest(self.next_input(rest, side))
+            indices.append(nearest)
+            embeddings.append(self.embed(nearest))
             if index < len(self.patch_nums) - 1:
                 rest = rest - self.contribution(embeddings[-1], self._phi(index))
         return Tokens(indices, embeddings, rest)
