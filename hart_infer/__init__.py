@@ -25,7 +25,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .models.text import PromptEmbeds
     from .pipelines.hart import HartPipeline
-    from .pipelines.outputs import HartOutput, Step
+    from .pipelines.outputs import HartOutput, ImageOutput, Step
+    from .pipelines.var import VarPipeline
 
 __all__ = [
     "BackendError",
@@ -34,19 +35,23 @@ __all__ = [
     "HartError",
     "HartOutput",
     "HartPipeline",
+    "ImageOutput",
     "InputError",
     "OutOfMemoryError",
     "OutputError",
     "PromptEmbeds",
     "Step",
+    "VarPipeline",
     "WeightsError",
     "__version__",
 ]
 _LAZY = {
     "HartOutput": "pipelines.outputs",
     "HartPipeline": "pipelines.hart",
+    "ImageOutput": "pipelines.outputs",
     "PromptEmbeds": "models.text",
     "Step": "pipelines.outputs",
+    "VarPipeline": "pipelines.var",
 }
 
 

@@ -20,6 +20,7 @@ from ..models.hart import HartConfig, HartTransformer
 from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.text import TextEncoder
+from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules
 from .configs import BOOKKEEPING, MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
 from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
@@ -48,18 +49,6 @@ TRANSFORMER_KEYS = Keys(
         """.split()
     ),
     released_defaults={"attn_type": "gpt2"},
-)
-AUTOENCODER_KEYS = Keys(
-    fixed={
-        "model_type": ("hart_autoencoder_with_disc", "hart_autoencoder"),
-        "using_znorm": (False,),
-        "quant_conv_ks": (3,),
-        "quant_resi": (0.5,),
-        "disable_quant_resi": (False,),
-        "double_decoder": (False,),
-        "default_qresi_counts": (0,),
-    },
-    ignored=BOOKKEEPING | frozenset("dropout beta levels hybrid freeze_codebook_for_hybrid test_mode".split()),
 )
 DEFAULTS_KEYS = Keys()
 
@@ -92,18 +81,10 @@ RENAMES = RenameTable(
         (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(.*)", r"diffusion.out_modulation.\1"),
         (r"diffloss\.net\.final_layer\.linear\.(.*)", r"diffusion.out_proj.\1"),
         (r"diffloss\.net\.(input_proj\..*)", r"diffusion.\1"),
-        (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(.*)", r"\1.\2_\3_\4_\5.\6"),
-        (r"vae\.(encoder|decoder)\.(down|up)\.(\d+)\.((?:down|up)sample)\.(.*)", r"\1.\2_\3_\4.\5"),
-        (r"vae\.(encoder|decoder)\.mid\.(\w+)\.(.*)", r"\1.mid_\2.\3"),
-        (r"vae\.quantize\.embedding\.weight", r"quantizer.codebook.weight"),
-        (r"vae\.quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(.*)", r"quantizer.phi.\1.\2"),
-        (r"vae\.quantize\.quant_resi\.qresi\.(.*)", r"quantizer.phi.0.\1"),
+        *autoencoder_rules("vae."),
         (r"vae\.(.*)", r"\1"),
     ),
-    then=(
-        (r"(.*)\.nin_shortcut\.(.*)", r"\1.shortcut.\2"),
-        (r"((?:encoder|decoder)\..*attn_\d+)\.proj_out\.(.*)", r"\1.proj.\2"),
-    ),
+    then=AUTOENCODER_SUFFIXES,
     dropped=r"attn_bias_for_masking|lvl_1L|blocks\.\d+\.attn\.zero_k_bias|vae\.quantize\.ema_vocab_hit_SV|disc\..*",
     kept_in_fp32=r"quantizer\..*",
 )

@@ -14,8 +14,9 @@ from ..generation.schedule import Schedule, hart_schedule
 from ..models.hart import HartTransformer
 from ..models.parts.autoencoder import Autoencoder
 from ..models.parts.cache import KVCache
+from .autoencoder import AUTOENCODER_KEYS
 from .configs import config_to_dict
-from .hart import AUTOENCODER_KEYS, DEFAULTS_KEYS, RENAMES, TRANSFORMER_KEYS, HartCheckpoint
+from .hart import DEFAULTS_KEYS, RENAMES, TRANSFORMER_KEYS, HartCheckpoint
 from .weights import tensor_shapes
 
 GUIDED_ROWS = 2  # an image and its unconditional half

@@ -21,12 +21,13 @@ from ..version import __version__
 from .layouts import INDEX
 
 VERSION_KEY = "_hart_infer_version"
-PARTS = ("transformer", "autoencoder", "text_encoder")  # folders that a saved checkpoint may have
-WritePart = Callable[[Path], None]  # writes into a new folder, which it creates
+CLASSES = "classes.json"  # names of the classes of a class-conditional model
+PARTS = ("transformer", "autoencoder", "text_encoder", CLASSES)  # what a saved checkpoint may hold
+WritePart = Callable[[Path], None]  # writes a new folder or file
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, WritePart], index: Mapping[str, Any]) -> Path:
-    """Write a folder for each of `parts`, and `index` as `model_index.json`, into `path`.
+    """Write each of `parts`, and `index` as `model_index.json`, into `path`.
 
     They are written into a temporary folder beside `path`, which then takes its place. Returns the resolved path. A folder that
     holds anything else is never replaced. Raises OutputError.

@@ -30,14 +30,16 @@ class RenameTable:
         then: Sequence[tuple[str, str]] = (),
         dropped: str = "(?!)",
         kept_in_fp32: str = "(?!)",
+        batched: str = "(?!)",
     ) -> None:
         """Take patterns that match whole names: the first of `rules` that matches applies, then all of `then`.
 
-        `dropped`: stored names, never read. `kept_in_fp32`: our names, in fp32 whatever the dtype.
+        `dropped`: stored names, never read. `kept_in_fp32`: our names, in fp32 whatever the dtype. `batched`: our names,
+        stored with leading dimensions of 1 that the module's tensors lack.
         """
         self._rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
         self._then = [(re.compile(f"^{pattern}$"), replacement) for pattern, replacement in then]
-        self._dropped, self._kept_in_fp32 = re.compile(dropped), re.compile(kept_in_fp32)
+        self._dropped, self._kept_in_fp32, self._batched = map(re.compile, (dropped, kept_in_fp32, batched))
 
     def __call__(self, name: str) -> str | None:
         """Return our name for a stored tensor's; None if it is not read."""
@@ -54,6 +56,10 @@ class RenameTable:
     def is_kept_in_fp32(self, name: str) -> bool:
         """Return whether a tensor, by our name, is in fp32 whatever the dtype."""
         return self._kept_in_fp32.fullmatch(name) is not None
+
+    def is_batched(self, name: str) -> bool:
+        """Return whether a tensor, by our name, may be stored with leading dimensions of 1."""
+        return self._batched.fullmatch(name) is not None
 
 
 def load_module(
@@ -99,6 +105,8 @@ class _Checked:
         shape = self.expected.get(name)
         if shape is not None and part:
             shape = torch.Size([shape[0] // 3])
+        while shape is not None and self._rename.is_batched(name) and tensor.dim() > len(shape) and len(tensor) == 1:
+            tensor = tensor[0]
         if shape is None:
             self._wrong["unexpected"].append(stored_name)
         elif tensor.shape != shape:
@@ -173,6 +181,14 @@ def tensor_shapes(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             raise WeightsError(f"{file}: {name} is stored as {entry.get_dtype()}, which is not supported.")
         shapes[name] = (tuple(entry.get_shape()), dtype)
     return shapes
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Return one tensor of a file, by its stored name. Raises CheckpointNotFoundError or WeightsError."""
+    names, get = _open(file)
+    if name not in names:
+        raise WeightsError(f"{file} has no tensor {name}.")
+    return get(name)
 
 
 _DTYPES = {

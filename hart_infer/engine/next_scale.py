@@ -10,8 +10,10 @@ from typing import Generic, TypeVar
 import torch
 
 from ..generation.next_scale import (
+    Edit,
     GenerationState,
     Prefix,
+    as_drawn,
     copy_prefix,
     new_cache,
     prefill,
@@ -58,11 +60,12 @@ class Engine(Generic[TransformerT]):
         samplers: Sequence[Sampler],
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None = None,
+        edit: Edit = as_drawn,
     ) -> list[GenerationState]:
         """Return one state per sampler, its conditions prefilled.
 
-        `negatives` replace the unconditional condition. Conditions are shared out over the samplers in order: the number of
-        samplers is a multiple of that of `prompts`, and of `negatives`.
+        `negatives` replace the unconditional condition; `edit` is applied to every scale. Conditions are shared out over the
+        samplers in order: the number of samplers is a multiple of that of `prompts`, and of `negatives`.
         """
         prefixes: dict[tuple[int, int], Prefix] = {}  # by guidance half and index of the condition
         states = []
@@ -82,7 +85,7 @@ class Engine(Generic[TransformerT]):
                 else:
                     prefixes[key] = prefill(self.transformer, conditions[key[1]], cache, rows)
                 chosen.append(prefixes[key])
-            states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, self))
+            states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, self, edit))
         return states
 
     def run_scale(self, states: Sequence[GenerationState], stage: Stage) -> None:

@@ -6,7 +6,7 @@ advances it by one scale, and `finish` gives the latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,6 +97,14 @@ def copy_prefix(prefix: Prefix, cache: KVCache, rows: slice) -> None:
         kept[:, rows, :, :length].unflatten(1, (count, -1)).copy_(given[:, :, None])
 
 
+Edit = Callable[[Tensor, Stage], Tensor]  # changes a scale's embedding [B, C, p, p] before it is added to f_hat
+
+
+def as_drawn(embedding: Tensor, stage: Stage) -> Tensor:
+    """Return the embedding unchanged: the Edit of a generation that is not one."""
+    return embedding
+
+
 class GenerationState:
     """State of generating B images. Its rows are B conditional ones and, with guidance, B unconditional ones behind them."""
 
@@ -109,10 +117,11 @@ class GenerationState:
         prefixes: Sequence[Prefix],
         cache: KVCache,
         owner: CacheOwner,
+        edit: Edit = as_drawn,
     ) -> None:
         """`prefixes`: the conditional and, with guidance, the unconditional one, both in `cache`, which is `owner`'s."""
         self.transformer, self.quantizer, self.schedule, self.sampler = transformer, quantizer, schedule, sampler
-        self.batch_size = sampler.batch_size
+        self.batch_size, self.edit = sampler.batch_size, edit
         rows = [torch.arange(len(prefix.hidden_states), device=transformer.device) for prefix in prefixes]
         index = [row.repeat_interleave(self.batch_size // len(row)) for row in rows]
         self.hidden_states = prefixes[0].hidden_states[index[0]]  # [B, 1, D]: scale 0's
@@ -160,7 +169,7 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
             noise=sampler.noise,
         )
     embedding = embedding.transpose(1, 2).reshape(state.batch_size, -1, stage.side, stage.side)
-    state.f_hat += state.quantizer.contribution(embedding, stage.phi)
+    state.f_hat += state.quantizer.contribution(state.edit(embedding, stage), stage.phi)
     state.indices.append(indices)
 
 

@@ -9,6 +9,7 @@ from ..models.parts.quantizer import phi_index
 
 HART_TOP_K = (600, 300)  # of scales 0 to 6, and from 7 on (released `autoregressive_infer_cfg`)
 HART_TOP_K_CHANGES_AT = 7
+VAR_TOP_K = 900
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,4 +129,26 @@ def hart_schedule(
                 num_inference_steps=0 if index < last else settings.num_inference_steps,
             )
         )
+    return placed(stages, patch_nums[-1])
+
+
+def var_schedule(patch_nums: Sequence[int], *, share_quant_resi: int, settings: Settings) -> Schedule:
+    """Return VAR's schedule: scale 0 takes one token, guidance reaches its full strength at the last scale, all are refined."""
+    last = len(patch_nums) - 1
+    stages = [
+        Stage(
+            index=index,
+            side=side,
+            length=side * side,
+            prefilled=index == 0,
+            guided=settings.guidance_scale * index > 0,
+            guidance=settings.guidance_scale * (index / last),
+            progress=index / last,
+            top_k=VAR_TOP_K if settings.top_k is None else settings.top_k,
+            top_p=settings.top_p,
+            more_smooth=settings.more_smooth,
+            phi=phi_index(index, len(patch_nums), share_quant_resi),
+        )
+        for index, side in enumerate(patch_nums)
+    ]
     return placed(stages, patch_nums[-1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .next_scale import Block, Condition, Head, ModulatedBlock, NextScaleTransformer
+from .next_scale import Block, Condition, Head, ModulatedBlock, NextScaleTransformer, PlainBlock
 from .parts.attention import Attention, NormalizedAttention
 from .parts.checks import require, require_one_of, require_positive, require_rising
 from .parts.diffusion import ResidualDiffusion
@@ -76,7 +76,7 @@ def _block(config: HartConfig) -> Block:
         return ModulatedBlock(*parts, LinearModulation(width, 6))
     if config.shared_aln:
         return ModulatedBlock(*parts, TableModulation(width))
-    return Block(*parts, NoModulation())
+    return PlainBlock(*parts, NoModulation())
 
 
 def masked_average(embedded: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .parts.attention import Attention
 from .parts.cache import Place
 from .parts.diffusion import ResidualDiffusion
-from .parts.layers import Linear, RMSNorm, SteadyLinear
+from .parts.layers import LayerNorm, Linear, RMSNorm, SteadyLinear
 from .parts.modulation import LinearModulation, Modulation
 from .parts.rope import Table
 
@@ -32,12 +32,22 @@ class Condition:
     copies: int = 1  # so many consecutive rows are the same: repeated to round as SteadyLinear says
 
 
-class Block(nn.Module):
-    """Attention and MLP, each after the same RMS norm (released `AdaLNSelfAttn`)."""
+class Block(nn.Module, ABC):
+    """Attention and MLP, each after the same norm (released `AdaLNSelfAttn`)."""
 
-    def __init__(self, norm: RMSNorm, attn: Attention, mlp: nn.Module, modulation: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, attn: Attention, mlp: nn.Module, modulation: nn.Module) -> None:
         super().__init__()
         self.norm, self.attn, self.mlp, self.modulation = norm, attn, mlp, modulation
+
+    @abstractmethod
+    def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
+        """x [R, L, D] -> [R, L, D]; `vectors` [R, n, D] are those of `Modulation`."""
+
+
+class PlainBlock(Block):
+    """A block without modulation."""
+
+    norm: RMSNorm
 
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """x [R, L, D] -> [R, L, D]; `vectors` [R, 0, D] is empty."""
@@ -47,6 +57,8 @@ class Block(nn.Module):
 
 class ModulatedBlock(Block):
     """A block whose norms are scaled and shifted, and whose sublayers are gated."""
+
+    norm: RMSNorm | LayerNorm
 
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """x [R, L, D] -> [R, L, D]; `vectors` [R, 6, D] as in `Modulation`."""
@@ -58,7 +70,7 @@ class ModulatedBlock(Block):
 class Head(nn.Module):
     """Logits over the codebook of V codes: adaptive norm in fp32, then a linear map (released `AdaLNBeforeHead`, `head`)."""
 
-    def __init__(self, norm: RMSNorm, width: int, vocab_size: int) -> None:
+    def __init__(self, norm: RMSNorm | LayerNorm, width: int, vocab_size: int) -> None:
         super().__init__()
         self.norm = norm
         self.modulation = LinearModulation(width, 2)

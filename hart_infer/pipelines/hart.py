@@ -18,16 +18,16 @@ from ..checkpoints.text_encoder import load_text_encoder
 from ..engine.cpu import cpu_threads
 from ..errors import InputError
 from ..generation.schedule import Schedule, Settings, hart_schedule
-from ..images import tensors
 from ..models.hart import HartTransformer
 from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
 from ..models.text import PromptEmbeds, TextEncoder
 from .arguments import GeneratorArgument, check_device, check_dtype, check_settings, seeds_for
-from .checks import check_bool, check_int, check_output_type, check_prompts, check_size
+from .checks import check_bool, check_int, check_prompts
+from .edit import PictureEdit
 from .next_scale import NextScalePipeline
 from .out_of_memory import out_of_memory_advice
-from .outputs import HartOutput, check_callback
+from .outputs import ImageOutput
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,12 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         negative_prompt_embeds: PromptEmbeds | Tensor | None = ...,
         output_type: Literal["pil", "np", "pt", "latent"] = ...,
         callback_on_step_end: Callable[..., object] | None = ...,
+        edit: PictureEdit | None = ...,
         max_sequence_length: int | None = ...,
         use_system_prompt: bool | None = ...,
         reproducible: bool | None = ...,
         return_dict: Literal[True] = ...,
-    ) -> HartOutput: ...
+    ) -> ImageOutput: ...
 
     @overload
     def __call__(
@@ -197,6 +198,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         negative_prompt_embeds: PromptEmbeds | Tensor | None = ...,
         output_type: Literal["pil", "np", "pt", "latent"] = ...,
         callback_on_step_end: Callable[..., object] | None = ...,
+        edit: PictureEdit | None = ...,
         max_sequence_length: int | None = ...,
         use_system_prompt: bool | None = ...,
         reproducible: bool | None = ...,
@@ -224,11 +226,12 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         negative_prompt_embeds: PromptEmbeds | Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback_on_step_end: Callable[..., object] | None = None,
+        edit: PictureEdit | None = None,
         max_sequence_length: int | None = None,
         use_system_prompt: bool | None = None,
         reproducible: bool | None = None,
         return_dict: bool = True,
-    ) -> HartOutput | tuple[Any]:
+    ) -> ImageOutput | tuple[Any]:
         """Generate images.
 
         Args:
@@ -249,6 +252,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             output_type: "pil"; "np" [N, H, W, 3] or "pt" [N, 3, H, W], fp32 in 0..1; or "latent" [N, C, P, P] fp32.
             callback_on_step_end: called after each scale, as callback(step) with a `Step`, or in diffusers' form
                 (pipe, step_index, timestep, callback_kwargs).
+            edit: from `edit(image, mask)`: keep a given picture's unmasked part; `inpaint` and `outpaint` pass it.
             max_sequence_length: truncate prompts to so many tokens instead of the checkpoint's limit.
             use_system_prompt: put the released scripts' instruction before every prompt; None is the checkpoint's default
                 (released: True).
@@ -267,14 +271,17 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             more_smooth=more_smooth,
             vocab_size=self.autoencoder.config.vocab_size,
         )
-        for name, side in {"size": size, "height": height, "width": width}.items():
-            check_size(side, self.sizes, name)
-        check_output_type(output_type)
-        check_bool(return_dict, "return_dict")
-        callback = check_callback(callback_on_step_end, self)
+        call = self._check_call(
+            sides={"size": size, "height": height, "width": width},
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+            reproducible=reproducible,
+            edit=edit,
+        )
         repeats = check_int(num_images_per_prompt, "num_images_per_prompt", 1)
         text = self._text_options(use_system_prompt, max_sequence_length, reproducible)
-        given = self._given(prompt, prompt_embeds)
+        given = self._given(prompt, prompt_embeds, edit)
         negative = self._negative(negative_prompt, negative_prompt_embeds, len(given))
         schedule = self._schedule(settings)
         self._check_memory(schedule, len(given) * repeats)
@@ -282,19 +289,13 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             embeds = self._encode(given, text)
             negative_embeds = None if negative is None or not schedule.guided else self._encode(negative, text)
-            with self._using(self.transformer, self.autoencoder.quantizer):
-                f_hat = self._generate(
-                    schedule,
-                    self._conditions(embeds, reproducible),
-                    None if negative_embeds is None else self._conditions(negative_embeds, reproducible),
-                    seeds,
-                    draw_device,
-                    callback,
-                    reproducible,
-                )
-            latent = output_type == "latent"
-            result = f_hat if latent else tensors.FORMS[output_type](self._decode(f_hat, reproducible))
-        return HartOutput(result, seeds) if return_dict else (result,)
+
+        def conditions() -> tuple[list[Condition], list[Condition] | None]:
+            negatives = None if negative_embeds is None else self._conditions(negative_embeds, reproducible)
+            return self._conditions(embeds, reproducible), negatives
+
+        result = self._draw(schedule, seeds, draw_device, conditions, call)
+        return ImageOutput(result, seeds) if return_dict else (result,)
 
     def _text_options(
         self, use_system_prompt: bool | None, max_sequence_length: int | None, reproducible: bool | None
@@ -302,16 +303,18 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         """Check the text arguments and fill in the checkpoint's defaults."""
         context_tokens = self.transformer.config.context_token
         system = self.defaults.use_system_prompt if use_system_prompt is None else use_system_prompt
-        if reproducible is not None:
-            check_bool(reproducible, "reproducible")
         if max_sequence_length is not None:
             check_int(max_sequence_length, "max_sequence_length", 1, context_tokens)
         return TextOptions(check_bool(system, "use_system_prompt"), max_sequence_length, reproducible)
 
     def _given(
-        self, prompt: str | Sequence[str] | None, prompt_embeds: PromptEmbeds | Tensor | None
+        self, prompt: str | Sequence[str] | None, prompt_embeds: PromptEmbeds | Tensor | None, edit: PictureEdit | None
     ) -> list[str] | PromptEmbeds:
-        """Check that either prompt or prompt_embeds is given; return it."""
+        """Check that either prompt or prompt_embeds is given; return it; for an edit without, no context."""
+        if prompt is None and prompt_embeds is None and edit is not None:
+            config = self.transformer.config
+            mask = torch.arange(config.context_token)[None] == 0
+            return PromptEmbeds(torch.zeros(1, config.context_token, config.context_dim), mask)
         if (prompt is None) == (prompt_embeds is None):
             raise InputError("Give either prompt or prompt_embeds, one of them.")
         return check_prompts(prompt) if prompt_embeds is None else self._check_embeds(prompt_embeds, "prompt_embeds")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
@@ -19,11 +20,23 @@ from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
 from ..models.parts.cache import KVCache
 from .base import Pipeline
+from .checks import check_bool, check_output_type, check_size
+from .edit import NO_EDIT, Mask, PictureEdit, check_mask, feathered, keep_mask
 from .out_of_memory import check_memory, out_of_memory_advice
-from .outputs import Callback, Step
+from .outputs import Callback, Step, check_callback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Call:
+    """Checked arguments that every family's call has."""
+
+    output_type: str
+    callback: Callback | None
+    reproducible: bool | None
+    edit: PictureEdit
 
 
 class NextScalePipeline(Pipeline, Generic[TransformerT]):
@@ -88,6 +101,44 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         )
         check_memory(count, cache + 3 * 4 * self.sizes[0] ** 2, self.device)
 
+    def _check_call(
+        self,
+        *,
+        sides: Mapping[str, int | None],
+        output_type: str,
+        return_dict: bool,
+        callback: Any,
+        reproducible: bool | None,
+        edit: PictureEdit | None,
+    ) -> Call:
+        """Check the arguments that every family's call has; `sides` are size, height and width. Raises InputError."""
+        for name, side in sides.items():
+            check_size(side, self.sizes, name)
+        check_output_type(output_type)
+        check_bool(return_dict, "return_dict")
+        if reproducible is not None:
+            check_bool(reproducible, "reproducible")
+        if edit is not None:
+            edit.check(self.sizes[0])
+        return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT)
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        schedule: Schedule,
+        seeds: Sequence[int],
+        draw_device: torch.device,
+        conditions: Callable[[], tuple[Sequence[Condition], Sequence[Condition] | None]],
+        call: Call,
+    ) -> Any:
+        """Generate one image per seed in the form of `call`; `conditions` computes the prompts' and the negatives'."""
+        with out_of_memory_advice(), cpu_threads(self.num_threads):
+            with self._using(self.transformer, self.autoencoder.quantizer):
+                f_hat = self._generate(schedule, *conditions(), seeds, draw_device, call)
+            if call.output_type == "latent":
+                return f_hat
+            return tensors.FORMS[call.output_type](call.edit.blend(self._decode(f_hat, call.reproducible)))
+
     def _generate(
         self,
         schedule: Schedule,
@@ -95,17 +146,17 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         negatives: Sequence[Condition] | None,
         seeds: Sequence[int],
         draw_device: torch.device,
-        callback: Callback | None,
-        reproducible: bool | None,
+        call: Call,
     ) -> Tensor:
         """Run the scales with progress bar and callback; return the latents [N, C, P, P] fp32, one per seed.
 
         Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition.
         """
         self._interrupt = False
+        callback, reproducible = call.callback, call.reproducible
         batch_size = self._batch_size(reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device) for i in range(0, len(seeds), batch_size)]
-        states = self.engine.start(schedule, samplers, prompts, negatives)
+        states = self.engine.start(schedule, samplers, prompts, negatives, call.edit.embedding)
         try:
             with self.progress_bar(schedule, total=len(schedule)) as bar:
                 for stage in bar:
@@ -122,6 +173,45 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         finally:  # an error that someone keeps would keep the states alive, by its traceback
             for state in states:
                 state.drop_cache()
+
+    @torch.no_grad()
+    def edit(self, image: Image | Tensor, mask: Mask, *, blend: bool = True, inside: bool = True) -> PictureEdit:
+        """Make the `edit` of a call: keep `image` where `mask` does not say to paint anew.
+
+        `image`: a PIL image, resized and cropped at the centre, or a tensor [3, size, size] in 0..1. `mask`: a PIL image of the
+        same size, white where painted anew; a tensor of size x size pixels or P x P latent cells, 1 or True there; or a box
+        (top, left, bottom, right) as shares of the side, painted anew inside or, with `inside=False`, outside. Cells of the
+        latent are kept whole or not at all; `blend` puts the kept pixels back, feathered over one cell. Raises InputError.
+        """
+        check_bool(blend, "blend")
+        size, cell = self.sizes[0], self.autoencoder.config.downsample
+        pixels = tensors.to_tensor(image, size)
+        if len(pixels) != 1:
+            raise InputError(f"edit takes one picture, not {len(pixels)}.")
+        source = (size, size) if isinstance(image, Tensor) else image.size
+        anew = check_mask(mask, side=size // cell, cell=cell, source=source, inside=check_bool(inside, "inside"))
+        with out_of_memory_advice(), cpu_threads(self.num_threads), self._using(self.autoencoder):
+            tokens = self.autoencoder.encode(pixels.to(self.device) * 2 - 1)
+        keep = keep_mask(anew, size // cell).to(self.device)
+        return PictureEdit(tokens, keep, pixels, feathered(anew, cell // 2) if blend else None)
+
+    def inpaint(self, image: Image | Tensor, mask: Mask, prompt: Any = None, *, blend: bool = True, **arguments: Any) -> Any:
+        """Paint the masked part of a picture anew (VAR section 4.4), and return what a call returns.
+
+        `image`, `mask`, `blend` as in `edit`; a box is painted anew inside. `prompt`: as a call takes it; None draws without
+        prompt or class. `arguments`: a call's others. Raises InputError and what a call raises.
+        """
+        return self._call(prompt, edit=self.edit(image, mask, blend=blend), **arguments)
+
+    def outpaint(self, image: Image | Tensor, mask: Mask, prompt: Any = None, *, blend: bool = True, **arguments: Any) -> Any:
+        """Paint what is around a box anew; otherwise as `inpaint`."""
+        return self._call(prompt, edit=self.edit(image, mask, blend=blend, inside=False), **arguments)
+
+    @property
+    def _call(self) -> Callable[..., Any]:
+        """The family's call, whose arguments differ from family to family."""
+        call: Any = self
+        return call.__call__
 
     @torch.no_grad()
     def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Literal["hybrid", "discrete"] = "hybrid") -> Any:

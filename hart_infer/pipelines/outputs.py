@@ -22,7 +22,7 @@ Callback = Callable[["Step"], object]
 
 
 @dataclass
-class HartOutput:
+class ImageOutput:
     """Result of a call: `images` in the requested form, prompt by prompt; `seeds`: the seed that reproduces each.
 
     `out[0]` and `out["images"]` are the images, as in diffusers. A notebook shows them.
@@ -47,6 +47,9 @@ class HartOutput:
         )
         more = len(self.images) - SHOWN_IN_NOTEBOOKS
         return f"<div>{figures}{f'<p>and {more} more</p>' if more > 0 else ''}</div>"
+
+
+HartOutput = ImageOutput  # its name before other families
 
 
 def _png(image: Image) -> str:

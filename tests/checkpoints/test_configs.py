@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from hart_infer.checkpoints.autoencoder import AUTOENCODER_KEYS
 from hart_infer.checkpoints.configs import config_from_dict, config_to_dict, read_config
-from hart_infer.checkpoints.hart import AUTOENCODER_KEYS, TRANSFORMER_KEYS
+from hart_infer.checkpoints.hart import TRANSFORMER_KEYS
 from hart_infer.errors import CheckpointNotFoundError, ConfigError
 from hart_infer.models.hart import HartConfig
 from hart_infer.models.parts.autoencoder import AutoencoderConfig

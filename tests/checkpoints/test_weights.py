@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hart_infer.checkpoints import weights
+from hart_infer.checkpoints.autoencoder import AUTOENCODER_KEYS
 from hart_infer.checkpoints.configs import config_from_dict, config_to_dict, read_config
-from hart_infer.checkpoints.hart import AUTOENCODER_KEYS, RENAMES, TRANSFORMER_KEYS
+from hart_infer.checkpoints.hart import RENAMES, TRANSFORMER_KEYS
 from hart_infer.checkpoints.weights import load_module, tensor_shapes
 from hart_infer.errors import CheckpointNotFoundError, WeightsError
 from hart_infer.models.hart import HartConfig, HartTransformer

@@ -41,6 +41,18 @@ class RMSNorm(nn.Module):
         return ops.rms_norm_modulate(x, self.weight, scale, shift, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm without learned parameters; blocks scale and shift it by their condition (released VAR `ln_wo_grad`)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
+        return ops.layer_norm_modulate(x, None, None, scale, shift, self.eps)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""
 

@@ -50,12 +50,12 @@ class LinearModulation(SteadyLinear):
 
 
 class TableModulation(nn.Module):
-    """Adds six learned vectors to the condition (released `scale_shift_table`)."""
+    """Adds six learned vectors to the condition (released `scale_shift_table`; VAR's `ada_gss`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, condition: Tensor) -> Tensor:
-        """[R, D] -> [R, 6, D]."""
-        return self.table + condition[:, None]
+        """Condition [R, D] or [R, 6 * D] -> [R, 6, D]."""
+        return self.table + condition.view(len(condition), -1, self.table.shape[-1])

@@ -1,4 +1,4 @@
-"""Cosine and sine tables of HART's rotary embedding (released `LlamaRotaryEmbedding1D`, `LlamaRotaryEmbedding2D`).
+"""Compute cosine and sine tables of HART's rotary embedding (released `LlamaRotaryEmbedding1D`, `LlamaRotaryEmbedding2D`).
 
 Context tokens have one position each; image tokens a row and a column, given as fractions of the last scale's grid and
 shifted by the context's last position. The tables depend on the scale and the prompt, not on the layer.
@@ -38,6 +38,13 @@ def image_tables(sides: Sequence[int], last_side: int, last_position: Tensor, he
     tables = _table(torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1), dtype)
     lengths = [side * side for side in sides]
     return list(zip(*(part.split(lengths, dim=2) for part in tables), strict=True))
+
+
+def no_rotation(rows: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Table:
+    """Return cos 1 and sin 0, [R, 1, L, d] each: what models without rotary positions rotate by. Takes no memory."""
+    pair = torch.ones(1, 1, 1, head_dim, dtype=dtype, device=device), torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
+    cos, sin = (values.expand(rows, 1, length, head_dim) for values in pair)
+    return cos, sin
 
 
 @lru_cache(maxsize=256)
