@@ -45,7 +45,7 @@ kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where
 	$(BIN)/python tools/compile_kernels.py --capability 80 90 --compare tools/compiled_kernels.json
 
 torches: $(VENV)/.installed-dev  # the wheel beside other versions of torch; each takes several GB and some minutes
-	HART_INFER_TORCHES="$(or $(TORCHES),2.10.0 2.11.0 2.12.1 2.13.0 2.14.1)" $(BIN)/python -m pytest tests/packaging/test_torches.py $(PYTEST_ARGS)
+	HART_INFER_TORCHES="$(or $(TORCHES),2.10.0 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0)" $(BIN)/python -m pytest tests/packaging/test_torches.py $(PYTEST_ARGS)
 
 # Whichever module a warning names: transformers and huggingface_hub warn of our arguments from wrappers of their own.
 newest: WANTED := $(LIBRARIES)

@@ -10,7 +10,12 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-MOVED = {"outputs": "pipelines.outputs", "pipeline": "pipelines.hart", "text": "models.text"}
+MOVED = {
+    "checkpoint": "checkpoints.hart", "config": "checkpoints.configs", "describe": "pipelines.describe",
+    "hub": "checkpoints.hub", "memory": "pipelines.out_of_memory", "outputs": "pipelines.outputs",
+    "pictures": "images.files", "pipeline": "pipelines.hart", "sampling": "generation.sampling",
+    "saving": "checkpoints.saving", "schedule": "generation.schedule", "text": "models.text", "weights": "checkpoints.weights",
+}  # fmt: skip
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "hart_infer"
 
 # From the top floor down, as CONTRIBUTING.md draws it.
 FLOORS = (
-    "__main__ cli __init__ pipelines checkpoints engine generation models ops kernels images errors moved version"
+    "__main__ cli __init__ moved pipelines checkpoints engine generation models ops kernels images errors version"
 ).split()
+LATE = ("MOVED", "_LAZY")  # tables of modules that are imported by name
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 SOURCES |= {f"hart_infer.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
 
@@ -34,7 +35,7 @@ def module_named(name: str) -> str | None:
 
 
 def imports_of(module: str) -> set[str]:
-    """The package's modules that a module imports: at its top, in functions, for type checkers, and by a backend's name."""
+    """The package's modules that a module imports: at its top, in functions, for type checkers, and by names in tables."""
     package = module.split(".")[:-1]
     found: set[str | None] = set()
     for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
@@ -49,6 +50,9 @@ def imports_of(module: str) -> set[str]:
             target = ast.literal_eval(node.args[0]).partition(":")[0]
             level = len(target) - len(target.lstrip("."))
             found.add(module_named(".".join([*package[: len(package) - level + 1], target.lstrip(".")])))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in LATE:
+            targets = ast.literal_eval(node.value).values()
+            found |= {module_named(f"hart_infer.{target}") for target in targets}
     return {name for name in found if name is not None} - {module}
 
 

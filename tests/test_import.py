@@ -11,6 +11,7 @@ import pytest
 
 import hart_infer
 from hart_infer import errors
+from hart_infer.moved import MOVED
 from tests.golden.data import REPOSITORY
 
 
@@ -46,6 +47,26 @@ def test_lazy_names_are_the_modules_own() -> None:
     assert hart_infer.HartOutput is outputs.HartOutput
     assert hart_infer.Step is outputs.Step
     assert hart_infer.PromptEmbeds is text.PromptEmbeds
+
+
+def test_functions_of_the_old_images_module_still_work_and_warn() -> None:
+    from hart_infer import images
+    from hart_infer.images import tensors
+
+    with pytest.warns(FutureWarning, match="hart_infer.images.to_pil is hart_infer.images.tensors.to_pil now"):
+        assert images.to_pil is tensors.to_pil
+    with pytest.raises(AttributeError, match="nonsense"):
+        images.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_every_old_name_of_a_module_leads_to_a_new_one(old: str) -> None:
+    sys.modules.pop(f"hart_infer.{old}", None)
+    with pytest.warns(FutureWarning):
+        module = importlib.import_module(f"hart_infer.{old}")
+    new = importlib.import_module(f"hart_infer.{MOVED[old]}")
+    defined = [name for name, value in vars(new).items() if getattr(value, "__module__", "") == new.__name__]
+    assert all(getattr(module, name) is getattr(new, name) for name in defined)
 
 
 @pytest.mark.parametrize(("old", "name"), [("pipeline", "HartPipeline"), ("outputs", "Step"), ("text", "PromptEmbeds")])

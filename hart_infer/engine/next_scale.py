@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -24,7 +24,7 @@ from ..generation.sampling import Sampler
 from ..generation.schedule import Schedule, Stage
 from ..models.next_scale import Condition, NextScaleTransformer
 from ..models.parts.cache import KVCache
-from ..models.parts.layers import weights_key
+from ..models.parts.layers import WeightsStamp
 from ..models.parts.quantizer import Quantizer
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
@@ -32,13 +32,17 @@ TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Shape, dtype and device of a cache: equal keys mean interchangeable caches."""
+    """Shapes, dtype and device of a cache: equal keys mean interchangeable caches."""
 
+    depth: int
     rows: int
+    num_heads: int
+    head_dim: int
     length: int
     scratch_length: int
     dtype: torch.dtype
     device: torch.device
+    is_inference: bool  # made under torch.inference_mode, outside of which it can't be written
 
 
 class Engine(Generic[TransformerT]):
@@ -52,7 +56,15 @@ class Engine(Generic[TransformerT]):
         self.transformer, self.quantizer, self.keep_buffers = transformer, quantizer, keep_buffers
         self._lock = threading.Lock()
         self._idle: tuple[CacheKey, KVCache] | None = None
-        self._unconditional: tuple[object, Prefix] | None = None
+        self._unconditional: tuple[WeightsStamp, Prefix] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept and the lock, for copies and pickles."""
+        return self.__dict__ | {"_lock": None, "_idle": None, "_unconditional": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a lock of its own."""
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def start(
         self,
@@ -95,10 +107,10 @@ class Engine(Generic[TransformerT]):
 
     def unconditional(self) -> Prefix:
         """Return the prefix of the unconditional condition, computed anew only after the weights have changed."""
-        key = (self.transformer.device, self.transformer.dtype, weights_key(self.transformer))
         kept = self._unconditional
-        if kept is None or kept[0] != key:
-            kept = self._unconditional = (key, prefill_alone(self.transformer, self.transformer.unconditional()))
+        if kept is None or not kept[0].fits(self.transformer):
+            stamp = WeightsStamp(self.transformer)
+            kept = self._unconditional = (stamp, prefill_alone(self.transformer, self.transformer.unconditional()))
         return kept[1]
 
     def give_back(self, cache: KVCache) -> None:
@@ -113,17 +125,36 @@ class Engine(Generic[TransformerT]):
             self._idle = self._unconditional = None
 
     def _borrow(self, schedule: Schedule, rows: int) -> KVCache:
+        network = self.transformer
         wanted = CacheKey(
-            rows, schedule.cached_length, schedule.scratch_length, self.transformer.dtype, self.transformer.device
+            depth=network.depth,
+            rows=rows,
+            num_heads=network.num_heads,
+            head_dim=network.head_dim,
+            length=schedule.cached_length,
+            scratch_length=schedule.scratch_length,
+            dtype=network.dtype,
+            device=network.device,
+            is_inference=torch.is_inference_mode_enabled(),
         )
         with self._lock:
             idle, self._idle = self._idle, None
         if idle is not None and idle[0] == wanted:
             return idle[1]
         idle = None  # freed before the new one is allocated
-        return new_cache(self.transformer, rows=rows, length=wanted.length, scratch_length=wanted.scratch_length)
+        return new_cache(network, rows=rows, length=wanted.length, scratch_length=wanted.scratch_length)
 
 
 def _key(cache: KVCache) -> CacheKey:
-    _, rows, _, length, _ = cache.keys.shape
-    return CacheKey(rows, length, cache.scratch.shape[3], cache.keys.dtype, cache.keys.device)
+    depth, rows, num_heads, length, head_dim = cache.keys.shape
+    return CacheKey(
+        depth=depth,
+        rows=rows,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        length=length,
+        scratch_length=cache.scratch.shape[3],
+        dtype=cache.keys.dtype,
+        device=cache.keys.device,
+        is_inference=cache.keys.is_inference(),
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError, OutputError
+from .reading import NotAFileError, check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,11 +109,14 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            check_regular(path)
             with Image.open(path) as image:
                 exif = image.getexif()
                 is_ours = str(exif.get(EXIF_SOFTWARE)).startswith(SOFTWARE)
                 text = image.info.get(METADATA_KEY) or (exif.get(EXIF_DESCRIPTION) if is_ours else None)
         values = json.loads(text) if text else None
+    except NotAFileError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

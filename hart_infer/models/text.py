@@ -6,8 +6,8 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import WeightsError
-from .parts.layers import weights_key
+from ..ops.held import no_cudnn_attention
+from .parts.layers import WeightsStamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENIZING = threading.RLock()  # fast tokenizers change state in a call and are not thread-safe
-# These give finite numbers for rows that are masked entirely; cuDNN's attention may give NaN, which spreads over the image.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._cache_argument = _cache_argument(model)
-        self._prefixes: dict[int, tuple[object, _SystemPrefix]] = {}  # by token limit, with the weights that computed it
+        self._prefixes: dict[int, tuple[WeightsStamp, _SystemPrefix]] = {}  # by token limit, with the weights that computed it
 
     @property
     def width(self) -> int:
@@ -153,7 +151,7 @@ class TextEncoder:
         for layer, (keys, values) in enumerate(prefix.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
-        with _attention_backends(tokens.device):
+        with _suitable_attention(tokens.device):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
@@ -165,26 +163,21 @@ class TextEncoder:
 
     def _system_prefix(self, limit: int) -> _SystemPrefix:
         """Return the system prompt's prefix, truncated to `limit` tokens; computed anew only after the weights have changed."""
-        key = weights_key(self.model)
         kept = self._prefixes.get(limit)
-        if kept is None or kept[0] != key:
+        if kept is None or not kept[0].fits(self.model):
+            stamp = WeightsStamp(self.model)
             with _TOKENIZING:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             layers: list[tuple[Tensor, Tensor]] = []
             self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
-            kept = self._prefixes[limit] = (key, _SystemPrefix(layers, ids.shape[1]))
+            kept = self._prefixes[limit] = (stamp, _SystemPrefix(layers, ids.shape[1]))
         return kept[1]
 
 
-@contextmanager
-def _attention_backends(device: torch.device) -> Iterator[None]:
-    """Restrict scaled_dot_product_attention to _BACKENDS on CUDA."""
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel(_BACKENDS):
-        yield
+def _suitable_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention away on CUDA: on newer GPUs rows that attend to nothing may come out NaN from it."""
+    return no_cudnn_attention if device.type == "cuda" else nullcontext()
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .held import no_convolution_tf32
 from .precision import MIN_ROWS, widens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Map x [..., in] by weight [out, in] and bias [out] or None -> [..., out] in x's dtype, accumulated in fp32.
+    """Map x [..., in] by weight [out, in] and bias [out] or None -> [..., out] in x's dtype.
 
-    On CUDA cuBLAS may reduce split-K sums in x's dtype, unless
+    Sums are accumulated in fp32, except that on CUDA cuBLAS may reduce split-K sums in x's dtype, unless
     `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (for fp16 `allow_fp16_...`) is False; PyTorch's
     default is True.
     """
@@ -29,7 +30,6 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int
     if widens(x, "conv2d"):
         return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
     if x.device.type == "cuda" and x.dtype == torch.float32:
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+        with no_convolution_tf32:
             return F.conv2d(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)

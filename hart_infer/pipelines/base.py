@@ -55,7 +55,7 @@ class Pipeline(ABC):
         self._slices = False
         self._offloads_from: torch.device | None = None
         self._offloading = threading.RLock()
-        self._interrupt = False  # set to True, it ends the running calls after their scale, as in diffusers
+        self._interrupts = 0
         self.num_threads: int | None = None  # of the CPU, for a call; None: as many as PyTorch takes
 
     if not TYPE_CHECKING:
@@ -66,6 +66,23 @@ class Pipeline(ABC):
                 object.__getattribute__(self, name)
             instead = f": {INSTEAD[name]}." if name in INSTEAD else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, for copies and pickles."""
+        return self.__dict__ | {"_offloading": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a lock of its own."""
+        self.__dict__.update(state, _offloading=threading.RLock())
+
+    @property
+    def _interrupt(self) -> bool:
+        """Set to True, it ends the calls that are running now, after their scale, as in diffusers; calls made later run."""
+        return False
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._interrupts += bool(value)
 
     @property
     @abstractmethod

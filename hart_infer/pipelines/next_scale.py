@@ -152,7 +152,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
         Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition.
         """
-        self._interrupt = False
+        interrupts = self._interrupts
         callback, reproducible = call.callback, call.reproducible
         batch_size = self._batch_size(reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device) for i in range(0, len(seeds), batch_size)]
@@ -167,7 +167,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
                         callback(step)
                         if step.stopped:
                             break
-                    if self._interrupt:
+                    if self._interrupts != interrupts:
                         break
             return torch.cat([finish(state) for state in states])
         finally:  # an error that someone keeps would keep the states alive, by its traceback

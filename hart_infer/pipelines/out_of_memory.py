@@ -14,20 +14,23 @@ from ..errors import OutOfMemoryError, is_out_of_memory
 _OURS = ("hart_infer", "torch")
 
 
-def total_memory(device: torch.device) -> int | None:
-    """Return the bytes that a device has in all; None if unknown."""
+UNKNOWN_MEMORY = 2**40  # bytes assumed where the system does not tell: absurd calls are refused there too
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes that a device has in all; UNKNOWN_MEMORY if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return None
+        return UNKNOWN_MEMORY
 
 
 def check_memory(count: int, bytes_each: int, device: torch.device) -> None:
     """Raise OutOfMemoryError if count * bytes_each exceeds the device's total memory."""
     total = total_memory(device)
-    if total is not None and count * bytes_each > total:
+    if count * bytes_each > total:
         raise OutOfMemoryError(
             f"{count:,} pictures at once need at least {count * bytes_each / 2**30:,.1f} GiB, and {device} has "
             f"{total / 2**30:,.1f}: at most {total // bytes_each:,} could fit. Generate fewer at a time "

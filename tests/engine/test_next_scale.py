@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -115,6 +116,22 @@ def test_a_cache_of_another_kind_is_not_taken(pipe: HartPipeline, keeping: Engin
     }[what]
     run(pipe, keeping, changed)
     assert len(made) == 2
+
+
+def test_a_cache_of_inference_mode_is_not_taken_outside(pipe: HartPipeline, keeping: Engine) -> None:
+    run(pipe, keeping, pipe._schedule(Settings()))
+    with torch.inference_mode(False), torch.no_grad():
+        latent = run(pipe, keeping, pipe._schedule(Settings()))
+    assert not latent.is_inference()
+
+
+def test_a_cache_of_a_shallower_network_is_not_taken(pipe: HartPipeline, keeping: Engine) -> None:
+    schedule = pipe._schedule(Settings())
+    run(pipe, keeping, schedule)
+    deeper = copy.deepcopy(pipe.transformer)
+    deeper.depth += 1
+    keeping.transformer = deeper
+    assert keeping._borrow(schedule, 2).keys.shape[0] == deeper.depth
 
 
 def test_what_failed_keeps_no_cache(pipe: HartPipeline, keeping: Engine, made: list[KVCache]) -> None:

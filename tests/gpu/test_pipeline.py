@@ -13,6 +13,7 @@ from hart_infer import HartPipeline, ops
 from hart_infer.generation.next_scale import new_cache
 from hart_infer.generation.residual import denoise, diffusion_schedule
 from hart_infer.generation.schedule import hart_schedule
+from hart_infer.images.tensors import to_uint8
 from hart_infer.ops.registry import OPS, Where, use_backend
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -178,3 +179,23 @@ def _scale(pipe: HartPipeline, place: int = -2) -> Callable[[], Tensor]:
         return transformer(x, condition.modulation, table, where)
 
     return run
+
+
+def test_offloading_draws_the_same_pictures():
+    pipe = load(torch.float32)
+    resident = pixels(pipe, seed=4)
+    pipe.enable_model_cpu_offload()
+    assert (pixels(pipe, seed=4) == resident).all()
+    assert pipe.transformer.device.type == "cpu"
+
+
+def test_contexts_without_a_system_prompt_are_finite_where_padding_is_on_the_left():
+    pipe = load(torch.bfloat16)
+    pipe.text_encoder.tokenizer.padding_side = "left"
+    embeds = pipe.encode_prompt(["a cat", "a red heart, fluent style"], use_system_prompt=False)
+    assert embeds.context.isfinite().all()
+
+
+def test_pictures_leave_the_device_as_the_cpu_rounds_them():
+    values = torch.rand(2, 3, 33, 17, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(to_uint8(values.cuda()), to_uint8(values))

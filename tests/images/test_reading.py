@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hart_infer import InputError
+from hart_infer.images.files import read_metadata
 from hart_infer.images.reading import read_image, to_rgb
 from hart_infer.images.tensors import to_tensor
 
@@ -99,3 +101,23 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(InputError, match="a.png cannot be read as a picture"):
         read_image(path)
+
+
+def test_integers_in_memory_are_of_8_bits_as_pillow_has_it() -> None:
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(LEVELS).convert("I")))[..., 0], LEVELS)
+    with pytest.raises(InputError, match="integers from 0 to 256; expected 0 to 255"):
+        to_rgb(Image.fromarray(np.array([[0, 256]], dtype=np.int32)))
+
+
+def test_the_transparent_value_of_a_16_bit_grey_is_white(tmp_path: Path) -> None:
+    values = np.array([[0, 1000], [30000, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    assert np.asarray(read_image(tmp_path / "a.png"))[..., 0].tolist() == [[0, 255], [117, 255]]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in the file system")
+@pytest.mark.parametrize("read", [read_image, read_metadata])
+def test_a_pipe_is_not_waited_for(read: object, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="is not a file"):
+        read(tmp_path / "a.png")

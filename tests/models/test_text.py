@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +141,10 @@ def test_a_left_padded_row_of_the_mask_sees_nothing_and_others_see_no_padding() 
 def test_on_a_gpu_cudnn_s_attention_is_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
     from hart_infer.models import text
 
-    allowed: list[Any] = []
-    monkeypatch.setattr(text, "sdpa_kernel", lambda backends: allowed.extend(backends) or nullcontext())
-    with text._attention_backends(torch.device("cuda")):
-        pass
-    assert allowed and torch.nn.attention.SDPBackend.CUDNN_ATTENTION not in allowed
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with text._suitable_attention(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.mark.parametrize(("side", "system"), [("left", False), ("left", True), ("right", False)])

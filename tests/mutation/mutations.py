@@ -321,7 +321,7 @@ MUTATIONS = [
     Mutation(
         "an unconditional prefix that outlives the weights",
         "hart_infer/engine/next_scale.py",
-        "if kept is None or kept[0] != key:",
+        "if kept is None or not kept[0].fits(self.transformer):",
         "if kept is None:",
         "tests/pipelines/test_hart.py::test_the_kept_unconditional_context_does_not_outlive_the_weights",
     ),

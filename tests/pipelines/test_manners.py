@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from hart_infer import HartOutput, HartPipeline, InputError, OutOfMemoryError, Step
+from hart_infer import HartOutput, HartPipeline, InputError, OutOfMemoryError, Step, VarPipeline
 from hart_infer.pipelines import out_of_memory
 from hart_infer.pipelines.base import INSTEAD
 from tests.golden.data import REPOSITORY
@@ -200,8 +203,13 @@ def test_what_could_fit_is_tried(pipe: HartPipeline, monkeypatch: pytest.MonkeyP
     pipe("a")
     with pytest.raises(OutOfMemoryError, match="at most 4 could fit"):
         pipe("a", num_images_per_prompt=6)
-    monkeypatch.setattr(out_of_memory, "total_memory", lambda device: None)  # nobody tells
+
+
+def test_where_no_system_tells_its_memory_absurd_calls_are_refused(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")
     pipe("a")
+    with pytest.raises(OutOfMemoryError, match="GiB"):
+        pipe("a", num_images_per_prompt=10**9)
 
 
 def test_offloading_needs_another_device(own: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +302,41 @@ def test_a_call_type_checks(tmp_path: Path) -> None:
     assert problems and all(":6:" in line for line in problems), done.stdout
 
 
-def test_the_overloads_have_the_call_s_arguments() -> None:
-    given = list(inspect.signature(HartPipeline.__call__).parameters)
-    for overload in __import__("typing").get_overloads(HartPipeline.__call__.__wrapped__):
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is new in 3.11")
+@pytest.mark.parametrize("kind", [HartPipeline, VarPipeline])
+def test_the_overloads_have_the_call_s_arguments(kind: Any) -> None:
+    given = list(inspect.signature(kind.__call__).parameters)
+    overloads = typing.get_overloads(kind.__call__.__wrapped__)  # type: ignore[attr-defined, unused-ignore]
+    assert len(overloads) == 2
+    for overload in overloads:
         assert list(inspect.signature(overload).parameters) == given
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"])
+def test_a_copy_draws_the_same(pipe: HartPipeline, copied: Any) -> None:
+    expected = pipe("a cat", seed=3, output_type="latent").images
+    other = copied(pipe)
+    assert torch.equal(other("a cat", seed=3, output_type="latent").images, expected)
+    other.enable_vae_slicing()
+    assert pipe.engine is not other.engine and not pipe._slices
+
+
+def test_calls_from_several_threads_draw_what_they_draw_alone(pipe: HartPipeline) -> None:
+    def draw(seed: int) -> torch.Tensor:
+        return pipe("a cat", seed=seed, output_type="latent").images
+
+    alone = [draw(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(draw, range(6)), alone))
+
+
+def test_a_call_does_not_undo_the_interruption_of_another(pipe: HartPipeline) -> None:
+    seen = []
+
+    def interrupt(step: Step) -> None:
+        seen.append(step.index)
+        pipe._interrupt = True
+        pipe("a dog", seed=1, output_type="latent", callback_on_step_end=lambda step: step.stop())
+
+    pipe("a cat", seed=1, output_type="latent", callback_on_step_end=interrupt)
+    assert seen == [0]
