@@ -1,8 +1,10 @@
 """The released code and ours, in one run on one machine, with the same weights, seeds and draws.
 
     python benchmarks/against_official.py --official PATH --size 256 1024 --dtype bf16 fp32 --out benchmarks/results/x.json
+    python benchmarks/against_official.py --family var --official PATH --dtype bf16 fp32 --out benchmarks/results/y.json
 
-PATH is a checkout of github.com/mit-han-lab/hart, which is run unmodified (see `official.py`) and not part of this project.
+PATH is a checkout of github.com/mit-han-lab/hart, or with `--family var` of FoundationVision/VAR; it is run unmodified (see
+`official.py`, `official_var.py`) and not part of this project.
 Each side has a process of its own; they take turns, so that a change in the machine's speed touches both. In fp32 the
 pictures must agree; in bf16 the two round differently and draw different codes from some scale on, so the difference says
 little there and is printed for the record.
@@ -15,57 +17,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import measure
 import official
 import torch
+from architecture_var import VAR_PRESETS
+from families import DTYPES, FAMILIES, Loaded
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, THEIRS = "ours", "theirs"
-Generate = Callable[[int], torch.Tensor]
 
 
-# ---- the two sides, each in a worker
-
-
-def load_ours(request: dict[str, Any]) -> Generate:
-    """Our pipeline as seed -> pictures [B, 3, H, W]."""
-    from hart_infer import HartPipeline
-    from hart_infer.models.text import PromptEmbeds
-
-    pipe = HartPipeline.from_pretrained(
-        request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.num_threads = request["threads"]
-    config = pipe.transformer.config
-    embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
-    options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"]}
-
-    def generate(seed: int) -> torch.Tensor:
-        pictures: torch.Tensor = pipe(prompt_embeds=embeds, seed=seed, output_type="pt", **options).images
-        return pictures
-
-    return generate
-
-
-def load_theirs(request: dict[str, Any]) -> Generate:
-    """The released code as seed -> pictures [B, 3, H, W]."""
-    checkpoint = Path(request["checkpoint"])
-    hart = official.OfficialHart(request["official"], checkpoint, setting=request["setting"], device=request["device"])
-    config = measure.read_config(checkpoint)
-    context, mask = measure.random_context(config["context_token"], config["context_dim"])
-    position_ids = mask.long().cumsum(dim=1) - 1
-
-    def generate(seed: int) -> torch.Tensor:
-        return hart.generate(
-            context, mask, position_ids, seed=seed, cfg=request["guidance"], more_smooth=request["more_smooth"]
-        )
-
-    return generate
+# ---- a side, in a worker
 
 
 class Side:
@@ -73,38 +37,50 @@ class Side:
 
     def __init__(self, role: str) -> None:
         """`role` says which code this process runs."""
-        self._load = load_ours if role == OURS else load_theirs
-        self._generate: Generate | None = None
+        self._role = role
+        self._loaded: Loaded | None = None
         self._device = torch.device("cpu")
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a request."""
-        if request["command"] == "load":
-            torch.set_num_threads(request["threads"])
-            self._device = torch.device(request["device"])
-            start = time.perf_counter()
-            self._generate = self._load(request)
-            answer = {"seconds": time.perf_counter() - start, "peak_bytes": measure.peak_bytes(self._device)}
-            measure.reset_peak(self._device)
-            return answer
-        assert self._generate is not None
+        return self._load(request) if request["command"] == "load" else self._generate(request)
+
+    def _load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Seconds until the code has loaded, and with every page read; the peak includes all pages."""
+        torch.set_num_threads(request["threads"])
+        self._device = torch.device(request["device"])
+        family = FAMILIES[request["family"]]
+        start = time.perf_counter()
+        self._loaded = (family.load_ours if self._role == OURS else family.load_theirs)(request)
+        measure.synchronize(self._device)
+        seconds = time.perf_counter() - start
+        measure.touch(self._loaded.weights)
+        read_seconds = time.perf_counter() - start
+        answer = {"seconds": seconds, "read_seconds": read_seconds, "peak_bytes": measure.peak_bytes(self._device)}
+        measure.reset_peak(self._device)
+        return answer
+
+    def _generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._loaded is not None
         measure.synchronize(self._device)
         start, cpu_start = time.perf_counter(), time.process_time()
-        pictures = self._generate(request["seed"])
+        picture = self._loaded.draw(request["seed"])
         measure.synchronize(self._device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        torch.save(pictures.float().cpu(), request["save"])
+        indices = [each.cpu() for each in picture.indices]
+        torch.save({"images": picture.images.float().cpu(), "indices": indices}, request["save"])
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": measure.peak_bytes(self._device)}
 
 
 # ---- the comparison
 
 
-def compare(size: int, dtype: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both sides at one size and dtype."""
-    stored = args.stored or dtype
-    checkpoint = measure.random_checkpoint(size, stored, "none", args.cache_dir)
+def compare(model: int, dtype: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Both sides of one model in one dtype; `model` is a size of HART or a depth of VAR."""
+    family, stored = FAMILIES[args.family], args.stored or dtype
+    checkpoint = family.checkpoint(model, stored, args.cache_dir)
     request = {
+        "family": args.family,
         "checkpoint": str(checkpoint),
         "official": str(args.official),
         "dtype": dtype,
@@ -112,13 +88,15 @@ def compare(size: int, dtype: str, args: argparse.Namespace, folder: Path) -> di
         "setting": "fp32" if dtype == "fp32" else args.official_setting,
         "device": args.device,
         "guidance": args.guidance,
-        "more_smooth": not args.hard,
+        "more_smooth": family.more_smooth and not args.hard,
         "threads": args.threads,
     }
     run = run_together if args.processes == "together" else run_separately
     loads, rounds = run(request, args, folder)
     result = summarise(loads, rounds, folder, args)
-    settings = {"size": size, "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
+    settings = {"size": family.pixels(model), "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
+    if family.option != "size":
+        settings[family.option] = model
     return {**settings, "processes": args.processes, **result}
 
 
@@ -163,13 +141,7 @@ def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path,
     seconds = {role: measure.spread([r[role]["seconds"] for r in rounds]) for role in (OURS, THEIRS)}
     peaks = {role: max(r[role]["peak_bytes"] for r in rounds) for role in (OURS, THEIRS)}
     ratios, cpu_ratios = ([r[OURS][kind] / r[THEIRS][kind] for r in rounds] for kind in ("seconds", "cpu_seconds"))
-    differences = []
-    for i in range(args.repeats):
-        ours, theirs = (torch.load(folder / f"{role}-{args.seed + i}.pt", weights_only=True) for role in (OURS, THEIRS))
-        if ours.shape != theirs.shape:
-            raise measure.BenchmarkError(f"the pictures differ in shape: {list(ours.shape)}, {list(theirs.shape)}")
-        difference = (ours - theirs).abs()
-        differences.append({"largest": difference.max().item(), "mean": difference.mean().item()})
+    differences = [difference(folder, args.seed + i) for i in range(args.repeats)]
     return {
         "time_ratio": statistics.geometric_mean(ratios),
         "time_ratios": ratios,
@@ -177,39 +149,64 @@ def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path,
         "seconds": seconds,
         "peak_bytes": peaks,
         "load": loads,
-        "difference": {key: max(d[key] for d in differences) for key in ("largest", "mean")},
+        "difference": {key: max(d[key] for d in differences) for key in differences[0]},
         "differences": differences,
     }
 
 
+def difference(folder: Path, seed: int) -> dict[str, float]:
+    """Between the two pictures of a seed: of the pixels, and where both sides recorded them, of the drawn indices."""
+    ours, theirs = (torch.load(folder / f"{role}-{seed}.pt", weights_only=True) for role in (OURS, THEIRS))
+    if ours["images"].shape != theirs["images"].shape:
+        shapes = ", ".join(str(list(side["images"].shape)) for side in (ours, theirs))
+        raise measure.BenchmarkError(f"the pictures differ in shape: {shapes}")
+    pixels = (ours["images"] - theirs["images"]).abs()
+    result = {"largest": pixels.max().item(), "mean": pixels.mean().item()}
+    if ours["indices"] and theirs["indices"]:
+        drawn = [torch.cat(side["indices"], dim=1) for side in (ours, theirs)]
+        result["indices"] = (drawn[0] != drawn[1]).double().mean().item()
+    return result
+
+
 def report(result: dict[str, Any]) -> str:
     """One comparison for people."""
-    seconds, peaks, difference = result["seconds"], result["peak_bytes"], result["difference"]
-    return "\n".join(
-        (
-            f"{result['size']}px {result['dtype']}: ours / theirs {result['time_ratio']:.3f} "
-            f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s; "
-            f"processor time {result['cpu_time_ratio']:.3f})",
-            f"  peak memory: ours {measure.gigabytes(peaks[OURS])}, theirs {measure.gigabytes(peaks[THEIRS])}",
-            f"  pictures differ by at most {difference['largest']:.2e}, on average {difference['mean']:.2e} (of 1)",
-            f"  theirs: {result['official_setting']}; processes {result['processes']}",
-        )
-    )
+    seconds, peaks, loads, found = (result[key] for key in ("seconds", "peak_bytes", "load", "difference"))
+    gigabytes = measure.gigabytes
+    lines = [
+        f"{result['size']}px {result['dtype']}: ours / theirs {result['time_ratio']:.3f} "
+        f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s; "
+        f"processor time {result['cpu_time_ratio']:.3f})",
+        f"  peak memory: ours {gigabytes(peaks[OURS])}, theirs {gigabytes(peaks[THEIRS])}",
+        "  loading: "
+        + ", ".join(
+            f"{role} {loads[role]['read_seconds']:.2f} s, peak {gigabytes(loads[role]['peak_bytes'])}" for role in loads
+        ),
+        f"  pictures differ by at most {found['largest']:.2e}, on average {found['mean']:.2e} (of 1)",
+        f"  theirs: {result['official_setting']}; processes {result['processes']}",
+    ]
+    if "indices" in found:
+        share = f"{found['indices']:.2%} of the drawn indices differ" if found["indices"] else "every drawn index is the same"
+        lines.insert(4, f"  {share}")
+    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description="Compare with a checkout of the released HART code.")
-    result.add_argument("--official", type=Path, required=True, metavar="PATH", help="checkout of mit-han-lab/hart")
+    result = argparse.ArgumentParser(description="Compare with a checkout of the released code.")
+    result.add_argument("--family", choices=FAMILIES, default="hart")
+    result.add_argument("--official", type=Path, required=True, metavar="PATH",
+                        help="checkout of mit-han-lab/hart or FoundationVision/VAR")  # fmt: skip
     result.add_argument("--size", type=int, nargs="+", choices=sorted(measure.SIZES), default=[256, 1024],
-                        help="128 is a tiny model's")  # fmt: skip
+                        help="HART: pixels; 128 is a tiny model's")  # fmt: skip
+    result.add_argument("--depth", type=int, nargs="+", choices=VAR_PRESETS, default=[16],
+                        help="VAR: 16 to 30 draw 256px, 36 draws 512px; 2 is a tiny model's")  # fmt: skip
     result.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     result.add_argument("--device", default="cpu")
     result.add_argument("--official-setting", choices=("cast", "autocast"), default="cast",
                         help="its bf16: cast is faster and smaller, autocast is as released")  # fmt: skip
-    result.add_argument("--hard", action="store_true", help="without more_smooth, which amplifies rounding")
+    result.add_argument("--hard", action="store_true", help="HART: without more_smooth, which amplifies rounding")
     result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
-    result.add_argument("--guidance", type=float, default=4.5)
+    result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     result.add_argument("--seed", type=int, default=1)
     result.add_argument("--repeats", type=int, default=3)
     result.add_argument("--warmup", type=int, default=1)
@@ -226,15 +223,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.repeats < 1:
         parser().error("--repeats must be 1 or more")
-    results = []
+    family, results = FAMILIES[args.family], []
+    args.guidance = family.guidance if args.guidance is None else args.guidance
     try:
-        args.official = official.check_checkout(args.official)
+        args.official = official.check_checkout(args.official, args.family)
         measure.require_package()
         measure.check_out(args.out)
-        for size in args.size:
+        for model in getattr(args, family.option):
             for dtype in args.dtype:
                 with tempfile.TemporaryDirectory() as folder:
-                    results.append(compare(size, dtype, args, Path(folder)))
+                    results.append(compare(model, dtype, args, Path(folder)))
                 print(report(results[-1]), flush=True)
                 if args.out:
                     write(args, results)
@@ -251,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """The record so far, so that a long run that dies leaves what it had."""
-    names = ("guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
+    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
     values = {
         "benchmark": "against_official",
         "machine": measure.machine(args.device),

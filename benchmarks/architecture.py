@@ -1,4 +1,4 @@
-"""The shapes of the published architecture, and of a tiny one, as lists of stored tensors.
+"""The shapes of HART's published architecture, and of a tiny one, as lists of stored tensors; VAR's: `architecture_var.py`.
 
 Names and shapes are the released files'. How each tensor is drawn is chosen so that hidden states stay near 1 through 24
 blocks, guided logits are of scale a few, and the decoder's pictures don't saturate.
@@ -18,10 +18,25 @@ BRANCH_GAIN = 0.5  # on what a block adds to the residual stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """The shapes of a checkpoint; the defaults are the published architecture."""
+class AutoencoderPreset:
+    """The shapes of an autoencoder; the defaults are the published ones, HART's and VAR's alike."""
 
     patch_nums: tuple[int, ...]
+    vocab_size: int = 4096
+    z_channels: int = 32
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of the picture."""
+        return self.patch_nums[-1] * 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(AutoencoderPreset):
+    """The shapes of a HART checkpoint; the defaults are the published architecture."""
+
     context_token: int = 300
     context_dim: int = 1536
     embed_dim: int = 1536
@@ -29,20 +44,11 @@ class Preset:
     depth: int = 24
     diff_width: int = 1024
     diff_depth: int = 6
-    vocab_size: int = 4096
-    z_channels: int = 32
-    ch: int = 160
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
 
     @property
     def mlp_dim(self) -> int:
         """SwiGLU's hidden width: two thirds of four times the width, rounded up to a multiple of 256."""
         return (self.embed_dim * 8 // 3 + 255) // 256 * 256
-
-    @property
-    def size(self) -> int:
-        """Pixels along a side of the picture."""
-        return self.patch_nums[-1] * 2 ** (len(self.ch_mult) - 1)
 
 
 RELEASED_FLAGS = {
@@ -207,7 +213,7 @@ def middle(name: str, width: int) -> Iterator[Entry]:
     yield from res_block(f"{name}.block_2", width, width)
 
 
-def encoder_entries(p: Preset) -> Iterator[Entry]:
+def encoder_entries(p: AutoencoderPreset) -> Iterator[Entry]:
     """Two blocks a level, a strided convolution between levels, attention at the lowest."""
     widths = [p.ch * m for m in p.ch_mult]
     width = p.ch
@@ -225,7 +231,7 @@ def encoder_entries(p: Preset) -> Iterator[Entry]:
     yield from conv("vae.encoder.conv_out", p.z_channels, width)
 
 
-def decoder_entries(p: Preset) -> Iterator[Entry]:
+def decoder_entries(p: AutoencoderPreset) -> Iterator[Entry]:
     """The encoder's mirror with three blocks a level; a last gain that leaves the picture room before it clips."""
     widths = [p.ch * m for m in p.ch_mult]
     width = widths[-1]
@@ -243,7 +249,7 @@ def decoder_entries(p: Preset) -> Iterator[Entry]:
     yield from conv("vae.decoder.conv_out", 3, width, gain=0.6)
 
 
-def autoencoder_entries(p: Preset) -> Iterator[Entry]:
+def autoencoder_entries(p: AutoencoderPreset) -> Iterator[Entry]:
     """`tokenizer/model.safetensors` without its dead buffers and discriminator."""
     yield from encoder_entries(p)
     yield from conv("vae.quant_conv", p.z_channels, p.z_channels)

@@ -1,6 +1,7 @@
 """Time and memory of whole pictures, stage by stage, as JSON.
 
     python benchmarks/end_to_end.py --size 1024 --dtype bf16 --out benchmarks/results/end_to_end.json
+    python benchmarks/end_to_end.py --family var --depth 16 --dtype bf16
 
 The pipeline runs in a fresh process, so that its peak memory is its own. Stages are timed from outside, by wrapping the
 pipeline's parts and its per-scale callback; the device is synchronised at every stage's end. Without --checkpoint the
@@ -18,9 +19,11 @@ from typing import Any
 
 import measure
 import torch
+from architecture_var import VAR_PRESETS
 
 PROMPT = "A small white cat asleep on a sunny windowsill, among pots of red flowers, photographed in soft light"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GUIDANCE = {"hart": 4.5, "var": 4.0}
 
 
 class StageClock:
@@ -36,7 +39,7 @@ class StageClock:
         self._last = 0.0
         next_scale.sample_residual = self._timed("diffusion", next_scale.sample_residual)
         pipe.autoencoder.decode = self._timed("decode", pipe.autoencoder.decode)
-        if pipe.text_encoder is not None:
+        if getattr(pipe, "text_encoder", None) is not None:
             pipe.text_encoder.encode = self._timed("text", pipe.text_encoder.encode)
 
     def _now(self) -> float:
@@ -76,33 +79,29 @@ def _order(stage: str) -> tuple[int, int]:
     return {"text": 0, "diffusion": 2, "decode": 3}[stage], 0
 
 
-def touch(tensors: list[torch.Tensor]) -> None:
-    """Read a byte of every page: mapped weights are in memory only once they have been read, and a peak without them
-    would flatter."""
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
-            tensor.detach().flatten().view(torch.uint8)[::4096].max()
-
-
-def load(path: str, dtype: str, device: str, text_encoder: str) -> tuple[Any, dict[str, Any]]:
+def load(family: str, path: str, dtype: str, device: str, text_encoder: str) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the seconds and memory that loading it took; the peak includes every weight and all libraries."""
     start = time.perf_counter()
-    from hart_infer import HartPipeline
+    from hart_infer import HartPipeline, VarPipeline
 
     imported = time.perf_counter()
     target = torch.device(device)
     before = measure.resident_bytes() or 0
     measure.reset_peak(target)
     measure.reset_peak(torch.device("cpu"))
-    pipe = HartPipeline.from_pretrained(
-        path, torch_dtype=DTYPES[dtype], device=device, text_encoder=False if text_encoder == "none" else None
-    )
+    pipe: Any
+    if family == "var":
+        pipe = VarPipeline.from_pretrained(path, dtype=DTYPES[dtype], device=device)
+    else:
+        pipe = HartPipeline.from_pretrained(
+            path, torch_dtype=DTYPES[dtype], device=device, text_encoder=False if text_encoder == "none" else None
+        )
     measure.synchronize(target)
     seconds = time.perf_counter() - imported
     at_return = measure.peak_bytes(torch.device("cpu"))
-    modules = [pipe.transformer, pipe.autoencoder] + ([pipe.text_encoder.model] if pipe.text_encoder else [])
-    weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    touch(weights)
+    encoder = getattr(pipe, "text_encoder", None)
+    weights = measure.tensors_of(pipe.transformer, pipe.autoencoder, *([encoder.model] if encoder else []))
+    measure.touch(weights)
     peak, size = measure.peak_bytes(torch.device("cpu")), sum(t.numel() * t.element_size() for t in weights)
     result = {
         "import_seconds": imported - start,
@@ -118,21 +117,31 @@ def load(path: str, dtype: str, device: str, text_encoder: str) -> tuple[Any, di
     return pipe, result
 
 
+def inputs(family: str, pipe: Any) -> dict[str, Any]:
+    """What to draw: a class, a prompt, or, without a text encoder, a random context."""
+    if family == "var":
+        return {"label": measure.var_label(pipe.transformer.config.num_classes)}
+    if pipe.text_encoder is not None:
+        return {"prompt": PROMPT}
+    from hart_infer.models.text import PromptEmbeds
+
+    config = pipe.transformer.config
+    return {"prompt_embeds": PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))}
+
+
 def work(request: dict[str, Any]) -> dict[str, Any]:
     """In the worker: load, warm up, run, and report."""
     torch.set_num_threads(request["threads"])
-    pipe, loading = load(request["checkpoint"], request["dtype"], request["device"], request["text_encoder"])
+    names = ("family", "checkpoint", "dtype", "device", "text_encoder")
+    pipe, loading = load(*(request[name] for name in names))
     pipe.set_progress_bar_config(disable=True)
     pipe.num_threads = request["threads"]
-    inputs: dict[str, Any] = {"prompt": PROMPT}
-    if pipe.text_encoder is None:
-        from hart_infer.models.text import PromptEmbeds
-
-        config = pipe.transformer.config
-        embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
-        inputs = {"prompt_embeds": embeds}
+    options = {
+        **inputs(request["family"], pipe),
+        "num_images_per_prompt": request["images"],
+        "guidance_scale": request["guidance"],
+    }
     clock = StageClock(pipe)
-    options = {**inputs, "num_images_per_prompt": request["images"], "guidance_scale": request["guidance"]}
     separate = measure.reset_peak(pipe.device)
     for i in range(request["warmup"]):
         clock.run(seed=i, **options)
@@ -153,7 +162,7 @@ def report(result: dict[str, Any]) -> str:
     settings, loading, total = result["settings"], result["load"], result["seconds"]
     lines = [
         f"{result['size']}px, {settings['dtype']} on {result['machine']['device']}, {settings['threads']} threads, "
-        f"text encoder: {settings['text_encoder']}",
+        f"text encoder: {settings['text_encoder']}, {settings['family']}",
         f"load      {loading['seconds']:8.2f} s   peak {measure.gigabytes(loading['peak_bytes'])}, weights "
         f"{measure.gigabytes(loading['weights_bytes'])} ({loading['peak_over_weights']:.2f}x)",
         f"generate  {total['median']:8.2f} s   peak {measure.gigabytes(result['peak_bytes'])}",
@@ -166,7 +175,11 @@ def report(result: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description="Time and memory of whole pictures, stage by stage.")
-    result.add_argument("--size", type=int, default=1024, help=f"of the random checkpoint: {sorted(measure.SIZES)} (1024)")
+    result.add_argument("--family", choices=GUIDANCE, default="hart")
+    result.add_argument(
+        "--size", type=int, default=1024, help=f"of HART's the random checkpoint: {sorted(measure.SIZES)} (1024)"
+    )
+    result.add_argument("--depth", type=int, choices=VAR_PRESETS, default=16, help="of VAR's random checkpoint (16)")
     result.add_argument("--dtype", choices=DTYPES, default="bf16")
     result.add_argument("--device", default="cpu")
     result.add_argument("--checkpoint", default="random", metavar="PATH", help="a folder, hart-mini, or random (the default)")
@@ -174,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--text-encoder", choices=("none", "tiny", "full"), default="none",
                         help="with a given checkpoint: none, or anything else for its own")  # fmt: skip
     result.add_argument("--images", type=int, default=1, help="pictures per call")
-    result.add_argument("--guidance", type=float, default=4.5)
+    result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     result.add_argument("--repeats", type=int, default=3)
     result.add_argument("--warmup", type=int, default=1)
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -191,16 +204,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         measure.require_package()
         measure.check_out(args.out)
-        path = args.checkpoint
-        if path == "random":
+        path, stored = args.checkpoint, args.stored or args.dtype
+        args.guidance = GUIDANCE[args.family] if args.guidance is None else args.guidance
+        if path == "random" and args.family == "var":
+            path = measure.random_var_checkpoint(args.depth, stored, args.cache_dir)
+        elif path == "random":
             if args.size not in measure.SIZES:
                 parser().error(f"--size must be one of {sorted(measure.SIZES)}, not {args.size}")
-            path = measure.random_checkpoint(args.size, args.stored or args.dtype, args.text_encoder, args.cache_dir)
+            path = measure.random_checkpoint(args.size, stored, args.text_encoder, args.cache_dir)
         settings = {
-            **{name: getattr(args, name) for name in ("dtype", "device", "text_encoder", "images", "guidance")},
+            **{name: getattr(args, name) for name in ("family", "dtype", "device", "text_encoder", "images", "guidance")},
             **{name: getattr(args, name) for name in ("repeats", "warmup", "threads")},
             "checkpoint": "random" if args.checkpoint == "random" else str(path),
-            "stored": args.stored or args.dtype if args.checkpoint == "random" else None,
+            "stored": stored if args.checkpoint == "random" else None,
         }
         with measure.Worker(__file__, "ours", args.threads) as worker:
             answer = worker.ask("run", **{**settings, "checkpoint": str(path)})

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from architecture import PRESETS
-from random_checkpoint import write_checkpoint
+from random_checkpoint import cached_name, cached_var_name, write_checkpoint, write_var_checkpoint
+from random_checkpoint import default_cache as default_cache
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy")
 SIZES = {preset.size: name for name, preset in PRESETS.items()}
@@ -111,6 +112,19 @@ def resident_bytes() -> int | None:
     return _memory_field("/proc/self/status", "VmRSS")
 
 
+def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    """All weights and buffers."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def touch(tensors: list[torch.Tensor]) -> None:
+    """Read a byte of every page: mapped weights are in memory only once they have been read, and a peak without them
+    would flatter."""
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            tensor.detach().flatten().view(torch.uint8)[::4096].max()
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median with the 20th and 80th percentiles; with few values those are the nearest ones, interpolated."""
     quantiles = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
@@ -121,18 +135,21 @@ def spread(values: list[float]) -> dict[str, float]:
 # ---- checkpoints and inputs
 
 
-def default_cache() -> Path:
-    """Where made checkpoints are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "hart_infer" / "benchmarks"
-
-
 def random_checkpoint(size: int, dtype: str, text_encoder: str, cache: Path) -> Path:
-    """The cached random checkpoint of these shapes, made if it isn't there."""
-    path = cache / f"random-{size}px-{dtype}-text-{text_encoder}"
+    """The cached random checkpoint of HART of these shapes, made if it isn't there."""
+    path = cache / cached_name(size, dtype, text_encoder)
     if not path.exists():
         print(f"making {path}", file=sys.stderr, flush=True)
         write_checkpoint(path, SIZES[size], dtype=dtype, text_encoder=text_encoder)
+    return path
+
+
+def random_var_checkpoint(depth: int, dtype: str, cache: Path) -> Path:
+    """The cached random checkpoint of VAR of this depth, made if it isn't there."""
+    path = cache / cached_var_name(depth, dtype)
+    if not path.exists():
+        print(f"making {path}", file=sys.stderr, flush=True)
+        write_var_checkpoint(path, depth, dtype=dtype)
     return path
 
 
@@ -152,6 +169,11 @@ def random_context(tokens: int, width: int, seed: int = 0) -> tuple[torch.Tensor
     """A context [1, T, width] and its mask [1, T], the first quarter true."""
     context = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
     return context, torch.arange(tokens)[None] < max(1, tokens // 4)
+
+
+def var_label(num_classes: int) -> int:
+    """The class that VAR draws: golden retriever, or of fewer classes one of them."""
+    return 207 % num_classes
 
 
 def check_out(path: Path | None) -> None:

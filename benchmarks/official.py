@@ -1,4 +1,4 @@
-"""The released HART code, unmodified, on a machine it was not written for: for comparison only.
+"""The released HART code, unmodified, on a machine it was not written for: for comparison only. VAR's: `official_var.py`.
 
 A checkout of github.com/mit-han-lab/hart imports a CUDA extension, moves tensors with `.cuda()` and expects
 transformers 4.42. Nothing in the checkout is edited. What it lacks is put in its way from outside:
@@ -28,11 +28,16 @@ from typing import Any
 
 import torch
 from measure import BenchmarkError
+from safetensors import safe_open
 
 SETTINGS = {
     "fp32": "fp32 weights, no autocast",
     "autocast": "fp32 weights under torch.autocast, as the released scripts do it",
     "cast": "16-bit weights under torch.autocast: faster and smaller than the released scripts",
+}
+MARKERS = {  # per family the repository and a file that only its checkout has
+    "hart": ("mit-han-lab/hart", "hart/modules/models/transformer/hart_transformer_t2i.py"),
+    "var": ("FoundationVision/VAR", "models/basic_var.py"),
 }
 _DEAD_KEYS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV")
 
@@ -41,15 +46,21 @@ class OfficialError(BenchmarkError):
     """The path is not a checkout of the released code, or it does not run here."""
 
 
-def check_checkout(path: str | Path) -> Path:
+def check_checkout(path: str | Path, family: str) -> Path:
     """The checkout's absolute path, or an OfficialError that says what is missing."""
     root = Path(path).expanduser().resolve()
-    marker = root / "hart" / "modules" / "models" / "transformer" / "hart_transformer_t2i.py"
+    repository, marker = MARKERS[family]
     if not root.is_dir():
-        raise OfficialError(f"{path} is not a folder: --official takes a checkout of github.com/mit-han-lab/hart")
-    if not marker.is_file():
-        raise OfficialError(f"{path} is not a checkout of github.com/mit-han-lab/hart: no {marker.relative_to(root)}")
+        raise OfficialError(f"{path} is not a folder: --official takes a checkout of github.com/{repository}")
+    if not (root / marker).is_file():
+        raise OfficialError(f"{path} is not a checkout of github.com/{repository}: no {marker}")
     return root
+
+
+def check_setting(setting: str) -> None:
+    """Raise OfficialError unless it is one of SETTINGS."""
+    if setting not in SETTINGS:
+        raise OfficialError(f"setting must be one of {', '.join(SETTINGS)}, not {setting!r}")
 
 
 def commit(checkout: Path) -> str | None:
@@ -113,8 +124,6 @@ def _stay_on_cpu() -> None:
 
 def _copy_weights(module: torch.nn.Module, folder: Path, prefix: str = "") -> None:
     """Copy a folder's safetensors into a built module, one tensor at a time."""
-    from safetensors import safe_open
-
     target = {name: p for name, p in module.state_dict(keep_vars=True).items() if not name.endswith(_DEAD_KEYS)}
     loaded = set()
     with safe_open(folder / "model.safetensors", "pt") as stored:
@@ -140,7 +149,7 @@ def _from_folder(cls: Any) -> classmethod[Any, Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The released constructors print shapes; keep them off our output."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
@@ -151,14 +160,13 @@ class OfficialHart:
 
     def __init__(self, checkout: str | Path, checkpoint: str | Path, *, setting: str, device: str = "cpu") -> None:
         """`setting` is one of SETTINGS; 16-bit settings take bf16 on the CPU and fp16 on CUDA unless told."""
-        if setting not in SETTINGS:
-            raise OfficialError(f"setting must be one of {', '.join(SETTINGS)}, not {setting!r}")
-        root, folder = check_checkout(checkout), Path(checkpoint)
+        check_setting(setting)
+        root, folder = check_checkout(checkout, "hart"), Path(checkpoint)
         self.setting, self.device = setting, torch.device(device)
         if self.device.type == "cpu":
             _stay_on_cpu()
         sys.path.insert(0, str(root))
-        with _quiet(), _stub_modules():
+        with quiet(), _stub_modules():
             self.model = self._build(folder)
         if setting == "cast":
             self.model.to(torch.bfloat16)
@@ -196,7 +204,7 @@ class OfficialHart:
         the diffusion noise, which the released code leaves unseeded."""
         torch.manual_seed(seed)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting != "fp32")
-        with torch.inference_mode(), autocast, _quiet():
+        with torch.inference_mode(), autocast, quiet():
             image: torch.Tensor = self.model.autoregressive_infer_cfg(
                 B=context.shape[0],
                 label_B=context.to(self.device),
@@ -210,10 +218,13 @@ class OfficialHart:
         return image
 
 
+def verdict(fine: bool) -> str:
+    """How a line of `check` ends."""
+    return "" if fine else ", too much"
+
+
 def check(checkout: str, golden: Path) -> bool:
     """Compare with what the released code recorded on one golden checkpoint; prints, and says whether all agree."""
-    from safetensors import safe_open
-
     hart, agrees = OfficialHart(checkout, golden, setting="fp32"), True
     for name, tolerance in (("trace-smooth", 5e-3), ("trace-hard", 2e-4)):
         path = golden / f"{name}.safetensors"
@@ -233,15 +244,15 @@ def check(checkout: str, golden: Path) -> bool:
         )
         difference = (image - (expected / 255 if rounded else expected)).abs().max().item()
         fine = difference < (1 / 255 if rounded else tolerance)
-        print(f"{golden.name} {name}: largest difference {difference:.2e}{'' if fine else ', too much'}")
+        print(f"{golden.name} {name}: largest difference {difference:.2e}{verdict(fine)}")
         agrees &= fine
     return agrees
 
 
-def main() -> int:
-    """`python benchmarks/official.py CHECKOUT GOLDEN...`: do the stand-ins leave the released code's numbers alone?"""
+def main(check: Callable[[str, Path], bool]) -> int:
+    """Check the golden folders of the command line: do the stand-ins leave the released code's numbers alone?"""
     if len(sys.argv) < 3:
-        print("usage: official.py CHECKOUT GOLDEN_FOLDER...", file=sys.stderr)
+        print(f"usage: {Path(sys.argv[0]).name} CHECKOUT GOLDEN_FOLDER...", file=sys.stderr)
         return 2
     try:
         disagreeing = [folder for folder in sys.argv[2:] if not check(sys.argv[1], Path(folder))]
@@ -252,4 +263,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(check))

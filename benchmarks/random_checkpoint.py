@@ -2,10 +2,13 @@
 
     python benchmarks/random_checkpoint.py OUT --preset tiny --text-encoder
     python benchmarks/random_checkpoint.py OUT --preset 1024 --dtype bf16
+    python benchmarks/random_checkpoint.py --family var --depth 16
 
-`OUT/llm` and `OUT/tokenizer` hold what the released repository's folders hold, `OUT/text_encoder` a Qwen2 and a byte-level
-tokenizer when asked for. The pictures mean nothing; sizes, shapes and the range of the activations are the real model's.
-Tensors are drawn and written in pieces, so that the full-size checkpoint needs little more memory than PyTorch itself.
+`OUT/llm` and `OUT/tokenizer` hold what HART's released folders hold, `OUT/text_encoder` a Qwen2 and a byte-level tokenizer
+when asked for; for VAR, OUT holds a `var_d16.pth` and a `vae_ch160v4096z32.pth`. Without OUT it is the folder where the other
+benchmarks look for it. The pictures mean nothing; sizes, shapes and the range of the activations are the real model's.
+HART's tensors are drawn and written in pieces, so that the full-size checkpoint needs little more memory than PyTorch itself;
+a VAR pickle is in memory while it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,9 +39,26 @@ from architecture import (
     text_preset,
     transformer_entries,
 )
+from architecture_var import VAR_PRESETS, VarPreset, var_autoencoder_entries, var_parameter_counts, var_transformer_entries
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+
+
+def default_cache() -> Path:
+    """Where made checkpoints are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hart_infer" / "benchmarks"
+
+
+def cached_name(size: int, dtype: str, text_encoder: str) -> str:
+    """The folder of a HART checkpoint within the cache."""
+    return f"random-{size}px-{dtype}-text-{text_encoder}"
+
+
+def cached_var_name(depth: int, dtype: str) -> str:
+    """The folder of a VAR checkpoint within the cache."""
+    return f"random-var-d{depth}-{dtype}"
 
 
 def write_safetensors(path: Path, entries: Iterator[Entry], dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -61,6 +82,12 @@ def write_safetensors(path: Path, entries: Iterator[Entry], dtype: torch.dtype, 
 def _write_entry(file: BinaryIO, entry: Entry, dtype: torch.dtype, generator: torch.Generator) -> None:
     for piece in entry.pieces(generator):
         file.write(piece.to(dtype).view(torch.uint8).numpy().data)
+
+
+def write_pickle(path: Path, entries: Iterator[Entry], dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Write `entries` as a flat pickle of tensors, as VAR is released."""
+    state = {e.name: torch.cat([piece.to(e.dtype or dtype) for piece in e.pieces(generator)]).view(e.shape) for e in entries}
+    torch.save(state, path)
 
 
 def transformer_config(p: Preset) -> dict[str, Any]:
@@ -185,6 +212,16 @@ def _fill(folder: Path, preset: Preset, dtype: torch.dtype, text: str, seed: int
         write_tokenizer(folder / "text_encoder")
 
 
+def _fill_var(folder: Path, preset: VarPreset, dtype: torch.dtype, seed: int) -> None:
+    folder.mkdir()
+    files = {
+        f"var_d{preset.depth}.pth": var_transformer_entries(preset),
+        preset.autoencoder_file: var_autoencoder_entries(preset),
+    }
+    for name, entries in files.items():
+        write_pickle(folder / name, entries, dtype, _generator(seed, name))
+
+
 def write_checkpoint(
     out: str | Path,
     preset: str = "tiny",
@@ -195,15 +232,24 @@ def write_checkpoint(
     buffers: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a checkpoint folder, whole or not at all; FileExistsError if it is there already and not `force`."""
-    target = Path(out)
+    """Write a HART checkpoint's folder, whole or not at all; FileExistsError if it is there already and not `force`."""
+    fill = partial(_fill, preset=PRESETS[preset], dtype=DTYPES[dtype], text=text_encoder, seed=seed, buffers=buffers)
+    return _write_folder(Path(out), fill, force)
+
+
+def write_var_checkpoint(out: str | Path, depth: int, *, dtype: str = "fp32", seed: int = 0, force: bool = False) -> Path:
+    """Write a VAR checkpoint's folder, whole or not at all; FileExistsError if it is there already and not `force`."""
+    return _write_folder(Path(out), partial(_fill_var, preset=VAR_PRESETS[depth], dtype=DTYPES[dtype], seed=seed), force)
+
+
+def _write_folder(target: Path, fill: Callable[[Path], None], force: bool) -> Path:
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; --force replaces it")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         filled = work / "checkpoint"
-        _fill(filled, PRESETS[preset], DTYPES[dtype], text_encoder, seed, buffers)
+        fill(filled)
         if target.exists():
             os.replace(target, work / "replaced")
         os.replace(filled, target)
@@ -212,34 +258,48 @@ def write_checkpoint(
     return target
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write a checkpoint with random weights in the released layout.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="shapes: tiny (128px) or the published ones")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help=f"folder to make (default: in {default_cache()})")
+    parser.add_argument("--family", choices=("hart", "var"), default="hart")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="HART's shapes: tiny (128px) or the published ones")
+    parser.add_argument("--depth", type=int, choices=VAR_PRESETS, default=16, help="VAR's shapes: 2 (tiny) or a published one")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="stored type (default: fp32, as released)")
     parser.add_argument(
         "--text-encoder", nargs="?", choices=("none", "tiny", "full"), const="tiny", default="none", metavar="KIND",
         help="also write text_encoder/: tiny (two layers, the default), or full (1.5 B parameters)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--buffers", action="store_true", help="also what inference drops: masks, counts, discriminator")
+    parser.add_argument("--buffers", action="store_true", help="HART: also what inference drops: masks, counts, discriminator")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     preset = PRESETS[args.preset]
     if args.text_encoder == "full" and preset.context_dim != TextPreset().hidden_size:
         parser.error(f"--text-encoder full is 1536 wide; preset {args.preset} takes {preset.context_dim}")
     try:
-        path = write_checkpoint(
-            args.out, args.preset, dtype=args.dtype, text_encoder=args.text_encoder, seed=args.seed,
-            buffers=args.buffers, force=args.force,
-        )  # fmt: skip
+        if args.family == "var":
+            out = args.out or default_cache() / cached_var_name(args.depth, args.dtype)
+            path = write_var_checkpoint(out, args.depth, dtype=args.dtype, seed=args.seed, force=args.force)
+            pixels, parts = VAR_PRESETS[args.depth].size, var_parameter_counts(VAR_PRESETS[args.depth])
+        else:
+            out = args.out or default_cache() / cached_name(preset.size, args.dtype, args.text_encoder)
+            path = write_checkpoint(
+                out, args.preset, dtype=args.dtype, text_encoder=args.text_encoder, seed=args.seed,
+                buffers=args.buffers, force=args.force,
+            )  # fmt: skip
+            pixels, parts = preset.size, parameter_counts(preset)
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in parameter_counts(preset).items())
+    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in parts.items())
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    sys.stdout.write(f"{path}: random weights, {preset.size}px, {args.dtype}, {size / 1e6:.1f} MB; {counts}\n")
+    sys.stdout.write(f"{path}: random weights, {pixels}px, {args.dtype}, {size / 1e6:.1f} MB; {counts}\n")
     return 0
 
 

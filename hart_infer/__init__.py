@@ -1,4 +1,4 @@
-"""HART (Hybrid Autoregressive Transformer, arXiv:2410.10812): text in, 1024 x 1024 picture out.
+"""HART (Hybrid Autoregressive Transformer, arXiv:2410.10812) and VAR (arXiv:2404.02905): texts or classes in, pictures out.
 
 >>> from hart_infer import HartPipeline
 >>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px")

@@ -26,6 +26,7 @@ from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
 from .saving import WritePart, check_shard_size, save_checkpoint, write_module
 from .text_encoder import TEXT_FOLDERS, find_text_encoder, save_text_encoder, text_files
+from .var import is_var
 from .weights import RenameTable, load_module
 
 RELEASED_TEXT_ENCODER = "mit-han-lab/Qwen2-VL-1.5B-Instruct"
@@ -87,6 +88,7 @@ RENAMES = RenameTable(
     then=AUTOENCODER_SUFFIXES,
     dropped=r"attn_bias_for_masking|lvl_1L|blocks\.\d+\.attn\.zero_k_bias|vae\.quantize\.ema_vocab_hit_SV|disc\..*",
     kept_in_fp32=r"quantizer\..*",
+    zero=r"blocks\.\d+\.attn\.qkv\.bias\[1\]",
 )
 
 
@@ -176,18 +178,20 @@ def find_checkpoint(
     return found
 
 
-def inspect_checkpoint(repo_or_path: str | Path, *, use_ema: bool = True, hub: HubOptions = HUB) -> HartCheckpoint:
+def inspect_checkpoint(
+    repo_or_path: str | Path, *, use_ema: bool = True, variant: str | None = None, hub: HubOptions = HUB
+) -> HartCheckpoint:
     """Read a checkpoint's configuration without downloading weights; file lists are empty if the weights are not local.
 
     Raises as `find_checkpoint` does.
     """
     source = open_source(repo_or_path, LAYOUTS, hub)
     if not isinstance(source, Repository):
-        return find_checkpoint(repo_or_path, use_ema=use_ema)
+        return find_checkpoint(repo_or_path, use_ema=use_ema, variant=variant)
     plan = _parts(source)
     root = source.fetch(plan.configs())
     with suppress(CheckpointNotFoundError):  # not all of it is in the cache
-        whole = _plan(source, use_ema, variant=None, with_text_encoder=False)
+        whole = _plan(source, use_ema, variant, with_text_encoder=False)
         plan = whole if all((root / name).exists() for name in whole.files()) else plan
     return _read(root, plan, str(repo_or_path))
 
@@ -221,6 +225,7 @@ def _parts(source: Source) -> _Plan:
         raise CheckpointNotFoundError(
             f"{source.title} holds no HART checkpoint: neither {' nor '.join(LAYOUTS)} is in it. Give a Hub id, the "
             "checkpoint's folder, or its llm/ folder."
+            + (" It holds VAR's; load that by VarPipeline." if is_var(available) else "")
         )
     return _Plan(*folders, tuple(available & {INDEX}))
 
@@ -249,6 +254,9 @@ def _plan(source: Source, use_ema: bool, variant: str | None, with_text_encoder:
 
 def _read(root: Path, plan: _Plan, name: str, strict: bool = False) -> HartCheckpoint:
     """Read the configurations and check that they belong together. Raises ConfigError."""
+    index = read_json(root / INDEX) if plan.index else {}
+    if (kind := index.get("_class_name", "HartPipeline")) != "HartPipeline":
+        raise ConfigError(f"{name} is a checkpoint of {kind!r}, not of HartPipeline; load it by that class.")
     transformer = read_config(HartConfig, root / plan.transformer / "config.json", TRANSFORMER_KEYS, strict=strict)
     autoencoder = read_config(AutoencoderConfig, root / plan.autoencoder / "config.json", AUTOENCODER_KEYS, strict=strict)
     if transformer.patch_nums != autoencoder.v_patch_nums:
@@ -256,7 +264,7 @@ def _read(root: Path, plan: _Plan, name: str, strict: bool = False) -> HartCheck
             f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
             f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
         )
-    defaults = read_json(root / INDEX).get("defaults", {}) if plan.index else {}
+    defaults = index.get("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigError(f"{root / INDEX}: defaults must be an object, not {defaults!r}.")
     beside = parent(root) / RELEASED_TEXT_ENCODER.split("/")[1]

@@ -31,6 +31,7 @@ TRANSFORMER_KEYS = Keys()
 DEFAULTS_KEYS = Keys()
 _PICKLE = re.compile(r"var_(?P<variant>.+)\.pth")
 _AUTOENCODER_PICKLE = re.compile(r"vae_.+\.pth")
+MAX_TOKENS = 2**24  # of all scales, a limit; the released models have 680 or 2240
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 RENAMES = RenameTable(
@@ -54,6 +55,7 @@ RENAMES = RenameTable(
     then=AUTOENCODER_SUFFIXES,
     dropped=r"attn_bias_for_masking|lvl_1L|blocks\.\d+\.attn\.zero_k_bias|quantize\.ema_vocab_hit_SV",
     kept_in_fp32=r"quantizer\..*",
+    zero=r"blocks\.\d+\.attn\.qkv\.bias\[1\]",
     batched=r"start|position_embed\.weight|blocks\.\d+\.modulation\.table",
 )
 
@@ -222,8 +224,10 @@ def _require_tensors(shapes: Shapes, wanted: Mapping[str, int], file: Path, what
 
 def _sides(file: Path) -> tuple[int, ...]:
     """Return the sides of the scales from `lvl_1L`, the scale of every position. Raises WeightsError."""
-    levels = read_tensor(file, "lvl_1L").flatten()
-    plain = levels.dtype == torch.int64 and len(levels) < 2**24 and bool((levels >= 0).all() and (levels < len(levels)).all())
+    levels = read_tensor(file, "lvl_1L")
+    is_row = levels.dtype == torch.int64 and levels.shape[0] == 1 and levels.shape[1] < MAX_TOKENS
+    levels = levels[0] if is_row else torch.empty(0, dtype=torch.int64)
+    plain = bool((levels >= 0).all() and (levels < len(levels)).all())
     lengths = torch.bincount(levels).tolist() if plain else []
     sides = tuple(math.isqrt(length) for length in lengths)
     if not sides or [side * side for side in sides] != lengths or not bool((levels.diff() >= 0).all()):

@@ -12,7 +12,7 @@ from .next_scale import Block, Condition, Head, ModulatedBlock, NextScaleTransfo
 from .parts.attention import Attention, NormalizedAttention
 from .parts.checks import require, require_one_of, require_positive, require_rising
 from .parts.diffusion import ResidualDiffusion
-from .parts.layers import MANY_ROWS, GeluMLP, Linear, RMSNorm, SinusoidEmbedding, SwiGLU
+from .parts.layers import MANY_ROWS, Embedding, GeluMLP, Linear, RMSNorm, SinusoidEmbedding, SwiGLU
 from .parts.modulation import LinearModulation, NoModulation, TableModulation
 from .parts.rope import Table, context_table, image_tables
 
@@ -105,7 +105,7 @@ class HartTransformer(NextScaleTransformer):
         self.context_norm = RMSNorm(config.context_dim, config.norm_eps) if config.use_context_norm else nn.Identity()
         self.context_embed = Linear(config.context_dim, width)
         scales = len(config.patch_nums)
-        self.level_embed = SinusoidEmbedding(width) if config.use_timestep_embed else nn.Embedding(scales, width)
+        self.level_embed = SinusoidEmbedding(width) if config.use_timestep_embed else Embedding(scales, width)
         self.decoder_norm = RMSNorm(width, config.norm_eps)
         self.diffusion = ResidualDiffusion(
             channels=channels, condition_dim=width, width=config.diff_width, depth=config.diff_depth

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .next_scale import Condition, Head, ModulatedBlock, NextScaleTransformer
 from .parts.attention import NormalizedAttention
 from .parts.checks import require, require_positive, require_rising
-from .parts.layers import GeluMLP, LayerNorm
+from .parts.layers import Embedding, GeluMLP, LayerNorm
 from .parts.modulation import LinearModulation, TableModulation
 from .parts.rope import Table, no_rotation
 
@@ -81,10 +81,10 @@ class VarTransformer(NextScaleTransformer):
         )
         self.config = config
         self.shared_modulation = SharedModulation(width) if config.shared_aln else nn.Identity()
-        self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class"
+        self.class_embed = Embedding(config.num_classes + 1, width)  # the last one is "no class"
         self.start = nn.Parameter(torch.zeros(1, width))
-        self.level_embed = nn.Embedding(len(config.patch_nums), width)
-        self.position_embed = nn.Embedding(sum(side * side for side in config.patch_nums), width)
+        self.level_embed = Embedding(len(config.patch_nums), width)
+        self.position_embed = Embedding(sum(side * side for side in config.patch_nums), width)
 
     def condition(self, classes: Tensor) -> Condition:
         """Make a condition of `classes` [R] int64 in 0..num_classes; num_classes is "no class"."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..generation.schedule import Stage
 from ..images import tensors
-from ..models.parts.quantizer import Tokens
+from ..models.parts.quantizer import Quantizer, Tokens
 from .checks import check_float
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ class PictureEdit:
     keep: Tensor  # [1, 1, P, P] fp32: 1 keeps, 0 is painted anew
     picture: Tensor  # [1, 3, H, W] fp32 in 0..1
     anew: Tensor | None  # [1, 1, H, W] fp32: weight of the painted pixels; None leaves all pixels as decoded
-
-    def check(self, size: int) -> None:
-        """Raise InputError unless the picture has `size` pixels a side."""
-        if self.picture.shape[-1] != size:
-            raise InputError(f"edit is of {self.picture.shape[-1]} pixels, not of {size}; make it by this pipeline's edit().")
 
     def embedding(self, embedding: Tensor, stage: Stage) -> Tensor:
         """Replace the kept cells of a scale's embedding [B, C, p, p] by the given picture's.
@@ -61,9 +56,6 @@ class NoEdit(PictureEdit):
     def __init__(self) -> None:
         pass
 
-    def check(self, size: int) -> None:
-        """Accept any size."""
-
     def embedding(self, embedding: Tensor, stage: Stage) -> Tensor:
         """Return the embedding as drawn."""
         return embedding
@@ -74,6 +66,34 @@ class NoEdit(PictureEdit):
 
 
 NO_EDIT = NoEdit()
+
+
+def check_edit(edit: Any, size: int, quantizer: Quantizer) -> None:
+    """Raise InputError unless `edit` was made for pictures of `size` pixels and codes of this quantizer."""
+    if not isinstance(edit, PictureEdit):
+        raise InputError(f"edit must come from the pipeline's edit(), not {type(edit).__name__}.")
+    sides = tuple(each.shape[-1] for each in edit.tokens.embeddings)
+    channels = edit.tokens.residual.shape[1]
+    if (edit.picture.shape[-1], sides, channels) != (size, quantizer.patch_nums, quantizer.codebook.embedding_dim):
+        raise InputError("edit is of another model; make it by this pipeline's edit().")
+
+
+def check_picture(image: Any, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Return one picture as [1, 3, size, size] in 0..1, and its own width and height when upright. Raises InputError."""
+    if isinstance(image, Tensor):
+        image = image[None] if image.dim() == 3 else image
+    elif isinstance(image, Sequence) and not isinstance(image, str):
+        image = list(image)
+    else:
+        image = [image]
+    pixels = tensors.to_tensor(image, size)
+    if len(pixels) != 1:
+        raise InputError(f"edit takes one picture, not {len(pixels)}.")
+    if isinstance(image, Tensor):
+        return pixels, (size, size)
+    from PIL import ImageOps
+
+    return pixels, ImageOps.exif_transpose(image[0]).size
 
 
 def keep_at(keep: Tensor, side: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from ..generation.sampling import make_sampler
 from ..generation.schedule import Schedule
 from ..images import tensors
 from ..models.next_scale import Condition
-from ..models.parts.autoencoder import Autoencoder
+from ..models.parts.autoencoder import Autoencoder, Mode
 from ..models.parts.cache import KVCache
 from .base import Pipeline
 from .checks import check_bool, check_output_type, check_size
-from .edit import NO_EDIT, Mask, PictureEdit, check_mask, feathered, keep_mask
+from .edit import NO_EDIT, Mask, PictureEdit, check_edit, check_mask, check_picture, feathered, keep_mask
 from .out_of_memory import check_memory, out_of_memory_advice
 from .outputs import Callback, Step, check_callback
 
@@ -41,6 +41,8 @@ class Call:
 
 class NextScalePipeline(Pipeline, Generic[TransformerT]):
     """A transformer and an autoencoder that make pictures scale by scale."""
+
+    tokenization: Mode = "hybrid"  # what is decoded after the last scale
 
     def __init__(self, transformer: TransformerT, autoencoder: Autoencoder, *, name: str) -> None:
         super().__init__(name)
@@ -119,7 +121,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         if reproducible is not None:
             check_bool(reproducible, "reproducible")
         if edit is not None:
-            edit.check(self.sizes[0])
+            check_edit(edit, self.sizes[0], self.autoencoder.quantizer)
         return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT)
 
     @torch.no_grad()
@@ -154,6 +156,10 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         """
         interrupts = self._interrupts
         callback, reproducible = call.callback, call.reproducible
+
+        def preview(f_hat: Tensor) -> Tensor:
+            return call.edit.blend(self._decode(f_hat, reproducible))
+
         batch_size = self._batch_size(reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device) for i in range(0, len(seeds), batch_size)]
         states = self.engine.start(schedule, samplers, prompts, negatives, call.edit.embedding)
@@ -163,7 +169,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
                     self.engine.run_scale(states, stage)
                     if callback is not None:
                         f_hat = torch.cat([state.f_hat for state in states])
-                        step = Step(stage.index, stage.side, len(schedule), f_hat, lambda f: self._decode(f, reproducible))
+                        step = Step(stage.index, stage.side, len(schedule), f_hat, preview)
                         callback(step)
                         if step.stopped:
                             break
@@ -178,17 +184,14 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
     def edit(self, image: Image | Tensor, mask: Mask, *, blend: bool = True, inside: bool = True) -> PictureEdit:
         """Make the `edit` of a call: keep `image` where `mask` does not say to paint anew.
 
-        `image`: a PIL image, resized and cropped at the centre, or a tensor [3, size, size] in 0..1. `mask`: a PIL image of the
-        same size, white where painted anew; a tensor of size x size pixels or P x P latent cells, 1 or True there; or a box
+        `image`: a PIL image, resized and cropped at the centre, or a tensor [1, 3, size, size] in 0..1. `mask`: a PIL image of
+        the same size, white where painted anew; a tensor of size x size pixels or P x P latent cells, 1 or True there; or a box
         (top, left, bottom, right) as shares of the side, painted anew inside or, with `inside=False`, outside. Cells of the
         latent are kept whole or not at all; `blend` puts the kept pixels back, feathered over one cell. Raises InputError.
         """
         check_bool(blend, "blend")
         size, cell = self.sizes[0], self.autoencoder.config.downsample
-        pixels = tensors.to_tensor(image, size)
-        if len(pixels) != 1:
-            raise InputError(f"edit takes one picture, not {len(pixels)}.")
-        source = (size, size) if isinstance(image, Tensor) else image.size
+        pixels, source = check_picture(image, size)
         anew = check_mask(mask, side=size // cell, cell=cell, source=source, inside=check_bool(inside, "inside"))
         with out_of_memory_advice(), cpu_threads(self.num_threads), self._using(self.autoencoder):
             tokens = self.autoencoder.encode(pixels.to(self.device) * 2 - 1)
@@ -214,12 +217,14 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         return call.__call__
 
     @torch.no_grad()
-    def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Literal["hybrid", "discrete"] = "hybrid") -> Any:
+    def reconstruct(self, image: Image | Sequence[Image] | Tensor, mode: Mode | None = None) -> Any:
         """Image to tokens and back: "hybrid" decodes the continuous latent, "discrete" the codes alone (paper figure 4).
 
+        None is what the family generates: "hybrid" for HART, "discrete" for VAR.
         PIL images are resized, cropped at the centre, and returned as PIL images; a tensor [N, 3, size, size] in 0..1 gives a
         tensor, fp32. Raises InputError.
         """
+        mode = self.tokenization if mode is None else mode
         if mode not in ("hybrid", "discrete"):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
         pixels = tensors.to_tensor(image, self.sizes[0])

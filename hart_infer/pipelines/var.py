@@ -38,6 +38,8 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
     >>> pipe("golden retriever", seed=7).images[0].save("dog.png")
     """
 
+    tokenization = "discrete"
+
     def __init__(
         self,
         transformer: VarTransformer,
@@ -248,11 +250,12 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         defaults = self.defaults
         chosen: dict[str, Any] = {
             "guidance_scale": defaults.guidance_scale,
-            "top_k": min(defaults.top_k, self.autoencoder.config.vocab_size),
+            "top_k": defaults.top_k,
             "top_p": defaults.top_p,
             "more_smooth": False,
         }
         chosen |= PRESETS[preset] if preset else {}
+        chosen["top_k"] = min(chosen["top_k"], self.autoencoder.config.vocab_size)
         chosen |= {name: value for name, value in given.items() if value is not None}
         settings = check_settings(num_inference_steps=0, vocab_size=self.autoencoder.config.vocab_size, **chosen)
         return settings if guided else replace(settings, guidance_scale=0.0)

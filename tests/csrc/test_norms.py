@@ -182,8 +182,10 @@ def test_rows_may_begin_anywhere(dtype):
 @every_dtype
 @pytest.mark.parametrize("width", [1, 7, 33, 255])
 def test_a_single_row_has_any_width(width, dtype):
-    """No stride tells that its end is not the end of a pack."""
-    x, weight = numbers(width, dtype=dtype), numbers(width, dtype=dtype, seed=1)
+    """No stride tells that its end is not the end of a pack; NaN is behind it."""
+    x, weight = (torch.full((width + 64,), torch.nan, dtype=dtype)[:width] for _ in range(2))
+    x.copy_(numbers(width, dtype=dtype))
+    weight.copy_(numbers(width, dtype=dtype, seed=1))
     torch.testing.assert_close(by_kernel(ops.rms_norm, x, weight, EPS), ops.rms_norm.reference(x, weight, EPS))
 
 

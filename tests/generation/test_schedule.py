@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from hart_infer.generation.schedule import Settings, hart_schedule, placed
+from hart_infer.generation.schedule import Settings, hart_schedule, placed, var_schedule
 
 RELEASED = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
@@ -57,6 +57,7 @@ def test_the_last_scale_alone_is_not_cached_not_refined_and_has_a_residual(stage
     assert [stage.ends_cache for stage in stages] == [False] * 13 + [True]
     assert [stage.num_inference_steps for stage in stages] == [0] * 13 + [8]
     assert [stage.prefilled for stage in stages] == [True] + [False] * 13
+    assert [stage.phi is None for stage in stages] == [False] * 13 + [True]
 
 
 def test_lengths_of_the_cache_and_its_scratch():
@@ -112,3 +113,65 @@ def test_residual_convolution_is_the_nearest_tick_and_none_at_the_end(share, exp
     """Four have their ticks at 1/12, 13/36, ...; evenly spaced from 1/8 they would give scale 3 to the first."""
     schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=share)
     assert [stage.phi for stage in schedule] == [*expected, None]
+
+
+# VAR.
+
+VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def var_stages(sides=VAR_256, share=4, **settings):
+    return var_schedule(sides, share_quant_resi=share, settings=Settings(**{"num_inference_steps": 0, **settings})).stages
+
+
+@pytest.mark.parametrize("sides", [VAR_256, VAR_512])
+def test_var_feeds_a_token_per_code_and_caches_every_scale(sides):
+    schedule = var_schedule(sides, share_quant_resi=4, settings=Settings())
+    lengths = [stage.length for stage in schedule]
+    assert lengths == [side * side for side in sides] == [stage.tokens for stage in schedule]
+    assert [stage.offset for stage in schedule] == [sum(lengths[:i]) for i in range(10)]
+    assert (schedule.cached_length, schedule.scratch_length) == (sum(lengths), 0)
+    assert [stage.ends_cache for stage in schedule] == [False] * 9 + [True]
+    assert [stage.prefilled for stage in schedule] == [True] + [False] * 9
+    assert schedule.latent_side == sides[-1]
+
+
+def test_var_reaches_all_of_its_guidance_and_progress_at_the_last_scale():
+    """HART repeats the scale before."""
+    stages = var_stages(guidance_scale=3.0)
+    assert [stage.guidance for stage in stages] == pytest.approx([3 * i / 9 for i in range(10)])
+    assert [stage.progress for stage in stages] == pytest.approx([i / 9 for i in range(10)])
+    assert stages[-1].guidance == 3.0
+    assert [stage.guided for stage in stages] == [False] + [True] * 9
+
+
+def test_var_without_guidance_needs_no_unconditional_half():
+    schedule = var_schedule(VAR_256, share_quant_resi=4, settings=Settings(guidance_scale=0.0))
+    assert not schedule.guided
+    assert {stage.guidance for stage in schedule} == {0.0}
+
+
+def test_var_s_temperature_stays_above_the_released_floor():
+    """max(0.27 (1 - 0.95 r), 0.005): at the last scale, where r is 1, it is 0.0135, so the floor has no line of code."""
+    assert [stage.temperature for stage in var_stages()] == pytest.approx(
+        [max(0.27 * (1 - 0.95 * i / 9), 0.005) for i in range(10)]
+    )
+    assert min(stage.temperature for stage in var_stages()) == pytest.approx(0.0135)
+    assert var_stages()[-1].logit_gain == 2.0
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(4, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]), (1, [0] * 10), (0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])]
+)
+def test_var_refines_every_scale_the_last_one_too(share, expected):
+    """Scales 2 and 7 lie midway between two ticks of four; rounding decides as released."""
+    assert [stage.phi for stage in var_stages(share=share)] == expected
+
+
+def test_var_has_no_residual_and_one_top_k():
+    stages = var_stages(num_inference_steps=8)
+    assert {stage.num_inference_steps for stage in stages} == {0}
+    assert {stage.top_k for stage in stages} == {900}
+    assert {stage.top_k for stage in var_stages(top_k=0)} == {0}
+    assert {(stage.top_p, stage.more_smooth) for stage in var_stages(top_p=0.9, more_smooth=False)} == {(0.9, False)}

@@ -11,6 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FULL = REPOSITORY.parent / "shared" / "golden"
 SUBSET = REPOSITORY / "tests" / "data"
 CHECKPOINTS = ("hart-tiny", "hart-tiny-adaln", "hart-tiny-sharedaln", "hart-tiny-var", "hart-tiny-1024")
+VAR_CHECKPOINTS = ("var-tiny", "var-tiny-shared")
 TEXT_ENCODERS = ("text-tiny-right", "text-tiny-left")
 
 

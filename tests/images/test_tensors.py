@@ -39,6 +39,17 @@ def test_pil_form_rounds_to_the_nearest_level_and_clips() -> None:
     assert np.asarray(picture)[0, :, 1].tolist() == expected
 
 
+def test_truncated_bytes_are_the_level_below() -> None:
+    """As the released VILA-U writes them: 127.5 (x + 1) of x in -1..1, clamped, and cut off."""
+    x = torch.linspace(-1.1, 1.1, 5001)
+    pixels = ((x + 1) / 2).expand(1, 3, 1, -1)
+    expected = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(tensors.to_uint8(pixels, truncated=True)[0, 0, :, 0], expected)
+    assert (tensors.to_uint8(pixels)[0, 0, :, 0] != expected).float().mean() > 0.4
+    (picture,) = tensors.to_pil(pixels, truncated=True)
+    assert np.asarray(picture)[0, :, 1].tolist() == expected.tolist()
+
+
 def test_a_fitting_picture_passes_unchanged() -> None:
     pixels = tensors.to_tensor(noise(), SIZE)
     assert (pixels.shape, pixels.dtype) == ((1, 3, SIZE, SIZE), torch.float32)

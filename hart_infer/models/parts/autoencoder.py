@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,21 +155,40 @@ def _encoder(config: AutoencoderConfig) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers | _middle(channels, groups) | _out(channels, config.z_channels, groups)))
 
 
-def _decoder(config: AutoencoderConfig) -> nn.Sequential:
-    """Latent [B, C, h/f, w/f] -> image [B, 3, h, w], as one sequence of layers with the released names."""
-    lowest = len(config.ch_mult) - 1
-    channels, groups = config.ch * config.ch_mult[lowest], config.norm_groups
-    layers: dict[str, nn.Module] = {"conv_in": Conv2d(config.z_channels, channels, 3, padding=1)}
+def decoder(
+    *,
+    z_channels: int,
+    out_channels: int,
+    ch: int,
+    ch_mult: Sequence[int],
+    blocks_per_level: int,
+    attention_levels: Collection[int],
+    groups: int,
+) -> nn.Sequential:
+    """Return a decoder of latents [B, z_channels, h, w] to [B, out_channels, f * h, f * w], f = 2^(levels - 1).
+
+    It is one sequence of layers with the released names. Level i is ch * ch_mult[i] wide; those in `attention_levels` have an
+    attention behind each residual block.
+    """
+    lowest = len(ch_mult) - 1
+    channels = ch * ch_mult[lowest]
+    layers: dict[str, nn.Module] = {"conv_in": Conv2d(z_channels, channels, 3, padding=1)}
     layers |= _middle(channels, groups)
     for level in range(lowest, -1, -1):
-        for i in range(BLOCKS_PER_LEVEL + 1):
-            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, config.ch * config.ch_mult[level], groups)
-            channels = config.ch * config.ch_mult[level]
-            if level == lowest:
+        for i in range(blocks_per_level):
+            layers[f"up_{level}_block_{i}"] = ResnetBlock(channels, ch * ch_mult[level], groups)
+            channels = ch * ch_mult[level]
+            if level in attention_levels:
                 layers[f"up_{level}_attn_{i}"] = AttentionBlock(channels, groups)
         if level > 0:
             layers[f"up_{level}_upsample"] = Upsample(channels)
-    return nn.Sequential(OrderedDict(layers | _out(channels, 3, groups)))
+    return nn.Sequential(OrderedDict(layers | _out(channels, out_channels, groups)))
+
+
+def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast x [B, C, h, w] to the weights' dtype; in half precision to channels last, which is faster and rounds differently."""
+    suits = dtype != torch.float32 and x.device.type in ("cpu", "cuda")
+    return x.to(dtype, memory_format=torch.channels_last if suits else torch.contiguous_format)
 
 
 class Autoencoder(nn.Module):
@@ -189,11 +209,19 @@ class Autoencoder(nn.Module):
             share_quant_resi=config.share_quant_resi,
         )
         self.post_quant_conv = Conv2d(config.z_channels, config.z_channels, 3, padding=1)
-        self.decoder = _decoder(config)
+        self.decoder = decoder(
+            z_channels=config.z_channels,
+            out_channels=3,
+            ch=config.ch,
+            ch_mult=config.ch_mult,
+            blocks_per_level=BLOCKS_PER_LEVEL + 1,
+            attention_levels=(len(config.ch_mult) - 1,),
+            groups=config.norm_groups,
+        )
 
     def encode_latent(self, image: Tensor) -> Tensor:
         """Image [B, 3, h, w] in -1..1 -> continuous latent [B, C, h/f, w/f] fp32."""
-        return self.quant_conv(self.encoder(self._laid_out(image))).float()
+        return self.quant_conv(self.encoder(laid_out(image, self.quant_conv.weight.dtype))).float()
 
     def encode(self, image: Tensor) -> Tokens:
         """Hybrid tokenization of an image [B, 3, size, size] in -1..1: codes per scale and the continuous residual."""
@@ -204,7 +232,7 @@ class Autoencoder(nn.Module):
 
         `tile`: run all levels but the lowest in tiles of `tile` latent cells (approximate: their group norms see a tile).
         """
-        hidden = self.post_quant_conv(self._laid_out(latent))
+        hidden = self.post_quant_conv(laid_out(latent, self.post_quant_conv.weight.dtype))
         if tile is None or tile >= max(latent.shape[-2:]):
             image = self.decoder(hidden)
         else:
@@ -213,13 +241,6 @@ class Autoencoder(nn.Module):
             hidden = self.decoder[:split](hidden)
             image = tiled(self.decoder[split:], hidden, tile * (hidden.shape[-1] // latent.shape[-1]))
         return image.float().clamp_(-1, 1)
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        """Cast `x` to the weights' dtype; in half precision to channels last, which is faster and rounds differently."""
-        dtype = self.quant_conv.weight.dtype
-        suits = dtype != torch.float32 and x.device.type in ("cpu", "cuda")
-        layout = torch.channels_last if suits else torch.contiguous_format
-        return x.to(dtype, memory_format=layout)
 
     def to_device(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Move and cast in place; the quantizer is moved only."""

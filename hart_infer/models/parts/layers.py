@@ -84,6 +84,15 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that leaves weights on the meta device alone: drawing them there imports a compiler, 150 MB."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, unless they are on the meta device."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Conv2d(nn.Conv2d):
     """A square convolution with bias, through `ops.conv2d`."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv2d
+from .layers import Conv2d, Embedding
 
 
 def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
@@ -23,6 +23,12 @@ def phi_index(index: int, num_scales: int, share_quant_resi: int) -> int:
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
     ticks = np.linspace(margin, 1 - margin, count)
     return int(np.argmin(np.abs(ticks - index / (num_scales - 1))))
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index [N] int64 of the row of `codebook` [K, C] nearest to each of `vectors` [N, C]; of equals the first."""
+    distance = vectors.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
+    return torch.addmm(distance, vectors, codebook.T, alpha=-2).argmin(dim=1)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.share = share_quant_resi
         self.patch_nums = tuple(patch_nums)
-        self.codebook = nn.Embedding(vocab_size, channels)
+        self.codebook = Embedding(vocab_size, channels)
         self.phi = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(self.share or len(self.patch_nums)))
 
     def refine(self, latent: Tensor, phi: int) -> Tensor:
@@ -66,10 +72,7 @@ class Quantizer(nn.Module):
     def nearest(self, latent: Tensor) -> Tensor:
         """Return the indices [B, p * p] int64 of the codes nearest to `latent` [B, C, p, p] in Euclidean distance."""
         vectors = latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
-        codebook = self.codebook.weight
-        distance = vectors.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
-        distance = torch.addmm(distance, vectors, codebook.T, alpha=-2)
-        return distance.argmin(dim=1).view(len(latent), -1)
+        return nearest_codes(vectors, self.codebook.weight).view(len(latent), -1)
 
     def embed(self, indices: Tensor) -> Tensor:
         """Indices [B, p * p] -> [B, C, p, p]."""
