@@ -1,62 +1,108 @@
 """Describe a checkpoint in JSON types: parameters, schedule, memory, files.
 
-Of safetensors it reads the headers only; a .bin file is mapped by torch.load, or read whole if it is in PyTorch's old format.
+Of safetensors it reads the headers only; a pickle is mapped by torch.load, or read whole if it is in PyTorch's old format.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..generation.schedule import Schedule, hart_schedule
+from ..generation.schedule import Schedule, Settings, hart_schedule, var_schedule
 from ..models.hart import HartTransformer
+from ..models.next_scale import NextScaleTransformer
 from ..models.parts.autoencoder import Autoencoder
 from ..models.parts.cache import KVCache
+from ..models.var import VarTransformer
+from . import hart, var
 from .autoencoder import AUTOENCODER_KEYS
-from .configs import config_to_dict
-from .hart import DEFAULTS_KEYS, RENAMES, TRANSFORMER_KEYS, HartCheckpoint
-from .weights import tensor_shapes
+from .configs import Keys, config_to_dict
+from .families import Family
+from .hart import HartCheckpoint
+from .var import VarCheckpoint
+from .weights import RenameTable, tensor_shapes
 
 GUIDED_ROWS = 2  # an image and its unconditional half
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def report(checkpoint: HartCheckpoint) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Described:
+    """What a report takes from the family."""
+
+    family: Family
+    transformer: NextScaleTransformer  # without storage
+    schedule: Schedule
+    keys: Keys  # of the transformer's configuration
+    defaults_keys: Keys
+    renames: RenameTable
+    facts: Mapping[str, int]  # more lines of the schedule
+    parts: Mapping[str, nn.Module] = field(default_factory=dict)  # of the transformer, counted by themselves
+    beside: Mapping[str, Path | None] = field(default_factory=dict)  # files and folders that are not weights
+
+
+def report(checkpoint: HartCheckpoint | VarCheckpoint) -> dict[str, Any]:
     """Return the report by sections. Raises WeightsError for files that are not weights."""
     with torch.device("meta"):  # modules without storage
         autoencoder = Autoencoder(checkpoint.autoencoder)
-        transformer = HartTransformer(
-            checkpoint.transformer,
-            vocab_size=checkpoint.autoencoder.vocab_size,
-            channels=checkpoint.autoencoder.z_channels,
-        )
-    schedule = hart_schedule(
-        checkpoint.transformer.patch_nums,
-        context_tokens=checkpoint.transformer.context_token,
-        share_quant_resi=checkpoint.autoencoder.share_quant_resi,
-    )
-    parameters = _parameters(transformer, autoencoder)
+        described = _hart(checkpoint) if isinstance(checkpoint, HartCheckpoint) else _var(checkpoint)
+    parameters = _parameters(described, autoencoder)
     return {
+        "family": described.family,
         "parameters": parameters,
-        "schedule": _schedule(checkpoint),
-        "memory": _memory(transformer, schedule, parameters["total"]),
-        "files": _files(checkpoint),
-        "defaults": config_to_dict(checkpoint.defaults, DEFAULTS_KEYS),
-        "transformer": _without_scales(config_to_dict(checkpoint.transformer, TRANSFORMER_KEYS)),
+        "schedule": {**_schedule(checkpoint), **described.facts},
+        "memory": _memory(described.transformer, described.schedule, parameters["total"]),
+        "files": _files(checkpoint, described),
+        "defaults": config_to_dict(checkpoint.defaults, described.defaults_keys),
+        "transformer": _without_scales(config_to_dict(checkpoint.transformer, described.keys)),
         "autoencoder": _without_scales(config_to_dict(checkpoint.autoencoder, AUTOENCODER_KEYS)),
     }
 
 
-def _parameters(transformer: HartTransformer, autoencoder: Autoencoder) -> dict[str, int]:
+def _hart(checkpoint: HartCheckpoint) -> _Described:
+    config, autoencoder = checkpoint.transformer, checkpoint.autoencoder
+    transformer = HartTransformer(config, vocab_size=autoencoder.vocab_size, channels=autoencoder.z_channels)
+    return _Described(
+        "HART",
+        transformer,
+        hart_schedule(config.patch_nums, context_tokens=config.context_token, share_quant_resi=autoencoder.share_quant_resi),
+        hart.TRANSFORMER_KEYS,
+        hart.DEFAULTS_KEYS,
+        hart.RENAMES,
+        facts={"context_tokens": config.context_token},
+        parts={"residual_diffusion": transformer.diffusion},
+        beside={"text encoder": checkpoint.text_encoder},
+    )
+
+
+def _var(checkpoint: VarCheckpoint) -> _Described:
+    config, autoencoder = checkpoint.transformer, checkpoint.autoencoder
+    return _Described(
+        "VAR",
+        VarTransformer(config, vocab_size=autoencoder.vocab_size, channels=autoencoder.z_channels),
+        var_schedule(config.patch_nums, share_quant_resi=autoencoder.share_quant_resi, settings=Settings()),
+        var.TRANSFORMER_KEYS,
+        var.DEFAULTS_KEYS,
+        var.RENAMES,
+        facts={"classes": config.num_classes},
+        beside={"class names": checkpoint.classes},
+    )
+
+
+def _parameters(described: _Described, autoencoder: Autoencoder) -> dict[str, int]:
     """Count the parameters by part and in total."""
-    diffusion = _count(transformer.diffusion)
+    inner = {name: _count(part) for name, part in described.parts.items()}
     encoder = _count(autoencoder.encoder) + _count(autoencoder.quant_conv)
     quantizer = _count(autoencoder.quantizer)
     parts = {
-        "transformer": _count(transformer) - diffusion,
-        "residual_diffusion": diffusion,
+        "transformer": _count(described.transformer) - sum(inner.values()),
+        **inner,
         "encoder": encoder,
         "decoder": _count(autoencoder) - encoder - quantizer,
         "quantizer": quantizer,
@@ -68,18 +114,17 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _schedule(checkpoint: HartCheckpoint) -> dict[str, Any]:
+def _schedule(checkpoint: HartCheckpoint | VarCheckpoint) -> dict[str, Any]:
     sides = checkpoint.transformer.patch_nums
     return {
         "picture_pixels": sides[-1] * checkpoint.autoencoder.downsample,
         "scales": len(sides),
         "sides": list(sides),
         "image_tokens": sum(side * side for side in sides),
-        "context_tokens": checkpoint.transformer.context_token,
     }
 
 
-def _memory(transformer: HartTransformer, schedule: Schedule, parameters: int) -> dict[str, dict[str, int]]:
+def _memory(transformer: NextScaleTransformer, schedule: Schedule, parameters: int) -> dict[str, dict[str, int]]:
     """Return by dtype the bytes of the weights without the text encoder, and of one picture's keys and values with guidance."""
     return {
         dtype: {
@@ -97,21 +142,21 @@ def _memory(transformer: HartTransformer, schedule: Schedule, parameters: int) -
     }
 
 
-def _files(checkpoint: HartCheckpoint) -> dict[str, Any]:
-    """Describe the weight files that a pipeline would read, and name the text encoder's folder."""
+def _files(checkpoint: HartCheckpoint | VarCheckpoint, described: _Described) -> dict[str, Any]:
+    """Describe the weight files that a pipeline would read, by their names in the checkpoint, and name what is beside them."""
+    files = checkpoint.transformer_files + checkpoint.autoencoder_files
+    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     found: dict[str, Any] = {}
-    for file in checkpoint.transformer_files + checkpoint.autoencoder_files:
+    for file in files:
         tensors = tensor_shapes(file)
-        read = [dtype for name, (_, dtype) in tensors.items() if RENAMES(name) is not None]
-        found[f"{file.parent.name}/{file.name}"] = {
+        read = [dtype for name, (_, dtype) in tensors.items() if described.renames(name) is not None]
+        found[file.relative_to(root).as_posix()] = {
             "bytes": file.stat().st_size,
             "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in read}),
             "tensors": len(tensors),
             "tensors_never_read": len(tensors) - len(read),
         }
-    if checkpoint.text_encoder is not None:
-        found["text encoder"] = str(checkpoint.text_encoder)
-    return found
+    return found | {name: str(path) for name, path in described.beside.items() if path is not None}
 
 
 def _without_scales(config: dict[str, Any]) -> dict[str, Any]:

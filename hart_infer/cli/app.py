@@ -7,21 +7,23 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import HartError
 from ..version import __version__
-from . import convert, doctor, generate, info, reconstruct
+from . import convert, doctor, edit, generate, info, reconstruct
 from .console import PROGRAM, StdoutError, UsageError, library_messages, note
 from .options import HelpFormatter
 
-DESCRIPTION = "Pictures from prompts with HART, the hybrid autoregressive transformer."
+DESCRIPTION = "Pictures from prompts with HART, and of ImageNet's classes with VAR."
 
 EPILOG = """\
 `hart-infer COMMAND --help` tells all about a command.
 
 examples:
   hart-infer generate "a lighthouse in the snow" -o lighthouse.png
+  hart-infer generate "golden retriever" --model FoundationVision/var --variant d16
+  hart-infer edit photo.png --mask mask.png "a cat" -o edited.png
   hart-infer info ./hart-0.7b-1024px
   hart-infer doctor
 
@@ -39,11 +41,28 @@ OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence and a hint instead of the whole usage."""
+    """An ArgumentParser whose errors are one sentence and a hint, and whose commands take arguments between options."""
+
+    _mixes = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command's arguments wherever they stand: `edit IMAGE --mask FILE PROMPT`, which argparse alone refuses.
+
+        After `--`, which argparse loses when it mixes, all must stand together.
+        """
+        if self._subparsers is not None or self._mixes or "--" in (args or ()):
+            return super().parse_known_args(args, namespace)
+        self._mixes = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixes = False
 
     def error(self, message: str) -> NoReturn:
         """Report an invalid command line and exit."""
-        self.exit(USAGE, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+        note(f"{self.prog}: {message}")
+        note(f"Try '{self.prog} --help'.")
+        self.exit(USAGE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, reconstruct, info, convert, doctor):
+    for module in (generate, edit, reconstruct, info, convert, doctor):
         module.add_parser(commands)
     return parser
 
@@ -60,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         code = _run(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         _discard_stdout()
@@ -84,17 +104,20 @@ def _run(argv: Sequence[str] | None) -> int:
     except (UsageError, HartError) as error:
         if isinstance(error, StdoutError):
             _discard_stdout()
-        if debug:
+        if debug and sys.stderr is not None:  # else it would go to stdout
             traceback.print_exc()
         usage = isinstance(error, UsageError)
         program = f"{PROGRAM} {args.command}"
-        hint = f"\nTry '{program} --help'." if usage else ""
-        note(f"{program}: {error}{hint}")
+        note(f"{program}: {error}")
+        if usage:
+            note(f"Try '{program} --help'.")
         return USAGE if usage else FAILED
 
 
 def _discard_stdout() -> None:
     """Redirect stdout to the null device, so that the interpreter's flush at exit raises nothing."""
+    if sys.stdout is None:
+        return
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):

@@ -8,12 +8,13 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from ..errors import OutputError
 
 PROGRAM = "hart-infer"
+JOINERS = "\u200c\u200d"
 
 
 class UsageError(Exception):
@@ -26,17 +27,17 @@ class StdoutError(OutputError):
 
 def emit(line: str) -> None:
     """Write one result line to stdout and flush it, so that a pipe gets it while the command runs."""
-    _write(sys.stdout, line)
+    _to_stdout(escaped(line, keep="\t"))
 
 
 def emit_json(values: Any, *, indent: int | None = None) -> None:
     """Write one JSON value to stdout."""
-    emit(json.dumps(values, indent=indent))
+    _to_stdout(json.dumps(values, indent=indent))
 
 
 def emit_table(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> None:
-    """Write a title and aligned name-value rows to stdout."""
-    rows = list(rows)
+    """Write a title and aligned name-value rows to stdout, one line each."""
+    rows = [(escaped(name), escaped(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     if title:
         emit(title)
@@ -46,21 +47,46 @@ def emit_table(rows: Iterable[tuple[str, str]], *, title: str | None = None) -> 
 
 def note(line: str) -> None:
     """Write one line of a message to stderr."""
-    _write(sys.stderr, line)
+    _to_stderr(escaped(line, keep="\t"))
 
 
-def _write(stream: TextIO, line: str) -> None:
-    """Write a line; escape control characters and what the encoding lacks. Raises StdoutError, BrokenPipeError."""
-    encoding = stream.encoding or "utf-8"
-    plain = "".join(c if c in "\t\n" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in line)
+def escaped(text: str, *, keep: str = "") -> str:
+    """Escape what steers a terminal or breaks a line, except the characters of `keep`.
+
+    That is Unicode's control, format (of which some reverse the order of what follows) and line separating characters. The two
+    joiners, which emoji and Persian are written with, stay.
+    """
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) and c not in keep else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return character not in JOINERS and unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
+
+
+def _to_stdout(text: str) -> None:
+    """Write text and a line break. Raises StdoutError, BrokenPipeError."""
+    if sys.stdout is None:  # closed before Python began
+        raise StdoutError("standard output cannot be written: it is closed.")
     try:
-        stream.write(plain.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
+        _write(sys.stdout, text)
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk behind a redirection, say
-        if stream is sys.stdout:
-            raise StdoutError(f"standard output cannot be written: {(error.strerror or str(error)).lower()}.") from error
+        raise StdoutError(f"standard output cannot be written: {(error.strerror or str(error)).lower()}.") from error
+
+
+def _to_stderr(text: str) -> None:
+    """Write text and a line break, if stderr can be written."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write text and a line break, and flush; escape what the encoding lacks."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()
 
 
 @contextmanager
@@ -68,8 +94,7 @@ def library_messages(*, quiet: bool, debug: bool) -> Iterator[None]:
     """Show what the library logs on stderr: warnings, with `quiet` only errors, with `debug` everything."""
     logger = logging.getLogger("hart_infer")
     before = logger.level, logger.propagate
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
+    handler = _Handler()
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING)
     logger.propagate = False
@@ -93,11 +118,10 @@ def _show_warning(
         note(f"{PROGRAM}: warning: {message}")
 
 
-class _Formatter(logging.Formatter):
-    """One line that names the program and the level in lower case; a traceback follows if the record has one."""
+class _Handler(logging.Handler):
+    """Writes one line that names the program and the level in lower case; a traceback follows if the record has one."""
 
-    def __init__(self) -> None:
-        super().__init__(f"{PROGRAM}: %(levelname)s: %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return super().formatMessage(logging.makeLogRecord(record.__dict__ | {"levelname": record.levelname.lower()}))
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}")
+        if record.exc_info:
+            _to_stderr(escaped(logging.Formatter().formatException(record.exc_info), keep="\t\n"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 from . import options
 from .console import UsageError, emit, note
+from .families import family_of
 from .loading import load_pipeline
 from .machine import DTYPES
 from .options import MachineOptions, ModelOptions
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   hart-infer convert mit-han-lab/hart-0.7b-1024px ./hart-bf16 --dtype bf16
   hart-infer generate "a cat" -o cat.png --model ./hart-bf16
+  hart-infer convert FoundationVision/var ./var-d16 --variant d16
 """
 
 
@@ -49,7 +51,7 @@ def add_parser(commands: options.Commands) -> None:
     options.add_source(parser)
     group = parser.add_mutually_exclusive_group()
     options.add_text_encoder(group)
-    group.add_argument("--no-text-encoder", action="store_true", help="leave the text encoder out")
+    group.add_argument("--no-text-encoder", action="store_true", help="HART: leave the text encoder out")
     options.add_quiet(parser)
 
 
@@ -78,6 +80,7 @@ def convert(
         raise UsageError(f"--max-shard-size: {error}") from error
     check_destination(destination)
     pipe = load_pipeline(
+        family_of(model),
         model,
         MachineOptions(device="cpu", dtype=dtype, threads=None),
         text_encoder=model.text_encoder if with_text_encoder else False,

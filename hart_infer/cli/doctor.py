@@ -9,7 +9,8 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.layouts import BUNDLED_MODEL, RELEASED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL
+from ..errors import CheckpointNotFoundError
 from ..version import __version__
 from . import machine, options
 from .console import emit_json, emit_table
@@ -126,14 +127,26 @@ def _kernels() -> dict[str, Any]:
 
 
 def _hub() -> dict[str, Any]:
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    found = try_to_load_from_cache(RELEASED_MODEL, "llm/config.json")
+    from ..checkpoints.families import RELEASED
+
     return {
         "cache": _tilde(constants.HF_HUB_CACHE),
         "offline": constants.HF_HUB_OFFLINE,
-        "released_model_cached": isinstance(found, str),
+        "released_models_cached": [model for family, model in RELEASED.items() if _is_cached(model, family)] or "none",
     }
+
+
+def _is_cached(model: str, family: str) -> bool:
+    """Return whether files of a released model are in the Hub's cache."""
+    from ..checkpoints.families import find_family
+    from ..checkpoints.hub import HubOptions
+
+    try:
+        return find_family(model, HubOptions(local_files_only=True)) == family
+    except CheckpointNotFoundError:
+        return False
 
 
 def _defaults() -> dict[str, Any]:

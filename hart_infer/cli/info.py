@@ -10,16 +10,20 @@ from ..errors import InputError
 from ..images.files import FORMATS, read_metadata
 from . import options
 from .console import emit, emit_json, emit_table
+from .families import family_of
+from .options import ModelOptions
 
 DETAILS = """\
 For a checkpoint: parameters, scales, memory and flags, from its configuration
-and its files' headers; of a Hugging Face id only the configuration is downloaded.
-For a picture that `hart-infer generate` wrote: prompt, seed and settings."""
+and its files' headers. Of a Hugging Face id only the configuration is downloaded;
+VAR's is read from its weights, which must be on this machine.
+For a picture that hart-infer wrote: prompt, seed and settings."""
 
 EPILOG = """\
 examples:
   hart-infer info mit-han-lab/hart-0.7b-1024px
   hart-infer info ./hart-bf16 --json
+  hart-infer info FoundationVision/var --variant d16
   hart-infer info cat.png
 """
 
@@ -37,26 +41,26 @@ def add_parser(commands: options.Commands) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("target", metavar="PATH|ID", type=options.named, help="checkpoint folder, Hugging Face id, or picture")
+    parser.add_argument("model", metavar="PATH|ID", type=options.named, help="checkpoint folder, Hugging Face id, or picture")
     options.add_source(parser)
     options.add_json(parser, "everything as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, or a picture's metadata. Raises HartError."""
-    path = Path(args.target)
+    path = Path(args.model)
     if path.suffix.lower() in FORMATS and not path.is_dir():
-        return _show_picture(args)
-    from ..checkpoints.hart import inspect_checkpoint
-    from ..checkpoints.hub import HubOptions
+        return _show_picture(args.model, as_json=args.json)
+    from ..checkpoints.families import inspect_checkpoint
     from ..checkpoints.report import report
 
-    hub = HubOptions(args.revision, local_files_only=args.local_files_only)
-    found = report(inspect_checkpoint(args.target, use_ema=args.use_ema, hub=hub))
+    model = ModelOptions.of(args)
+    family_of(model)
+    found = report(inspect_checkpoint(model.name, use_ema=model.use_ema, variant=model.variant, hub=model.hub))
     if args.json:
         emit_json(found, indent=2)
         return 0
-    emit(args.target)
+    emit(f"{model.name} ({found['family']})")
     for title in ("parameters", "schedule", "memory"):
         emit_table(_rows(found[title]), title=title)
     emit_table(_named(found["files"] or {"": "not on this machine"}), title="files")
@@ -65,14 +69,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_picture(args: argparse.Namespace) -> int:
-    metadata = read_metadata(args.target)
+def _show_picture(name: str, *, as_json: bool) -> int:
+    metadata = read_metadata(name)
     if metadata is None:
-        raise InputError(f"{args.target} carries no metadata of hart-infer.")
-    if args.json:
+        raise InputError(f"{name} carries no metadata of hart-infer.")
+    if as_json:
         emit_json(metadata, indent=2)
     else:
-        emit_table([(name.replace("_", " "), str(value)) for name, value in metadata.items()], title=args.target)
+        emit_table([(name.replace("_", " "), str(value)) for name, value in metadata.items()], title=name)
     return 0
 
 

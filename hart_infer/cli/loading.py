@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import sys
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoints.layouts import BUNDLED_MODEL, RELEASED_MODEL
 from .console import note
+from .families import TRAITS, AnyPipeline
 from .machine import choose
 from .options import MachineOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from ..pipelines.hart import HartPipeline
+    from ..checkpoints.families import Family
 
 
 def load_pipeline(
-    model: ModelOptions, machine: MachineOptions, *, text_encoder: str | Literal[False] | None, quiet: bool
-) -> HartPipeline:
+    family: Family,
+    model: ModelOptions,
+    machine: MachineOptions,
+    *,
+    text_encoder: str | Literal[False] | None,
+    quiet: bool,
+) -> AnyPipeline:
     """Load the pipeline on its device and in its dtype; without `quiet`, with notes on stderr. Raises HartError."""
-    from ..pipelines.hart import HartPipeline
-
     choice = choose(machine.device, machine.dtype)
-    name = model.model or BUNDLED_MODEL
     if quiet:
         silence_others()
     else:
-        note(f"loading {name} on {choice.device} in {choice.dtype}")
-    pipe = HartPipeline.from_pretrained(
-        name,
-        text_encoder=text_encoder,
-        revision=model.revision,
-        local_files_only=model.local_files_only,
-        use_ema=model.use_ema,
-        dtype=choice.torch_dtype,
-        device=choice.device,
-    )
+        note(f"loading {model.name}{f' ({model.variant})' if model.variant else ''} on {choice.device} in {choice.dtype}")
+    options = {
+        "text_encoder": text_encoder,
+        "use_ema": model.use_ema,
+        "variant": model.variant,
+        "revision": model.revision,
+        "local_files_only": model.local_files_only,
+        "dtype": choice.torch_dtype,
+        "device": choice.device,
+    }
+    taken = {name: value for name, value in options.items() if name not in TRAITS[family].lacks}
+    pipe: AnyPipeline = _pipelines()[family].from_pretrained(model.name, **taken)
     if machine.threads is not None:
         pipe.num_threads = machine.threads
-    if quiet:
+    if quiet or sys.stderr is None:
         pipe.set_progress_bar_config(disable=True)
-    elif model.model is None:
+    if not quiet and model.model is None:
         drawn = f"{BUNDLED_MODEL} draws emoji at {max(pipe.sizes)} px"
         note(f"{drawn}; for other subjects, at 1024 px, use -m {RELEASED_MODEL} (a download)")
     return pipe
+
+
+def _pipelines() -> dict[Family, Any]:
+    """Return the class that loads each family; imports torch."""
+    from ..pipelines.hart import HartPipeline
+    from ..pipelines.var import VarPipeline
+
+    return {"HART": HartPipeline, "VAR": VarPipeline}
 
 
 def silence_others() -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from string import Formatter
 
 from ..images.files import MAX_NAME_BYTES
+from ..pipelines.checks import shown
 from .console import UsageError
 
 DEFAULT_NAME = "hart-{index:03d}.png"
 PLACEHOLDERS = ("index", "seed", "prompt")
 MAX_SLUG_BYTES = 80
+MAX_REASON = 80  # characters of Python's own message about a pattern
 _GAP = "\0"  # stands for a placeholder; no file name contains it
 
 
@@ -25,7 +27,7 @@ class Job:
     """One picture to make."""
 
     index: int
-    prompt: str
+    prompt: str | None  # as it was typed; None for an edit without
     seed: int
     path: Path
 
@@ -39,7 +41,7 @@ class Plan:
     may_replace: bool
 
 
-def make_plan(out: str | None, prompts: Sequence[str], *, num: int, first_seed: int, grid: bool) -> Plan:
+def make_plan(out: str | None, prompts: Sequence[str | None], *, num: int, first_seed: int, grid: bool) -> Plan:
     """Name every picture before any is made. Raises UsageError for an invalid pattern.
 
     Each prompt gets `num` pictures in a row; picture i has seed first_seed + i. Repeated names are numbered. Default names (no
@@ -95,20 +97,32 @@ def _check_pattern(pattern: str) -> None:
     try:
         fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(pattern) if name is not None]
         unknown = {name for name, _ in fields} - set(PLACEHOLDERS)
-        if any(int(width) > MAX_NAME_BYTES for _, spec in fields for width in re.findall(r"\d{1,9}", spec)):
-            raise ValueError(f"a width of more than {MAX_NAME_BYTES} fits in no name")
+        for _, spec in fields:
+            _check_spec(spec)
         if not unknown:
             _fill(pattern, 0, 0, "prompt")
     except (ValueError, KeyError, IndexError) as error:
+        reason = str(error) if len(str(error)) <= MAX_REASON else f"{str(error)[:MAX_REASON]}..."
         hint = "write a brace that is no placeholder as {{ or }}."
-        raise UsageError(f"--out {pattern!r} is not a pattern ({error}); {hint}") from error
+        raise UsageError(f"--out {shown(pattern)} is not a pattern ({reason}); {hint}") from error
     if unknown:
-        shown = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-        raise UsageError(f"--out {pattern!r} has a placeholder that does not exist; there are {shown}.")
+        listed = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise UsageError(f"--out {shown(pattern)} has a placeholder that does not exist; there are {listed}.")
 
 
-def _fill(pattern: str, index: int, seed: int, prompt: str) -> str:
-    return pattern.format(index=index, seed=seed, prompt=slug(prompt))
+def _check_spec(spec: str) -> None:
+    """Raise ValueError for a format spec that makes no name or a far too long one, before anything is formatted by it."""
+    if "{" in spec:
+        raise ValueError("a placeholder can't have another one inside")
+    if spec.endswith("c"):
+        raise ValueError("a number makes no character of a name")
+    widths = re.findall(r"\d+", spec)
+    if any(len(width) > MAX_NAME_BYTES or int(width) > MAX_NAME_BYTES for width in widths):
+        raise ValueError(f"a width of more than {MAX_NAME_BYTES} fits in no name")
+
+
+def _fill(pattern: str, index: int, seed: int, prompt: str | None) -> str:
+    return pattern.format(index=index, seed=seed, prompt=slug(prompt or ""))
 
 
 def _escaped(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.hub import HubOptions
 from ..checkpoints.layouts import BUNDLED_MODEL
 from ..errors import InputError
 from ..pipelines.checks import check_float, check_int, check_size, check_steps
@@ -26,13 +27,35 @@ class ModelOptions:
     model: str | None  # None is the bundled model
     revision: str | None
     local_files_only: bool
+    variant: str | None
     use_ema: bool
     text_encoder: str | None
 
     @staticmethod
     def of(args: argparse.Namespace) -> ModelOptions:
         """Read the options of `add_model`, or of `add_source` and a positional model."""
-        return ModelOptions(args.model, args.revision, args.local_files_only, args.use_ema, getattr(args, "text_encoder", None))
+        return ModelOptions(
+            args.model,
+            args.revision,
+            args.local_files_only,
+            args.variant,
+            args.use_ema,
+            getattr(args, "text_encoder", None),
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder or id to load."""
+        return self.model or BUNDLED_MODEL
+
+    @property
+    def hub(self) -> HubOptions:
+        """The options of requests to the Hub."""
+        return HubOptions(self.revision, local_files_only=self.local_files_only)
+
+    def given(self) -> set[str]:
+        """Return those arguments of `from_pretrained` which not every family has and the command line gives."""
+        return {name for name, value in (("text_encoder", self.text_encoder), ("use_ema", not self.use_ema)) if value}
 
 
 @dataclass(frozen=True)
@@ -98,14 +121,19 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_source(group: Any) -> None:
-    """Add --revision, --local-files-only and --no-ema."""
+    """Add --variant, --revision, --local-files-only and --no-ema."""
+    group.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which of several weights: d16 for VAR's var_d16.pth, fp16 for model.fp16.safetensors",
+    )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--local-files-only", action="store_true", help="download nothing, use what is on this machine")
     group.add_argument(
         "--no-ema",
         dest="use_ema",
         action="store_false",
-        help="the plain weights instead of their running average",
+        help="HART: the plain weights instead of their running average",
     )
 
 
@@ -115,7 +143,7 @@ def add_text_encoder(group: Any) -> None:
         "--text-encoder",
         metavar="PATH|ID",
         type=named,
-        help="text encoder's folder or id (default: the one beside the checkpoint, else the released one)",
+        help="HART: text encoder's folder or id (default: the one beside the checkpoint, else the released one)",
     )
 
 
@@ -142,7 +170,6 @@ def public_name(path_or_id: str) -> str:
 
 def side(size: int | None, sizes: Sequence[int]) -> int:
     """Return --size, or the largest of a model's `sizes`. Raises UsageError for a size that the model lacks."""
-
     try:
         check_size(size, sizes, "--size")
     except InputError as error:
@@ -157,7 +184,6 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return a parser of whole numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> int:
-
         return _checked(lambda: check_int(_number(int, text), "", low, high))
 
     return parse
@@ -167,7 +193,6 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Return a parser of finite numbers from `low` to `high`, which raises ArgumentTypeError."""
 
     def parse(text: str) -> float:
-
         return _checked(lambda: check_float(_number(float, text), "", low, high))
 
     return parse
@@ -175,14 +200,22 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 def steps(text: str) -> int:
     """Parse a number of residual diffusion steps. Raises ArgumentTypeError."""
-
     return _checked(lambda: check_steps(_number(int, text), ""))
 
 
 def named(text: str) -> str:
-    """Return a non-empty path or id. Raises ArgumentTypeError."""
+    """Return a non-empty path or id of a model. Raises ArgumentTypeError."""
+    return _filled(text, "a folder or an id (owner/name)")
+
+
+def picture(text: str) -> str:
+    """Return a non-empty path of a picture. Raises ArgumentTypeError."""
+    return _filled(text, "a picture's file")
+
+
+def _filled(text: str, wanted: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a folder or an id (owner/name)")
+        raise argparse.ArgumentTypeError(f"it is empty; give {wanted}")
     return text
 
 

@@ -11,6 +11,7 @@ from ..images.files import make_grid, save_picture
 from ..images.reading import read_image
 from . import options
 from .console import emit, emit_json
+from .families import family_of
 from .loading import load_pipeline
 from .options import MachineOptions, ModelOptions
 from .writing import check_outputs
@@ -22,8 +23,9 @@ MODES = ("hybrid", "discrete", "both")
 
 DETAILS = """\
 The picture is cut to a centred square, scaled to the model's size, encoded and
-decoded. Mode hybrid decodes codes and residual together (the tokenizer's best),
-discrete the codes alone, both puts original, discrete and hybrid side by side.
+decoded. Mode hybrid decodes the latent as it is encoded (the best of HART's
+tokenizer), discrete its codes alone (all that VAR draws), both puts original,
+discrete and hybrid side by side.
 One line per mode on stdout: path, mode and PSNR to the scaled picture, separated
 by tabs."""
 
@@ -44,9 +46,9 @@ def add_parser(commands: options.Commands) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("image", metavar="IMAGE", help="the picture to reconstruct")
+    parser.add_argument("image", metavar="IMAGE", type=options.picture, help="the picture to reconstruct")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="where to write; replaced if it exists")
-    parser.add_argument("--mode", choices=MODES, default="hybrid", help="what to decode (default: hybrid)")
+    parser.add_argument("--mode", choices=MODES, help="what to decode (default: hybrid for HART, discrete for VAR)")
     parser.add_argument("--size", metavar="PIXELS", type=options.whole(1), help="side to scale to (default: the model's)")
     options.add_json(parser, "one JSON object with path and PSNR per mode")
     options.add_model(parser)
@@ -60,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
     source = read_image(args.image)
     check_outputs([Path(args.out)], replace=True)
-    pipe = load_pipeline(ModelOptions.of(args), MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
+    model = ModelOptions.of(args)
+    pipe = load_pipeline(family_of(model), model, MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
     side = options.side(args.size, pipe.sizes)
     original = fit(source, side)
-    modes: tuple[Any, ...] = ("discrete", "hybrid") if args.mode == "both" else (args.mode,)
+    modes: tuple[Any, ...] = ("discrete", "hybrid") if args.mode == "both" else (args.mode or pipe.tokenization,)
     results: dict[str, Any] = {mode: pipe.reconstruct(original, mode=mode) for mode in modes}
-    picture = make_grid([original, *results.values()], 3) if args.mode == "both" else results[args.mode]
+    picture = make_grid([original, *results.values()], 3) if args.mode == "both" else results[modes[0]]
     save_picture(picture, args.out)
     scores = {mode: psnr(original, image) for mode, image in results.items()}
     if args.json:

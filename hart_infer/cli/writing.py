@@ -1,8 +1,9 @@
-"""Write what `generate` produces: pictures, grids, previews, their metadata and the lines on stdout."""
+"""Write what `generate` and `edit` produce: pictures, grids, previews, their metadata and the lines on stdout."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, OutputError
 from ..images.files import (
+    MAX_NAME_BYTES,
     MAX_SIDE,
     NameTakenError,
     check_writable,
@@ -19,22 +21,26 @@ from ..images.files import (
     picture_format,
     save_picture,
 )
-from ..version import __version__
+from ..pipelines.checks import shown
 from .console import UsageError, emit, emit_json
+from .families import Subject
 from .naming import Job, Plan, distinct, renumbered
-from .options import ModelOptions, public_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..pipelines.hart import HartPipeline
     from ..pipelines.outputs import Step
+
+
+PLURALS = {"prompt": "prompts", "class_index": "class_indices", "class_name": "class_names"}  # in a grid's metadata
 
 
 def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
     """Check before generating that `paths` can be written, and without `replace` are new. Raises UsageError, OutputError."""
     paths = list(paths)
     for path in paths:
+        if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+            raise OutputError(f"{shown(str(path))} cannot be written: the name is too long.")
         try:
             picture_format(path)
         except InputError as error:
@@ -56,7 +62,7 @@ class OutputOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> OutputOptions:
-        """Read the options of `generate`."""
+        """Read the options of `generate` and `edit`."""
         return OutputOptions(args.grid, args.singles, not args.no_overwrite, args.metadata, args.json)
 
 
@@ -69,19 +75,11 @@ class Writer:
         self._wants_singles = plan.grid is None or options.singles
         self._grid_images: list[Image] = []
         self._metadata: dict[str, Any] = {}
+        self._subjects: Mapping[str | None, Subject] = {}
 
-    def made_with(self, settings: Mapping[str, Any], model: ModelOptions, pipe: HartPipeline) -> None:
-        """Set the metadata that all pictures share."""
-        self._metadata = {
-            **settings,
-            "model": public_name(pipe.name),
-            "revision": model.revision,
-            "text_encoder": public_name(model.text_encoder) if model.text_encoder else None,
-            "use_ema": model.use_ema,
-            "device": pipe.device.type,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "software": f"hart-infer {__version__}",
-        }
+    def made_with(self, metadata: Mapping[str, Any], subjects: Mapping[str | None, Subject]) -> None:
+        """Set the metadata that all pictures share, and what each prompt is."""
+        self._metadata, self._subjects = dict(metadata), subjects
 
     def targets(self) -> list[Path]:
         """Return every file that will be written, previews not counted."""
@@ -104,17 +102,19 @@ class Writer:
         if self._plan.grid is not None:
             self._grid_images.append(image)
         if self._wants_singles:
-            path = self._save(image, job.path, {"prompt": job.prompt, "seed": job.seed, "size": image.width})
-            self._report(path, {"prompt": job.prompt, "seed": job.seed})
+            made_of = {**self._subjects[job.prompt].metadata, "seed": job.seed}
+            self._report(self._save(image, job.path, {**made_of, "size": image.width}), made_of)
 
     def finish(self) -> None:
         """Write the grid, if one was asked for."""
         if self._plan.grid is None:
             return
-        prompts, seeds = [job.prompt for job in self._plan.jobs], [job.seed for job in self._plan.jobs]
-        made_of = {"prompts": prompts, "seeds": seeds, "size": self._grid_images[0].width}
-        path = self._save(make_grid(self._grid_images, self._options.grid or None), self._plan.grid, made_of)
-        self._report(path, {"prompts": prompts, "seeds": seeds})
+        jobs = self._plan.jobs
+        subjects = [self._subjects[job.prompt].metadata for job in jobs]
+        made_of = {PLURALS[name]: [subject[name] for subject in subjects] for name in subjects[0]}
+        made_of |= {"seeds": [job.seed for job in jobs]}
+        grid = make_grid(self._grid_images, self._options.grid or None)
+        self._report(self._save(grid, self._plan.grid, {**made_of, "size": self._grid_images[0].width}), made_of)
 
     def _save(self, image: Image, path: Path, made_of: dict[str, Any]) -> Path:
         metadata = None

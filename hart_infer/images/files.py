@@ -72,7 +72,7 @@ def check_writable(paths: Iterable[str | Path]) -> None:
                 _probe(folder)
                 probed.add(folder)
         except OSError as error:
-            raise _failure(path, error) from error
+            raise write_failure(path, error) from error
 
 
 def save_picture(image: Image, path: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = True) -> Path:
@@ -88,14 +88,14 @@ def save_picture(image: Image, path: str | Path, *, metadata: Mapping[str, Any] 
             f"{path} cannot be written: {image.width} x {image.height} pixels are too many for {file_format} "
             f"(at most {limit} a side); write a PNG."
         )
-    options = _save_options(image, path, file_format, metadata)
+    options = save_options(image, path, file_format, metadata)
     try:
-        with _whole_file(path, overwrite=overwrite) as file:
+        with whole_file(path, overwrite=overwrite) as file:
             image.convert("RGB").save(file, format=file_format, **options)
     except NameTakenError:
         raise
     except OSError as error:
-        raise _failure(path, error) from error
+        raise write_failure(path, error) from error
     return Path(path)
 
 
@@ -158,7 +158,7 @@ def grid_size(count: int, columns: int, cell: tuple[int, int], gap: int = GRID_G
     return columns * (cell[0] + gap) - gap, rows * (cell[1] + gap) - gap
 
 
-def _save_options(image: Image, path: str | Path, file_format: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def save_options(image: Image, path: str | Path, file_format: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return Pillow's keyword arguments; metadata is ASCII JSON, which any reader shows. Raises OutputError if too long."""
     from PIL import Image as Pillow
     from PIL.PngImagePlugin import PngInfo
@@ -184,7 +184,7 @@ def _save_options(image: Image, path: str | Path, file_format: str, metadata: Ma
 
 
 @contextmanager
-def _whole_file(path: str | Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Yield a temporary file, renamed to `path` on success; on an exception it and new folders are removed."""
     target = _resolved(path)
     missing = [folder for folder in (target.parent, *target.parent.parents) if not os.path.lexists(folder)]
@@ -257,7 +257,8 @@ def _temporary_name() -> str:
     return f".hart-{secrets.token_hex(6)}.part"
 
 
-def _failure(path: str | Path, error: OSError) -> OutputError:
+def write_failure(path: str | Path, error: OSError) -> OutputError:
+    """Return the error to raise where writing `path` failed."""
     reason = _REASONS.get(error.errno or 0) or (error.strerror or str(error)).rstrip(".").lower()
     failure = OutputError(f"{path} cannot be written: {reason}.")
     failure.errno = error.errno

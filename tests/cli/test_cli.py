@@ -26,16 +26,17 @@ from PIL import Image
 
 import hart_infer
 from hart_infer import ops
+from hart_infer.checkpoints import families
 from hart_infer.checkpoints.hart import Defaults
 from hart_infer.cli import main, naming
-from hart_infer.cli.console import UsageError
+from hart_infer.cli.console import UsageError, library_messages
 from hart_infer.errors import OutOfMemoryError
 from hart_infer.images.files import read_metadata, save_picture
 from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
 from tests.hub import HubServer
 
-COMMANDS = ("generate", "reconstruct", "info", "convert", "doctor")
+COMMANDS = ("generate", "edit", "reconstruct", "info", "convert", "doctor")
 SIDE = 32
 
 
@@ -57,6 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     class Pipeline:
         sizes = (SIDE,)
+        tokenization = "hybrid"
         device = torch.device("cpu")
         dtype = torch.float32
         defaults = Defaults()
@@ -92,6 +94,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     module = types.ModuleType("hart_infer.pipelines.hart")
     module.HartPipeline = Pipeline  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hart_infer.pipelines.hart", module)
+    monkeypatch.setattr(families, "find_family", lambda name, hub: "HART")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return calls
@@ -154,7 +157,7 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         (["paint"], "invalid choice: 'paint'"),
         (["generate"], "no prompt"),
         (["generate", ""], "prompt[0] is empty"),
-        (["generate", "a", "--num", "0"], "--num: must be a whole number from 1 to 10000000, not 0"),
+        (["generate", "a", "--num", "0"], "--num: must be a whole number from 1 to 100000, not 0"),
         (["generate", "a", "--seed", "-1"], "--seed: must be a whole number from 0 to 18446744073709551615, not -1"),
         (["generate", "a", "--seed", str(2**64)], "--seed: must be a whole number from 0 to"),
         (["generate", "a", "--num", "2", "--seed", str(2**64 - 1)], "too large for 2 pictures"),
@@ -172,8 +175,8 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         (["generate", "a", "-o", "{index.png"], "is not a pattern"),
         (["generate", "a", "-o", "{prompt:03d}.png"], "is not a pattern"),
         (["generate", "\udcff"], "prompt[0] is not valid Unicode text"),
-        (["generate", "a", "--num", "1000000000"], "--num: must be a whole number from 1 to 10000000"),
-        (["generate", *["a"] * 11, "--num", "1000000"], "11,000,000 pictures are more than one command makes"),
+        (["generate", "a", "--num", "100001"], "--num: must be a whole number from 1 to 100000, not 100001"),
+        (["generate", "a", "b", "--num", "50001"], "100,002 pictures are more than one command makes"),
         (["generate", "a", "--guidance-scale", "1" + "0" * 400], "must be a number from 0 to 1000, not '1000"),
         (["generate", "a", "--steps", "1"], "--steps: must be 0 (no residual) or from 2 to 1000, not 1"),
         (["generate", "a", "-m", ""], "--model: it is empty; give a folder or an id"),
@@ -182,6 +185,13 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         (["generate", "a", "--threads", "0"], "--threads: must be a whole number from 1"),
         (["generate", "a", "-o", "{index:99999999d}.png"], "a width of more than 255 fits in no name"),
         (["generate", "a", "-o", "{prompt:.99999999}{seed:0300d}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", "{index:000000100000000000d}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", "{index:0000000010000000d}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", f"{{index:{'0' * 5000}1d}}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", "{index:\u0669\u0669\u0669d}.png"], "a width of more than 255 fits in no name"),
+        (["generate", "a", "-o", "{index:{seed}}.png"], "a placeholder can't have another one inside"),
+        (["generate", "a", "-o", "{index:{seed}{seed}}.png", "-s", "99999"], "a placeholder can't have another one inside"),
+        (["generate", "a", "-o", "{seed:c}.png"], "a number makes no character of a name"),
         (["reconstruct", "a.png"], "required: -o/--out"),
         (
             ["convert", "a", "b", "--max-shard-size", "big"],
@@ -201,6 +211,7 @@ def test_usage_errors_are_one_sentence_and_exit_2(
     assert complaint in err
     assert err.endswith(f"\nTry '{program} --help'.\n")
     assert len(err.splitlines()) == 2
+    assert len(err) < 400
     assert (calls.loads, here()) == ([], [])
 
 
@@ -282,8 +293,8 @@ def test_one_prompt_one_file(calls: Calls, capsys: pytest.CaptureFixture[str]) -
 def test_every_option_arrives(calls: Calls) -> None:
     arguments = (
         "generate x --size 32 --guidance-scale 3 --steps 5 --top-k 9 --top-p .5 --no-smooth "
-        "--negative-prompt b --no-system-prompt -m m --revision r --local-files-only --no-ema --text-encoder t --device cpu "
-        "--dtype bf16"
+        "--negative-prompt b --no-system-prompt -m m --variant v --revision r --local-files-only --no-ema --text-encoder t "
+        "--device cpu --dtype bf16"
     )
     assert main(arguments.split()) == 0
     (load,), (batch,) = calls.loads, calls.batches
@@ -293,12 +304,27 @@ def test_every_option_arrives(calls: Calls) -> None:
         "revision": "r",
         "local_files_only": True,
         "use_ema": False,
+        "variant": "v",
         "dtype": torch.bfloat16,
         "device": "cpu",
     }
     settings = {key: batch[key] for key in ("size", "guidance_scale", "num_inference_steps", "top_k", "top_p")}
     assert list(settings.values()) == [32, 3.0, 5, 9, 0.5]
     assert (batch["more_smooth"], batch["negative_prompt"], batch["use_system_prompt"]) == (False, "b", False)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], True), (["--smooth"], True), (["--no-smooth"], False)])
+def test_smooth_is_the_family_s_unless_given(calls: Calls, flags: list[str], expected: bool) -> None:
+    assert main(["generate", "a", *flags]) == 0
+    assert calls.batches[0]["more_smooth"] is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [("a -q b -s 1 c", ["a", "b", "c"]), ("-q -s 1 -- -b --c", ["-b", "--c"]), ("-- -b", ["-b"])]
+)
+def test_prompts_may_stand_between_options_and_begin_with_hyphens(calls: Calls, arguments: str, expected: list[str]) -> None:
+    assert main(["generate", "--batch-size", "3", *arguments.split()]) == 0
+    assert calls.batches[0]["prompts"] == expected
 
 
 def test_the_same_command_twice_replaces_its_picture(calls: Calls) -> None:
@@ -587,7 +613,7 @@ def test_reconstruct_what_is_no_picture(calls: Calls, capsys: pytest.CaptureFixt
         ("none.png", "no such file"),
         ("text.png", "not a whole picture"),
         ("cut.png", "not a whole picture"),
-        (".", "is a directory"),
+        (".", "is not a file"),
     ):
         assert main(["reconstruct", name, "-o", "out.png"]) == 1
         assert complaint in capsys.readouterr().err
@@ -826,6 +852,63 @@ def test_metadata_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert r"a \x1b[31mcat\x07\x9b2J" in shown
     assert "2972281612" in shown  # as --seed takes it
     assert not any(c in shown for c in "\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("break_", ["\n", "\r", "\x0b", "\x85", "\u2028", "\u2029"])
+def test_metadata_fakes_no_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], break_: str) -> None:
+    path = tmp_path / "a.png"
+    save_picture(Image.new("RGB", (2, 2)), path, metadata={"prompt": f"x{break_}  seed  1", f"a{break_}  seed": 1, "seed": 2})
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 4
+    assert re.findall(r"^  seed +(\d)$", shown, re.MULTILINE) == ["2"]
+
+
+def test_what_reverses_text_is_escaped_and_what_joins_letters_is_not(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a", "-o", "\u202egnp.exe\u2066.png", "-q"]) == 0
+    assert capsys.readouterr().out == "\\u202egnp.exe\\u2066.png\n"
+    assert main(["generate", "a", "-o", "\u0645\u06cc\u200c\u062e.png", "-q"]) == 0  # Persian is written with it
+    assert capsys.readouterr().out == "\u0645\u06cc\u200c\u062e.png\n"
+
+
+def test_messages_and_log_lines_fake_no_lines(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    calls.error = OutOfMemoryError("one\nhart-infer: done\x1b[2J")
+    assert main(["generate", "a", "-q"]) == 1
+    assert capsys.readouterr().err == "hart-infer generate: one\\nhart-infer: done\\x1b[2J\n"
+    with library_messages(quiet=False, debug=False):
+        logging.getLogger("hart_infer").warning("two\nlines\u202e")
+    assert capsys.readouterr().err == "hart-infer: warning: two\\nlines\\u202e\n"
+
+
+def test_a_name_too_long_is_shortened_in_the_message(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a", "-o", f"{'x' * 5000}.png"]) == 1
+    err = capsys.readouterr().err
+    assert "the name is too long" in err
+    assert len(err) < 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        (">&-", 1, "hart-infer doctor: standard output cannot be written: it is closed.\n"),
+        (">&- 2>&-", 1, ""),
+        ("2>&- >/dev/null", 0, ""),
+    ],
+)
+def test_closed_streams(redirection: str, code: int, message: str) -> None:
+    command = f'"{sys.executable}" -m hart_infer doctor {redirection}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", message)
+
+
+def test_a_picture_is_written_though_stderr_is_closed(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["generate", "a", "-o", "a.png"]) == 0
+    assert here() == ["a.png"]
+    assert {"disable": True} in calls.bars
+    assert main(["generate", "a", "-o", "a.gif"]) == 2
+    assert main(["generate", "a", "--nonsense"]) == 2
 
 
 def test_info_of_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,202 @@
+"""Draw pictures and write them: what `generate` and `edit` share."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..pipelines.checks import check_seeds
+from ..version import __version__
+from . import options
+from .console import UsageError, note
+from .families import TRAITS, AnyPipeline, Subject, family_of
+from .loading import load_pipeline
+from .naming import DEFAULT_NAME, Job, make_plan
+from .options import MachineOptions, ModelOptions
+from .sampling import SamplingOptions, add_sampling
+from .writing import OutputOptions, Previews, Writer, check_outputs
+
+if TYPE_CHECKING:
+    from ..checkpoints.families import Family
+    from ..pipelines.edit import PictureEdit
+
+MAX_PICTURES = 100_000  # per command; all names are chosen up front
+MakeEdit = Callable[[AnyPipeline], "PictureEdit"]
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """What is drawn by which model, and where it is written."""
+
+    out: str | None
+    num: int
+    seed: int | None
+    batch_size: int
+    preview_dir: str | None
+    quiet: bool
+    output: OutputOptions
+    sampling: SamplingOptions
+    model: ModelOptions
+    machine: MachineOptions
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> DrawOptions:
+        """Read the options of `add_drawing`."""
+        return DrawOptions(
+            out=args.out,
+            num=args.num,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            preview_dir=args.preview_dir,
+            quiet=args.quiet,
+            output=OutputOptions.of(args),
+            sampling=SamplingOptions.of(args),
+            model=ModelOptions.of(args),
+            machine=MachineOptions.of(args),
+        )
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `DrawOptions`."""
+    parser.add_argument("-o", "--out", metavar="PATTERN", help=f"where to write (default: {DEFAULT_NAME})")
+    _add_output(parser)
+    add_sampling(parser)
+    options.add_text_encoder(options.add_model(parser))
+    options.add_machine(parser)
+    options.add_quiet(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument("-n", "--num", metavar="N", type=options.whole(1, MAX_PICTURES), default=1, help="pictures per prompt")
+    group.add_argument("--no-overwrite", action="store_true", help="refuse to replace files, before anything is computed")
+    group.add_argument(
+        "--grid",
+        metavar="COLUMNS",
+        nargs="?",
+        const=0,
+        type=_columns,
+        help="all pictures as one file, --out (or NAME-grid.EXT, if that is a pattern or folder)",
+    )
+    group.add_argument("--singles", action="store_true", help="with --grid: also every picture by itself")
+    group.add_argument("--preview-dir", metavar="DIR", help="also write what each scale adds, one PNG per scale")
+    group.add_argument("--no-metadata", dest="metadata", action="store_false", help="leave prompt and settings out")
+    options.add_json(group, "one JSON object per picture (path, prompt, seed) instead of its path")
+
+
+def draw(
+    prompts: Sequence[str | None],
+    asked: DrawOptions,
+    *,
+    make_edit: MakeEdit | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Check all that can be checked, load the model, draw and write the pictures. Raises UsageError or HartError.
+
+    `make_edit` makes the `edit` of every call; only with it a prompt may be None. `metadata`: more of the pictures' metadata.
+    """
+    count = len(prompts) * asked.num
+    if count > MAX_PICTURES:
+        raise UsageError(
+            f"{count:,} pictures are more than one command makes (at most {MAX_PICTURES:,}); call it several times."
+        )
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    _check_seeds(seed, count)
+    if asked.output.singles and asked.output.grid is None:
+        raise UsageError("--singles goes with --grid; without it every picture is written anyway.")
+    plan = make_plan(asked.out, prompts, num=asked.num, first_seed=seed, grid=asked.output.grid is not None)
+    previews = Previews(Path(asked.preview_dir), plan.jobs) if asked.preview_dir else None
+    writer = Writer(asked.output, plan)
+    check_outputs([*writer.targets(), *(previews.first_paths() if previews else [])], replace=asked.output.replaces)
+    family = family_of(asked.model, set(asked.sampling.given()))
+    pipe = load_pipeline(family, asked.model, asked.machine, text_encoder=asked.model.text_encoder, quiet=asked.quiet)
+    subjects = _subjects(family, pipe, prompts)
+    settings = asked.sampling.completed(family, pipe)
+    writer.check_grid_size(options.side(asked.sampling.size, pipe.sizes))
+    writer.made_with({**settings, **(metadata or {}), **_made_with(family, pipe, asked.model)}, subjects)
+    arguments = settings if make_edit is None else {**settings, "edit": make_edit(pipe)}
+    if not asked.quiet and asked.seed is None:
+        note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
+    _draw_batches(pipe, plan.jobs, subjects, arguments, writer, previews, batch_size=asked.batch_size, quiet=asked.quiet)
+
+
+def _check_seeds(first: int, count: int) -> None:
+    try:
+        check_seeds(first, count, "--seed")
+    except InputError as error:
+        raise UsageError(f"--seed {first} is too large for {count} pictures.") from error
+
+
+def _subjects(family: Family, pipe: AnyPipeline, prompts: Sequence[str | None]) -> dict[str | None, Subject]:
+    """Return what each prompt is to the pipeline. Raises UsageError for one that it cannot draw."""
+    try:
+        return {text: Subject(None) if text is None else TRAITS[family].subject(pipe, text) for text in prompts}
+    except InputError as error:
+        raise UsageError(str(error)) from error
+
+
+def _made_with(family: Family, pipe: AnyPipeline, model: ModelOptions) -> dict[str, Any]:
+    """Return what the metadata of pictures says of the model and the machine."""
+    return {
+        "model": options.public_name(pipe.name),
+        "revision": model.revision,
+        "variant": model.variant,
+        "text_encoder": options.public_name(model.text_encoder) if model.text_encoder else None,
+        "use_ema": None if "use_ema" in TRAITS[family].lacks else model.use_ema,
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "software": f"hart-infer {__version__}",
+    }
+
+
+def _draw_batches(
+    pipe: Any,  # the families' calls differ
+    jobs: Sequence[Job],
+    subjects: Mapping[str | None, Subject],
+    arguments: Mapping[str, Any],
+    writer: Writer,
+    previews: Previews | None,
+    *,
+    batch_size: int,
+    quiet: bool,
+) -> None:
+    """Draw the pictures batch by batch, writing each batch before the next begins."""
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        if len(jobs) > len(batch) and not quiet:
+            until = f"-{first + len(batch)}" if len(batch) > 1 else ""
+            pipe.set_progress_bar_config(desc=f"{first + 1}{until} of {len(jobs)}")
+        prompts, repeats = _factored([subjects[job.prompt].argument for job in batch])
+        output = pipe(
+            None if prompts == [None] else prompts,
+            num_images_per_prompt=repeats,
+            seed=[job.seed for job in batch],
+            callback_on_step_end=previews.callback(batch) if previews else None,
+            **arguments,
+        )
+        for job, image in zip(batch, output.images, strict=True):
+            writer.add(job, image)
+    writer.finish()
+
+
+def _factored(prompts: list[str | int | None]) -> tuple[list[str | int | None], int]:
+    """Return distinct prompts and their repeat count if all repeat alike, in order; else (prompts, 1)."""
+    once = list(dict.fromkeys(prompts))
+    repeats = len(prompts) // len(once)
+    is_even = prompts == [prompt for prompt in once for _ in range(repeats)]
+    return (once, repeats) if is_even else (prompts, 1)
+
+
+def _columns(text: str) -> int:
+    """Parse the value of --grid; as it is optional, a prompt after --grid gets here. Raises ArgumentTypeError."""
+    try:
+        return options.whole(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of columns; put prompts before --grid, or another option between"
+        ) from error

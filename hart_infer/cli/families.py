@@ -1,0 +1,88 @@
+"""Say what the command line must know of a family of models: the options that it lacks, its defaults, what a prompt is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+from .console import UsageError
+from .options import ModelOptions
+
+if TYPE_CHECKING:
+    from ..checkpoints.families import Family
+    from ..pipelines.hart import HartPipeline
+    from ..pipelines.var import VarPipeline
+
+AnyPipeline = Union["HartPipeline", "VarPipeline"]
+
+# The options that not every family has, by the arguments that they give.
+FLAGS = {
+    "num_inference_steps": "--steps",
+    "negative_prompt": "--negative-prompt",
+    "use_system_prompt": "--no-system-prompt",
+    "preset": "--preset",
+    "text_encoder": "--text-encoder",
+    "use_ema": "--no-ema",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a prompt of the command line is: the argument of a call, and entries of a picture's metadata."""
+
+    argument: str | int | None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What distinguishes a family; `lacks` names arguments among FLAGS."""
+
+    lacks: frozenset[str]
+    defaults: Mapping[str, Any]  # of a call, beside those of the checkpoint
+    subject: Callable[[Any, str], Subject]  # of a pipeline and a prompt
+
+
+def _prompt(pipe: HartPipeline, text: str) -> Subject:
+    return Subject(text, {"prompt": text})
+
+
+def _label(pipe: VarPipeline, text: str) -> Subject:
+    """Find the class that a label means. Raises InputError."""
+    index = pipe.labels.index(text)
+    return Subject(index, {"class_index": index, "class_name": pipe.labels.name(index)})
+
+
+TRAITS: dict[Family, Traits] = {
+    "HART": Traits(
+        lacks=frozenset({"preset"}),
+        defaults={"num_inference_steps": 8, "more_smooth": True},
+        subject=_prompt,
+    ),
+    "VAR": Traits(
+        lacks=frozenset(FLAGS) - {"preset"},
+        defaults={"more_smooth": False},
+        subject=_label,
+    ),
+}
+
+
+def family_of(model: ModelOptions, given: set[str] | None = None) -> Family:
+    """Find the family of a model from its files.
+
+    Raises UsageError for options that it lacks, among the model's and those that give the arguments `given`; HartError if
+    there is no such model.
+    """
+    from ..checkpoints.families import find_family
+
+    family = find_family(model.name, model.hub)
+    refused = (model.given() | (given or set())) & TRAITS[family].lacks
+    if refused:
+        flags = " or ".join(flag for name, flag in FLAGS.items() if name in refused)
+        raise UsageError(f"{model.name} is a {family} model, which does not take {flags}; leave {_them(refused)} out.")
+    return family
+
+
+def _them(things: Collection[Any]) -> str:
+    return "it" if len(things) == 1 else "them"

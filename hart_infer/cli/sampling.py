@@ -1,0 +1,94 @@
+"""Add the sampling options, and complete them by the family's and the checkpoint's defaults."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED
+from . import options
+from .families import TRAITS, AnyPipeline
+
+if TYPE_CHECKING:
+    from ..checkpoints.families import Family
+
+PRESETS = ("fid",)  # of pipelines/var.py
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling arguments of the pipeline's call, and the preset that some of them come from; None: not given."""
+
+    size: int | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    more_smooth: bool | None = None
+    negative_prompt: str | None = None
+    use_system_prompt: bool | None = None
+    preset: str | None = None
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> SamplingOptions:
+        """Read the options of `add_sampling`."""
+        return SamplingOptions(
+            size=args.size,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.steps,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            more_smooth=args.more_smooth,
+            negative_prompt=args.negative_prompt,
+            use_system_prompt=args.use_system_prompt,
+            preset=args.preset,
+        )
+
+    def given(self) -> dict[str, Any]:
+        """Return what the command line gives, by argument."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def completed(self, family: Family, pipe: AnyPipeline) -> dict[str, Any]:
+        """Return all sampling arguments of a call: what is given, else the preset's, else the defaults."""
+        names = [name for name in asdict(self) if name != "preset" and name not in TRAITS[family].lacks]
+        chosen = {**TRAITS[family].defaults, **asdict(pipe.defaults), **self._preset()}
+        if chosen.get("top_k") is not None:  # a small codebook has fewer codes
+            chosen["top_k"] = min(chosen["top_k"], pipe.autoencoder.config.vocab_size)
+        chosen |= self.given()
+        return {name: chosen.get(name) for name in names}
+
+    def _preset(self) -> dict[str, Any]:
+        if self.preset is None:
+            return {}
+        from ..pipelines.var import PRESETS
+
+        return PRESETS[self.preset]
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling options, the seed and the batch size."""
+    group = parser.add_argument_group("sampling", "Defaults are the checkpoint's; in brackets those of the released ones.")
+    add = group.add_argument
+    add("-s", "--seed", type=options.whole(0, MAX_SEED), help="seed of the first picture (default: random)")
+    add("--size", metavar="PIXELS", type=options.whole(1), help="side of the picture (default: largest)")
+    add("--guidance-scale", metavar="X", type=options.number(0, MAX_GUIDANCE), help="guidance strength (HART 4.5, VAR 4)")
+    add("--top-k", metavar="K", type=options.whole(0), help="codes kept, 0 for all (HART 600, then 300 from scale 7; VAR 900)")
+    add("--top-p", metavar="P", type=options.number(0, 1), help="probability kept, 0 for all (HART 0, VAR 0.95)")
+    add(
+        "--smooth",
+        dest="more_smooth",
+        action=argparse.BooleanOptionalAction,
+        help="next input: mixtures of codes (HART), or the drawn codes (VAR)",
+    )
+    add("--steps", metavar="N", type=options.steps, help="HART: residual diffusion steps, 0 for none (8)")
+    add("--negative-prompt", metavar="TEXT", help="HART: what to steer away from")
+    add(
+        "--no-system-prompt",
+        dest="use_system_prompt",
+        action="store_false",
+        default=None,
+        help="HART: leave the system prompt out",
+    )
+    add("--preset", choices=PRESETS, help="VAR: the paper's settings for FID: guidance 1.5, top-k 900, top-p 0.96, no smooth")
+    add("--batch-size", metavar="N", type=options.whole(1), default=1, help="pictures at a time (1)")
