@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def file_names(root: Path) -> list[str]:
-    """Return the names of the files in a folder and one level of subfolders, relative to it."""
-    return [file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file()]
+    """Return the names of the files in a folder, one level of subfolders, and those of `model/`, relative to it."""
+    patterns = ("*", "*/*", "model/*/*")
+    return [file.relative_to(root).as_posix() for pattern in patterns for file in root.glob(pattern) if file.is_file()]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,11 @@ from .layouts import INDEX
 
 VERSION_KEY = "_hart_infer_version"
 CLASSES = "classes.json"  # names of the classes of a class-conditional model
-PARTS = ("transformer", "autoencoder", "text_encoder", CLASSES)  # what a saved checkpoint may hold
+TOKENIZER = "tokenizer.model"  # of SentencePiece
+PARTS = (  # what a saved checkpoint may hold
+    *("transformer", "autoencoder", "text_encoder", CLASSES),
+    *("llm", "vision_tower", "depth_transformer", "mm_projector", TOKENIZER),
+)
 WritePart = Callable[[Path], None]  # writes a new folder or file
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,19 +32,28 @@ class RenameTable:
         dropped: str = "(?!)",
         kept_in_fp32: str = "(?!)",
         batched: str = "(?!)",
+        zero: str = "(?!)",
     ) -> None:
         """Take patterns that match whole names: the first of `rules` that matches applies, then all of `then`.
 
-        `dropped`: stored names, never read. `kept_in_fp32`: our names, in fp32 whatever the dtype. `batched`: our names,
-        stored with leading dimensions of 1 that the module's tensors lack.
+        A name that ends in [i] is third i of a merged tensor's rows. `dropped`: stored names, never read. `kept_in_fp32`: our
+        names, in fp32 whatever the dtype. `batched`: our names, stored with leading dimensions of 1 that the module's tensors
+        lack. `zero`: our names with [i], thirds that no file stores.
         """
         self._rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
         self._then = [(re.compile(f"^{pattern}$"), replacement) for pattern, replacement in then]
         self._dropped, self._kept_in_fp32, self._batched = map(re.compile, (dropped, kept_in_fp32, batched))
+        self._zero, self._read = re.compile(zero), re.compile(".*")
+
+    def only(self, pattern: str) -> RenameTable:
+        """Return a table that reads just the stored names that match the pattern: those of one of a file's modules."""
+        table = copy(self)
+        table._read = re.compile(pattern)
+        return table
 
     def __call__(self, name: str) -> str | None:
         """Return our name for a stored tensor's; None if it is not read."""
-        if self._dropped.fullmatch(name):
+        if self._dropped.fullmatch(name) or not self._read.fullmatch(name):
             return None
         for pattern, replacement in self._rules:
             if match := pattern.fullmatch(name):
@@ -60,6 +70,10 @@ class RenameTable:
     def is_batched(self, name: str) -> bool:
         """Return whether a tensor, by our name, may be stored with leading dimensions of 1."""
         return self._batched.fullmatch(name) is not None
+
+    def is_zero(self, name: str) -> bool:
+        """Return whether a third of a merged tensor, by our name with [i], is zero where it is not stored."""
+        return self._zero.fullmatch(name) is not None
 
 
 def load_module(
@@ -104,7 +118,7 @@ class _Checked:
         name, _, part = ("", "", "") if "[" in stored_name else renamed.partition("[")
         shape = self.expected.get(name)
         if shape is not None and part:
-            shape = torch.Size([shape[0] // 3])
+            shape = torch.Size([shape[0] // 3, *shape[1:]])
         while shape is not None and self._rename.is_batched(name) and tensor.dim() > len(shape) and len(tensor) == 1:
             tensor = tensor[0]
         if shape is None:
@@ -117,18 +131,18 @@ class _Checked:
             self._wrong["given twice"].append(stored_name)
         elif part:
             merged = self.loaded.setdefault(name, torch.zeros(self.expected[name], dtype=tensor.dtype))
-            merged.view(3, -1)[int(part[0])] = tensor.detach()
+            merged.unflatten(0, (3, -1))[int(part[0])] = tensor.detach()
         else:
             self.loaded[name] = tensor.detach()
         self._given.add(renamed)
 
     def problems(self) -> list[str]:
         """Return what is wrong, by kind, once all tensors are added."""
-        whole = {name.partition("[")[0] for name in self._given}
-        missing = set(self.expected) - whole
-        for given, other, name in (("[0]", "[2]", "v_bias"), ("[2]", "[0]", "q_bias")):
-            partial = (item.removesuffix(given) for item in self._given if item.endswith(given))
-            missing |= {item.replace("qkv.bias", name) for item in partial if item + other not in self._given}
+        names = {name.partition("[")[0] for name in self._given}
+        missing = set(self.expected) - names
+        for name in names & self.expected.keys() - self._given:  # given in thirds
+            absent = (i for i in range(3) if f"{name}[{i}]" not in self._given and not self._rename.is_zero(f"{name}[{i}]"))
+            missing |= {name.replace("qkv.", f"{'qkv'[i]}_") for i in absent}
         wrong = {"missing": missing, **self._wrong}
         return [f"{kind}: {shorten(names)}" for kind, names in wrong.items() if names]
 
@@ -147,7 +161,7 @@ def _tensors(file: Path, rename: RenameTable, dtype: torch.dtype) -> Iterator[tu
         stored = get(name)
         kept = torch.float32 if rename.is_kept_in_fp32(ours) else dtype
         tensor = stored.to(kept if stored.is_floating_point() else stored.dtype)
-        if tensor is not stored:
+        if tensor is not stored or ours.endswith("]"):  # copied
             converted += stored.nbytes
         del stored
         yield name, tensor

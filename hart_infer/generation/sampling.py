@@ -1,12 +1,15 @@
-"""Draw a scale's codes from its logits, and return the embeddings that are added to f_hat.
+"""Draw a scale's codes from its logits, and return the embeddings that are added to f_hat; or draw one token of a sequence.
 
 GeneratorSampler draws from generators on the CPU and reproduces the released code. PhiloxSampler, on CUDA, draws numbers that
-are a function of seed, scale, token and code. `make_sampler` picks one per generation.
+are a function of seed, scale, token and code. `make_sampler` picks one per generation. The token samplers do the same for
+VILA-U's codes and answers, one token a row at a time.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import WeightsError
-from ..ops.logits import filter_logits, guide
+from ..ops.logits import blend, filter_logits, guide, nucleus
 from .schedule import Stage
 
 FP64_DRAWS = 2**20  # per chunk, to bound their memory
@@ -102,15 +105,7 @@ class GeneratorSampler:
 
         Raises WeightsError where they are not finite.
         """
-        if not probabilities.sum().isfinite():
-            raise WeightsError(NOT_FINITE)
-        batch_size, length, vocab_size = probabilities.shape
-        rows = probabilities.cpu().reshape(len(self._generators), -1, vocab_size)
-        drawn = [
-            (group / _exponential(group.shape, generator)).argmax(dim=-1)
-            for group, generator in zip(rows, self._generators, strict=True)
-        ]
-        return torch.cat(drawn).view(batch_size, length).to(probabilities.device)
+        return _multinomial(probabilities, self._generators)
 
     def gumbel(self, like: Tensor) -> Tensor:
         """Return standard Gumbel noise of the shape of `like` [B, L, V]: -log of exponential draws, fp32."""
@@ -128,8 +123,7 @@ class PhiloxSampler:
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.batch_size = len(seeds)
         self.noise = ResidualNoise(seeds, device)
-        signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
-        self._seeds = torch.tensor(signed, dtype=torch.int64, device=device)  # uint64 seeds as int64
+        self._seeds = _signed(seeds, device)
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """As `Sampler.draw`, without waiting for the device."""
@@ -153,6 +147,170 @@ class PhiloxSampler:
         """
         if bool((indices < 0).any()):
             raise WeightsError(NOT_FINITE)
+
+
+@dataclass(frozen=True)
+class TokenRule(ABC):
+    """Which tokens may be drawn, and how likely each is; 0 disables top_k or top_p."""
+
+    top_k: int
+    top_p: float
+    guidance_scale: float = 1.0  # u + guidance_scale (c - u), where logits have two halves
+
+    @abstractmethod
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Filter guided logits [B, V] fp32, in place -> probabilities [B, V]."""
+        ...
+
+
+@dataclass(frozen=True)
+class CodeRule(TokenRule):
+    """VILA-U's rule for codes: top-p descending and renormalised. The defaults are constants of the released code."""
+
+    top_k: int = 900
+    top_p: float = 0.96
+    guidance_scale: float = 3.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """As `TokenRule.probabilities`."""
+        probabilities = filter_logits(logits, top_k=self.top_k, top_p=0).softmax(dim=-1)
+        return nucleus(probabilities, self.top_p) if self.top_p > 0 else probabilities
+
+
+@dataclass(frozen=True)
+class TextRule(TokenRule):
+    """transformers' rule for text: top-p ascending, of what top-k left."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """As `TokenRule.probabilities`."""
+        return filter_logits(logits, top_k=self.top_k, top_p=self.top_p).softmax(dim=-1)
+
+
+class TokenSampler(Protocol):
+    """All randomness of `batch_size` sequences; a sequence's draws don't depend on the sequences beside it."""
+
+    batch_size: int
+
+    def draw(self, logits: Tensor, rule: TokenRule, step: int) -> Tensor:
+        """Draw tokens [B] int64 from logits [2B, V] fp32, to be guided, or [B, V]; `logits` may be overwritten.
+
+        `step` counts the draws of a sequence. For logits that are not finite WeightsError is raised here or by `check`.
+        """
+        ...
+
+    def end_position(self, vocab_size: int) -> None:
+        """Take note that a position's codes are drawn, where the released code draws text ids of V = `vocab_size` as well."""
+        ...
+
+    def check(self) -> None:
+        """Raise WeightsError if logits were not finite."""
+        ...
+
+
+def make_token_sampler(seeds: Sequence[int], device: torch.device) -> TokenSampler:
+    """Return a PhiloxTokenSampler where CUDA draws, else a GeneratorTokenSampler; one sequence per seed."""
+    return PhiloxTokenSampler(seeds, device) if device.type == "cuda" else GeneratorTokenSampler(seeds)
+
+
+class GeneratorTokenSampler:
+    """Draws from generators on the CPU as the released VILA-U does, whatever device computes.
+
+    A seed covers `images_per_seed` consecutive sequences, 1 unless a recorded batch is replayed.
+    """
+
+    def __init__(self, seeds: Sequence[int], *, images_per_seed: int = 1) -> None:
+        self.batch_size = len(seeds) * images_per_seed
+        self._images_per_seed = images_per_seed
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(self, logits: Tensor, rule: TokenRule, step: int) -> Tensor:
+        """As `TokenSampler.draw`."""
+        guided = blend(logits, rule.guidance_scale) if len(logits) > self.batch_size else logits
+        return _multinomial(rule.probabilities(guided)[:, None], self._generators)[:, 0]
+
+    def end_position(self, vocab_size: int) -> None:
+        """Draw and drop what a multinomial over both halves' text logits [2B, V] takes from the generators."""
+        for generator in self._generators:
+            for _ in range(2 * self._images_per_seed):
+                torch.rand(vocab_size, dtype=torch.float64, generator=generator)
+
+    def check(self) -> None:
+        """Do nothing: `draw` raises."""
+
+
+class PhiloxTokenSampler:
+    """Draws on `device` as a function of seed, step and token (`ops.guided_sample`), without waiting for the device.
+
+    Its top-p ascends for codes too, which within rounding keeps the same ones; renormalising doesn't change a draw.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.batch_size = len(seeds)
+        self._seeds = _signed(seeds, device)
+        self._failed = torch.zeros((), dtype=torch.bool, device=device)
+
+    def draw(self, logits: Tensor, rule: TokenRule, step: int) -> Tensor:
+        """As `TokenSampler.draw`; 0 where logits were not finite, which `check` reports."""
+        tokens, _ = ops.guided_sample(
+            logits[:, None],
+            logits.new_zeros(logits.shape[-1], 1),  # a codebook: the embeddings are not used
+            self._seeds,
+            torch.full((1,), step, device=logits.device),
+            guidance=rule.guidance_scale - 1,
+            top_k=rule.top_k,
+            top_p=rule.top_p,
+            logit_gain=1.0,
+            temperature=1.0,
+            more_smooth=False,
+        )
+        self._failed |= (tokens < 0).any()
+        return tokens[:, 0].clamp_(min=0)
+
+    def end_position(self, vocab_size: int) -> None:
+        """Do nothing: no draw depends on another."""
+
+    def check(self) -> None:
+        """Raise WeightsError if logits were not finite; waits for the device."""
+        if bool(self._failed):
+            raise WeightsError(NOT_FINITE)
+
+
+class GreedySampler:
+    """Takes the most likely token, the first of equals."""
+
+    batch_size = 1
+
+    def draw(self, logits: Tensor, rule: TokenRule, step: int) -> Tensor:
+        """As `TokenSampler.draw`, for logits [1, V]."""
+        if not logits.sum().isfinite():
+            raise WeightsError(NOT_FINITE)
+        return logits.argmax(dim=-1)
+
+    def end_position(self, vocab_size: int) -> None:
+        """Do nothing: nothing is random."""
+
+    def check(self) -> None:
+        """Do nothing: `draw` raises."""
+
+
+def _signed(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """Return uint64 seeds as int64, [B] on `device`."""
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds], dtype=torch.int64, device=device)
+
+
+def _multinomial(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw one index per row of `probabilities` [B, L, V] -> [B, L], as torch.multinomial: argmax(p / exponential draws).
+
+    Each generator draws for B / len(generators) consecutive rows. Raises WeightsError where they are not finite.
+    """
+    if not probabilities.sum().isfinite():
+        raise WeightsError(NOT_FINITE)
+    batch_size, length, vocab_size = probabilities.shape
+    rows = probabilities.cpu().reshape(len(generators), -1, vocab_size)
+    drawn = [
+        (group / _exponential(group.shape, generator)).argmax(dim=-1) for group, generator in zip(rows, generators, strict=True)
+    ]
+    return torch.cat(drawn).view(batch_size, length).to(probabilities.device)
 
 
 def _exponential(shape: Sequence[int], generator: torch.Generator) -> Tensor:

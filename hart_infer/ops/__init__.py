@@ -1,6 +1,6 @@
 """Define the model's operations as plain PyTorch functions, each the specification of the kernels that may replace it."""
 
-from .attention import attention
+from .attention import attention, causal_attention
 from .diffusion_step import diffusion_step
 from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
@@ -13,6 +13,7 @@ from .swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "causal_attention",
     "conv2d",
     "diffusion_step",
     "gated_layer_norm_modulate",

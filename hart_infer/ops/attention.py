@@ -1,14 +1,16 @@
-"""Attend from one scale's queries to the key/value cache."""
+"""Attend from the queries of one scale or of some positions to the key/value cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .held import no_cudnn_attention
 from .precision import widens
 from .registry import Backend, op
 
@@ -38,3 +40,33 @@ def attention(
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).reshape(rows, length, heads * head_dim)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Compute softmax attention of the last L of N positions to those up to each: q [R, H, L, d] -> [R, L, H * d].
+
+    k and v [R, G, N, d]: each of the G key heads serves H / G consecutive query heads. `mask` [R, 1, L, N] bool, if given,
+    replaces the causal rule: True where a query attends, which it must somewhere. No kernel of ours: PyTorch's has the masks.
+    """
+    rows, heads, length, head_dim = q.shape
+    groups, keys = k.shape[1:3]
+    if length == 1:  # the queries that share keys are those of one head
+        grouped = q.reshape(rows, groups, heads // groups, head_dim)
+        out = attention(grouped, k, v, scale=scale) if mask is None else _masked(grouped, k, v, scale, mask)
+        return out.unflatten(-1, (groups, head_dim)).transpose(1, 2).reshape(rows, 1, heads * head_dim)
+    if heads > groups:
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+    if mask is None and length < keys:
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    return _masked(q, k, v, scale, mask)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Attend where `mask` is True, or causally: q, k, v [R, H, ., d] -> [R, L, H * d]."""
+    dtype = q.dtype
+    if widens(q, "attention"):
+        q, k, v = q.float(), k.float(), v.float()
+    # cuDNN makes a plan per number of keys, and every position has another.
+    with no_cudnn_attention if q.device.type == "cuda" else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return out.to(dtype).transpose(1, 2).flatten(2)

@@ -12,6 +12,12 @@ def guide(rows: Tensor, guidance: float) -> Tensor:
     return (1 + guidance) * conditional - guidance * unconditional
 
 
+def blend(rows: Tensor, guidance_scale: float) -> Tensor:
+    """Guide `rows` [2B, ...], the conditional half first -> u + s (c - u) [B, ...]: VILA-U's convention and rounding."""
+    conditional, unconditional = rows.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k and then top-p remove from `logits` [..., V] fp32; in place, and returned.
 
@@ -28,6 +34,19 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
         remove[..., -1] = False
         logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
     return logits
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the most likely of `probabilities` [..., V] until they add up to at least `top_p`, at least one; renormalise.
+
+    In descending order, where `filter_logits` ascends: they differ where a sum is within rounding of the threshold.
+    """
+    descending, order = probabilities.sort(dim=-1, descending=True)
+    reached = descending.cumsum(dim=-1) >= top_p
+    remove = torch.zeros_like(reached)
+    remove[..., 1:] = reached[..., :-1]
+    kept = probabilities.masked_fill(remove.scatter(-1, order, remove), 0)
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def keep_ties(filtered: Tensor, logits: Tensor) -> Tensor:

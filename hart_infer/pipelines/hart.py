@@ -327,7 +327,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             raise InputError("Give either negative_prompt or negative_prompt_embeds, one of them.")
         if embeds is not None:
             given: list[str] | PromptEmbeds = self._check_embeds(embeds, "negative_prompt_embeds")
-        elif prompt is None or not any([prompt] if isinstance(prompt, str) else prompt):
+        elif prompt is None or prompt == "" or (isinstance(prompt, Sequence) and prompt and all(p == "" for p in prompt)):
             return None
         else:
             given = check_prompts(prompt, "negative_prompt")

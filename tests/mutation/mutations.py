@@ -249,8 +249,8 @@ MUTATIONS = [
     Mutation(
         "a batch that shares one seed",
         "hart_infer/generation/sampling.py",
-        "self._generators = [torch.Generator().manual_seed(seed) for",
-        "self._generators = [torch.Generator().manual_seed(seeds[0]) for",
+        "images_per_seed)\n        self._generators = [torch.Generator().manual_seed(seed) for",
+        "images_per_seed)\n        self._generators = [torch.Generator().manual_seed(seeds[0]) for",
         "tests/generation/test_sampling.py::test_an_image_s_draws_do_not_depend_on_its_batch",
     ),
     Mutation(
@@ -263,8 +263,8 @@ MUTATIONS = [
     Mutation(
         "the unconditional half in front",
         "hart_infer/ops/logits.py",
-        "conditional, unconditional = rows.chunk(2)",
-        "unconditional, conditional = rows.chunk(2)",
+        "conditional, unconditional = rows.chunk(2)\n    return (1",
+        "unconditional, conditional = rows.chunk(2)\n    return (1",
         "tests/ops/test_logits.py::test_guidance",
     ),
     Mutation(

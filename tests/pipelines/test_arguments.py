@@ -144,7 +144,7 @@ def test_encode_prompt_checks_as_the_call_does(pipe: HartPipeline, prompt: Any, 
     rejected(lambda: pipe.encode_prompt(prompt), message)
 
 
-@pytest.mark.parametrize("mode", ["Hybrid", "", None, ["hybrid"]])
+@pytest.mark.parametrize("mode", ["Hybrid", "", 0, ["hybrid"]])
 def test_an_unknown_reconstruction_is_refused(pipe: HartPipeline, mode: Any) -> None:
     rejected(lambda: pipe.reconstruct(torch.zeros(1, 3, 32, 32), mode), "mode must be hybrid or discrete")
 

@@ -142,6 +142,14 @@ def test_a_row_with_padding_is_that_row_alone(kind: str) -> None:
         assert relative(row[int(pad) :], expected) < FP32
 
 
+def test_the_mask_hides_padding_and_leaves_every_position_a_key() -> None:
+    """On some devices a query without a key makes NaN, which the weight 0 keeps."""
+    mask = prefill_mask(torch.tensor([0, 2]), 4)
+    assert mask.any(-1).all()
+    assert torch.equal(mask[0, 0], torch.ones(4, 4).tril().bool())
+    assert mask[1, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
 def test_rows_write_to_their_part_of_the_cache_only() -> None:
     llama, x = make(), inputs(2, 4)
     cache = llama.new_cache(rows=4, length=6)

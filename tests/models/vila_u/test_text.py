@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from hart_infer.errors import BackendError, ConfigError, InputError, WeightsError
 from hart_infer.models.vila_u.text import IMAGE, IMAGE_ID, SYSTEM_PROMPT, Message, Tokenizer, Turn, pad_left
 from tests.released_vila_u import tokenizer_model, vocab_size
+
+pytest.importorskip("sentencepiece", reason="the extra vila-u is not installed")  # by `make newest` and `make oldest`
 
 SPACE = "\u2581"
 BOS, EOS = 1, 2
@@ -224,3 +228,8 @@ def test_the_template_s_pieces_do_not_depend_on_what_is_behind_them(tokenizer: T
     """So the start of a prompt is the same for every message, and its keys and values can be kept."""
     starts = [tokenizer.encode(message)[:60] for message in ("a cat", "", "hello")]
     assert all(a == b for a, b in pairwise(starts))
+
+
+def test_a_tokenizer_can_be_copied(tokenizer: Tokenizer) -> None:
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.encode(" a cat", kind="video") == tokenizer.encode(" a cat", kind="video")
