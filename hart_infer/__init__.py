@@ -1,4 +1,4 @@
-"""HART (Hybrid Autoregressive Transformer, arXiv:2410.10812) and VAR (arXiv:2404.02905): texts or classes in, pictures out.
+"""HART (arXiv:2410.10812), VAR (arXiv:2404.02905) and VILA-U (arXiv:2409.04429): texts or classes in, pictures out.
 
 >>> from hart_infer import HartPipeline
 >>> pipe = HartPipeline.from_pretrained("mit-han-lab/hart-0.7b-1024px")
@@ -25,13 +25,15 @@ from .version import __version__
 if TYPE_CHECKING:
     from .models.text import PromptEmbeds
     from .pipelines.hart import HartPipeline
-    from .pipelines.outputs import HartOutput, ImageOutput, Step
+    from .pipelines.outputs import HartOutput, ImageOutput, Step, VideoOutput
     from .pipelines.var import VarPipeline
+    from .pipelines.vila_u import Frames, VilaUPipeline
 
 __all__ = [
     "BackendError",
     "CheckpointNotFoundError",
     "ConfigError",
+    "Frames",
     "HartError",
     "HartOutput",
     "HartPipeline",
@@ -42,16 +44,21 @@ __all__ = [
     "PromptEmbeds",
     "Step",
     "VarPipeline",
+    "VideoOutput",
+    "VilaUPipeline",
     "WeightsError",
     "__version__",
 ]
 _LAZY = {
+    "Frames": "pipelines.vila_u",
     "HartOutput": "pipelines.outputs",
     "HartPipeline": "pipelines.hart",
     "ImageOutput": "pipelines.outputs",
     "PromptEmbeds": "models.text",
     "Step": "pipelines.outputs",
     "VarPipeline": "pipelines.var",
+    "VideoOutput": "pipelines.outputs",
+    "VilaUPipeline": "pipelines.vila_u",
 }
 
 

@@ -1,4 +1,4 @@
-"""What every family's pipeline shares: devices and dtypes, saving, the progress bar, decoding, `describe`."""
+"""What every family's pipeline shares: devices and dtypes, offloading, copies, the progress bar, `describe`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..models.parts.autoencoder import Autoencoder
 from .arguments import check_device, check_dtype
-from .checks import check_int
 from .describe import describe
 from .out_of_memory import out_of_memory_advice
 
-DECODED_PIXELS = 1024 * 1024  # decoded at once, which bounds the memory of a batch
 CPU = torch.device("cpu")
 PipelineT = TypeVar("PipelineT", bound="Pipeline")
 
@@ -51,8 +48,6 @@ class Pipeline(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self._progress: dict[str, Any] = {"disable": None, "unit": "scale"}
-        self._tile: int | None = None
-        self._slices = False
         self._offloads_from: torch.device | None = None
         self._offloading = threading.RLock()
         self._interrupts = 0
@@ -88,11 +83,6 @@ class Pipeline(ABC):
     @abstractmethod
     def components(self) -> dict[str, Any]:
         """The parts by name; None for one that was not loaded."""
-
-    @property
-    @abstractmethod
-    def autoencoder(self) -> Autoencoder:
-        """What decodes latents."""
 
     @property
     @abstractmethod
@@ -181,29 +171,6 @@ class Pipeline(ABC):
         """Return tqdm's bar with the options of `set_progress_bar_config`."""
         return tqdm(iterable, **{"desc": "scales", "total": total, **self._progress})
 
-    def enable_decoder_tiling(self, tile: int | None = 32) -> None:
-        """Decode in tiles of `tile` latent cells, to save memory; None turns it off.
-
-        Approximate: group norms take a tile's statistics. docs/memory.md has what it saves and costs.
-        """
-        self._tile = None if tile is None else check_int(tile, "tile", 8)
-
-    def enable_vae_tiling(self) -> None:
-        """`enable_decoder_tiling` by diffusers' name."""
-        self.enable_decoder_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decode in one piece."""
-        self.enable_decoder_tiling(None)
-
-    def enable_vae_slicing(self) -> None:
-        """Decode the images of a batch one by one, as a CPU does anyway."""
-        self._slices = True
-
-    def disable_vae_slicing(self) -> None:
-        """Decode as many images at once as make up 1024 x 1024 pixels."""
-        self._slices = False
-
     def describe(self) -> str:
         """Return lines that say which model this is, on which device, in what dtype, and what runs each operation."""
         return describe(self.name or type(self).__name__, self.components, self.device, self.dtype, self._facts())
@@ -219,10 +186,3 @@ class Pipeline(ABC):
         """Return how many images go through a network together: 1 if reproducible (on a CPU by default), else `limit`."""
         alone = self.device.type == "cpu" if reproducible is None else reproducible
         return 1 if alone else max(1, limit)
-
-    def _decode(self, latents: Tensor, reproducible: bool | None = None) -> Tensor:
-        """Latents [N, C, P, P] -> images [N, 3, H, W] fp32 in 0..1, in batches."""
-        batch_size = 1 if self._slices else self._batch_size(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
-        with self._using(self.autoencoder.post_quant_conv, self.autoencoder.decoder):
-            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(batch_size)]
-        return torch.cat(parts).add_(1).mul_(0.5)

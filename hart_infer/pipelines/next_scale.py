@@ -20,13 +20,15 @@ from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder, Mode
 from ..models.parts.cache import KVCache
 from .base import Pipeline
-from .checks import check_bool, check_output_type, check_size
+from .checks import check_bool, check_int, check_output_type, check_size
 from .edit import NO_EDIT, Mask, PictureEdit, check_edit, check_mask, check_picture, feathered, keep_mask
 from .out_of_memory import check_memory, out_of_memory_advice
 from .outputs import Callback, Step, check_callback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+DECODED_PIXELS = 1024 * 1024  # decoded at once, which bounds the memory of a batch
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         self.engine = Engine(transformer, autoencoder.quantizer)
         self.autoencoder = autoencoder
         self.num_threads = threads_for(transformer)
+        self._tile: int | None = None
+        self._slices = False
 
     @property
     def transformer(self) -> TransformerT:
@@ -89,6 +93,29 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         self.engine.clear()
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
+
+    def enable_decoder_tiling(self, tile: int | None = 32) -> None:
+        """Decode in tiles of `tile` latent cells, to save memory; None turns it off.
+
+        Approximate: group norms take a tile's statistics. docs/memory.md has what it saves and costs.
+        """
+        self._tile = None if tile is None else check_int(tile, "tile", 8)
+
+    def enable_vae_tiling(self) -> None:
+        """`enable_decoder_tiling` by diffusers' name."""
+        self.enable_decoder_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one piece."""
+        self.enable_decoder_tiling(None)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the images of a batch one by one, as a CPU does anyway."""
+        self._slices = True
+
+    def disable_vae_slicing(self) -> None:
+        """Decode as many images at once as make up 1024 x 1024 pixels."""
+        self._slices = False
 
     def _check_memory(self, schedule: Schedule, count: int) -> None:
         """Raise OutOfMemoryError if the caches and the pixels of `count` images exceed the device's memory."""
@@ -236,3 +263,10 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
             return rebuilt
         images = tensors.to_pil(rebuilt)
         return images if isinstance(image, Sequence) else images[0]
+
+    def _decode(self, latents: Tensor, reproducible: bool | None = None) -> Tensor:
+        """Latents [N, C, P, P] -> images [N, 3, H, W] fp32 in 0..1, in batches."""
+        batch_size = 1 if self._slices else self._batch_size(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
+        with self._using(self.autoencoder.post_quant_conv, self.autoencoder.decoder):
+            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(batch_size)]
+        return torch.cat(parts).add_(1).mul_(0.5)

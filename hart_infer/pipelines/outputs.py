@@ -7,12 +7,14 @@ import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..errors import InputError
 from ..images import tensors
+from ..images.video import FPS, save_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +49,25 @@ class ImageOutput:
         )
         more = len(self.images) - SHOWN_IN_NOTEBOOKS
         return f"<div>{figures}{f'<p>and {more} more</p>' if more > 0 else ''}</div>"
+
+
+@dataclass
+class VideoOutput:
+    """Result of `video`: `frames`: each video's PIL images; `seeds`: the seed that reproduces each."""
+
+    frames: list[list[Image]]
+    seeds: list[int]
+
+    def __getitem__(self, index: int | str | slice) -> Any:
+        """The frames for 0 or "frames", the seeds for 1 or "seeds"."""
+        return getattr(self, index) if isinstance(index, str) else (self.frames, self.seeds)[index]
+
+    def save(self, path: str | Path, index: int = 0, *, fps: float = FPS) -> Path:
+        """Write video `index` as the extension says: animated .webp or .gif, .mp4, or a .png with all frames side by side.
+
+        Raises InputError or OutputError, as `save_video` does.
+        """
+        return save_video(self.frames[index], path, fps=fps)
 
 
 HartOutput = ImageOutput  # its name before other families
