@@ -119,9 +119,10 @@ def find_checkpoint(repo_or_path: str | Path, *, variant: str | None = None, hub
     if INDEX in available:
         return _read_own(source, available, variant, str(repo_or_path))
     if not is_var(available):
+        hint = " It holds HART's; load that by HartPipeline." if "tokenizer/config.json" in available else ""
         raise CheckpointNotFoundError(
             f"{source.title} holds no VAR checkpoint: neither {INDEX} nor a var_*.pth is in it. Give a Hub id or the "
-            "checkpoint's folder."
+            f"checkpoint's folder.{hint}"
         )
     transformer, autoencoder = _pickles(available, variant, source.title)
     root = source.fetch([transformer, autoencoder, *available & {CLASSES}])
@@ -137,7 +138,7 @@ def _pickles(names: Collection[str], variant: str | None, origin: str) -> tuple[
         )
     chosen = next(iter(found)) if variant is None else variant
     if chosen not in found:
-        raise CheckpointNotFoundError(f"{origin} has no var_{chosen}.pth; it has {', '.join(found)}.")
+        raise CheckpointNotFoundError(f"{origin} has no variant {chosen!r}; it has {', '.join(found)}.")
     autoencoders = sorted(name for name in names if _AUTOENCODER_PICKLE.fullmatch(name))
     if len(autoencoders) != 1:
         have = f"has {len(autoencoders)} ({', '.join(autoencoders)})" if autoencoders else "has none"
@@ -183,6 +184,10 @@ def config_from_tensors(shapes: Shapes, file: Path) -> VarConfig:
         file,
         "a VAR transformer",
     )  # fmt: skip
+    shared = {"blocks.0.ada_gss": "blocks.0.ada_gss" in shapes, "shared_ada_lin.1.weight": "shared_ada_lin.1.weight" in shapes}
+    if len(set(shared.values())) > 1:
+        absent, present = sorted(shared, key=lambda name: shared[name])
+        raise WeightsError(f"{file} has {present} of a shared adaLN and lacks {absent}; download or copy it again.")
     blocks = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
     embed_dim = shapes["word_embed.weight"][0][0]
     return VarConfig(

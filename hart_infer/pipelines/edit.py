@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..generation.schedule import Stage
 from ..images import tensors
+from ..images.reading import to_rgb
 from ..models.parts.quantizer import Quantizer, Tokens
 from .checks import check_float
 
@@ -25,7 +26,7 @@ KEPT_WHOLE = 3  # scales of at most so many tokens keep everything, as released
 PAINTED = 0.5  # a mask's values from here on are painted anew
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PictureEdit:
     """A given picture's codes and what of it is kept; the `edit` of a call. The masks are 1 where painted anew."""
 
@@ -40,7 +41,8 @@ class PictureEdit:
         At a scale whose codes are not refined, HART's last, by the picture's continuous residual.
         """
         given = self.tokens.residual if stage.phi is None else self.tokens.embeddings[stage.index]
-        return torch.where(keep_at(self.keep, stage.side), given, embedding)
+        keep = keep_at(self.keep.to(embedding.device), stage.side)
+        return torch.where(keep, given.to(embedding.device), embedding)
 
     def blend(self, pixels: Tensor) -> Tensor:
         """Put the given picture's pixels [1, 3, H, W] back where it is kept, feathered; [B, 3, H, W] -> [B, 3, H, W]."""
@@ -55,6 +57,10 @@ class NoEdit(PictureEdit):
 
     def __init__(self) -> None:
         pass
+
+    def __repr__(self) -> str:
+        """Return its name; it has no fields."""
+        return "NoEdit()"
 
     def embedding(self, embedding: Tensor, stage: Stage) -> Tensor:
         """Return the embedding as drawn."""
@@ -107,7 +113,8 @@ def check_mask(mask: Any, *, side: int, cell: int, source: tuple[int, int] | Non
     """Return where to paint anew, [1, 1, H, W] fp32 of zeros and ones, for a latent of `side` cells of `cell` pixels.
 
     `mask`: a PIL image of the picture's size `source` (width, height), white where painted anew; a tensor of H x W pixels or
-    side x side cells, 1 or True there; or a box, which is painted anew inside or, unless `inside`, outside. Raises InputError.
+    side x side cells, 1 or True there; or a box, which is painted anew inside or, unless `inside`, outside. Transparent parts
+    of a PIL mask are kept. Raises InputError.
     """
     if isinstance(mask, Tensor):
         anew = _from_tensor(mask, side, side * cell)
@@ -116,7 +123,10 @@ def check_mask(mask: Any, *, side: int, cell: int, source: tuple[int, int] | Non
     else:
         anew = _from_picture(mask, source, side * cell)
     if not anew.any():
-        raise InputError("The mask keeps everything, so there is nothing to paint; make what shall be painted anew white.")
+        raise InputError(
+            "The mask keeps all of the picture's centred square, so there is nothing to paint; make what shall be painted anew "
+            "white (or True, or within the box)."
+        )
     return F.interpolate(anew[None, None], size=(side * cell, side * cell), mode="nearest")
 
 
@@ -138,8 +148,12 @@ def _from_box(box: Sequence[Any], side: int, inside: bool) -> Tensor:
     if len(box) != 4:
         raise InputError(f"A box has four numbers, top, left, bottom and right as shares of the side, not {len(box)}.")
     top, left, bottom, right = (round(check_float(value, "The box's numbers", 0, 1) * side) for value in box)
-    if top >= bottom or left >= right:
+    if float(box[0]) >= float(box[2]) or float(box[1]) >= float(box[3]):
         raise InputError(f"The box {tuple(box)} is empty: top must be above bottom, and left before right.")
+    if top >= bottom or left >= right:
+        raise InputError(
+            f"The box {tuple(box)} is too thin: its edges go to the nearest of {side} cells a side, and meet there."
+        )
     anew = torch.full((side, side), 0.0 if inside else 1.0)
     anew[top:bottom, left:right] = 1.0 if inside else 0.0
     return anew
@@ -158,10 +172,21 @@ def _from_tensor(mask: Tensor, side: int, pixels: int) -> Tensor:
 
 
 def _from_picture(mask: Any, source: tuple[int, int] | None, size: int) -> Tensor:
-    from PIL import Image
+    import numpy as np
+    from PIL import Image, ImageOps
 
     if not isinstance(mask, Image.Image):
         raise InputError(f"The mask must be a PIL image, a tensor or a box of four numbers, not {type(mask).__name__}.")
     if source is not None and mask.size != source:
         raise InputError(f"The mask has {mask.width} x {mask.height} pixels and the picture {source[0]} x {source[1]}.")
-    return (tensors.to_tensor(mask, size).mean(dim=1)[0] >= PAINTED).float()
+    upright = ImageOps.exif_transpose(mask)
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+    grey = np.asarray(to_rgb(upright).convert("L"))
+    width = min(grey.shape)
+    top, left = ((length - width) // 2 for length in grey.shape)
+    square = torch.from_numpy(grey[top : top + width, left : left + width] >= PAINTED * 255).float()[None, None]
+    if width >= size:
+        return F.adaptive_max_pool2d(square, size)[0, 0]  # a thin stroke counts
+    return F.interpolate(square, size=(size, size), mode="nearest")[0, 0]

@@ -283,6 +283,8 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         text = self._text_options(use_system_prompt, max_sequence_length, reproducible)
         given = self._given(prompt, prompt_embeds, edit)
         negative = self._negative(negative_prompt, negative_prompt_embeds, len(given))
+        if prompt is None and prompt_embeds is None and negative is None:  # both guidance halves would be the same
+            settings = replace(settings, guidance_scale=0.0)
         schedule = self._schedule(settings)
         self._check_memory(schedule, len(given) * repeats)
         seeds, draw_device = seeds_for(len(given) * repeats, seed, generator, self.device)

@@ -111,6 +111,11 @@ class Labels:
             raise InputError(f"{_quoted(label)} is a name, but this checkpoint has no names; give a number {self._range}.")
         name = _folded(label)
         found = self._by_name.get(name, [])
+        if not found and "," in label:  # "tench, Tinca tinca", as lists of ImageNet's classes write them
+            parts = [set(self._by_name.get(_folded(part), ())) for part in label.split(",")]
+            found = sorted(set.intersection(*parts))
+            if len(found) == 1:
+                return found[0]
         if not found:
             raise InputError(f"{_quoted(label)} is not a class of this checkpoint; {self._advice(name[:MAX_NAME])}")
         exact = [i for i in found if label in self.names[i]] or found

@@ -223,18 +223,20 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         with out_of_memory_advice(), cpu_threads(self.num_threads), self._using(self.autoencoder):
             tokens = self.autoencoder.encode(pixels.to(self.device) * 2 - 1)
         keep = keep_mask(anew, size // cell).to(self.device)
-        return PictureEdit(tokens, keep, pixels, feathered(anew, cell // 2) if blend else None)
+        return PictureEdit(tokens, keep, pixels.clone(), feathered(anew, cell // 2) if blend else None)
 
     def inpaint(self, image: Image | Tensor, mask: Mask, prompt: Any = None, *, blend: bool = True, **arguments: Any) -> Any:
         """Paint the masked part of a picture anew (VAR section 4.4), and return what a call returns.
 
         `image`, `mask`, `blend` as in `edit`; a box is painted anew inside. `prompt`: as a call takes it; None draws without
-        prompt or class. `arguments`: a call's others. Raises InputError and what a call raises.
+        prompt or class; for VAR `label` is the same. `arguments`: a call's others. Raises InputError and what a call raises.
         """
+        prompt = arguments.pop("label", None) if prompt is None else prompt
         return self._call(prompt, edit=self.edit(image, mask, blend=blend), **arguments)
 
     def outpaint(self, image: Image | Tensor, mask: Mask, prompt: Any = None, *, blend: bool = True, **arguments: Any) -> Any:
-        """Paint what is around a box anew; otherwise as `inpaint`."""
+        """Paint what is around a box anew. In any other mask white is painted anew here too, as in `inpaint`."""
+        prompt = arguments.pop("label", None) if prompt is None else prompt
         return self._call(prompt, edit=self.edit(image, mask, blend=blend, inside=False), **arguments)
 
     @property

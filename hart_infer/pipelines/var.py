@@ -245,7 +245,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
 
     def _settings(self, preset: str | None, *, guided: bool, **given: Any) -> Settings:
         """Return the checked settings: what is given, else the preset's, else the defaults. Raises InputError."""
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
         defaults = self.defaults
         chosen: dict[str, Any] = {

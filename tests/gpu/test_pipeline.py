@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer import HartPipeline, ops
+from hart_infer import HartPipeline, VarPipeline, ops
 from hart_infer.generation.next_scale import new_cache
 from hart_infer.generation.residual import denoise, diffusion_schedule
 from hart_infer.generation.schedule import hart_schedule
 from hart_infer.images.tensors import to_uint8
 from hart_infer.ops.registry import OPS, Where, use_backend
+from tests.released_var import autoencoder_state, transformer_state, write_checkpoint
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 PROMPTS = ["a red heart, fluent style", "a pizza, noto style", "a blue circle, twemoji style"]
@@ -199,3 +200,28 @@ def test_contexts_without_a_system_prompt_are_finite_where_padding_is_on_the_lef
 def test_pictures_leave_the_device_as_the_cpu_rounds_them():
     values = torch.rand(2, 3, 33, 17, generator=torch.Generator().manual_seed(0))
     assert torch.equal(to_uint8(values.cuda()), to_uint8(values))
+
+
+@pytest.fixture
+def var_folder(tmp_path):
+    """A random VAR checkpoint; `write_checkpoint` says of what size."""
+    return write_checkpoint(tmp_path, transformer=transformer_state(), autoencoder=autoencoder_state())
+
+
+@pytest.mark.parametrize("more_smooth", [False, True])
+def test_var_draws_the_cpus_codes_where_nothing_is_random(var_folder, more_smooth):
+    """With the best code alone a picture is a function of the logits; their rounding changes a code here and there."""
+    there, here = (VarPipeline.from_pretrained(var_folder, device=device) for device in ("cuda", "cpu"))
+    options = {"top_k": 1, "top_p": 0.0, "more_smooth": more_smooth, "seed": 1, "output_type": "latent"}
+    found, expected = there([1, 2], **options).images.cpu(), here([1, 2], **options).images
+    assert ((found - expected).abs() < 1e-2).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_follows_its_pipeline_to_the_gpu(var_folder, dtype):
+    pipe = VarPipeline.from_pretrained(var_folder, device="cpu", dtype=dtype)
+    picture = torch.rand(1, 3, *pipe.sizes * 2)
+    edit = pipe.edit(picture, (0, 0.5, 1, 1))
+    image = pipe.to("cuda")(1, edit=edit, seed=1, output_type="pt").images.cpu()
+    assert image.isfinite().all()
+    assert torch.allclose(image[..., :4], picture[..., :4])  # blended, far from the box

@@ -95,7 +95,7 @@ def test_a_box_s_edges_are_the_nearest_cells_half_to_even(box: Any, rows: Any, c
     expected = torch.full((8, 8), 1.0 if inside else 0.0)
     expected[rows[0] : rows[1], columns[0] : columns[1]] = 0.0 if inside else 1.0
     if not inside and not (expected == 0).any():
-        with pytest.raises(InputError, match="keeps everything"):
+        with pytest.raises(InputError, match="keeps all of the picture's centred square"):
             check_mask(box, side=8, cell=4, source=None, inside=inside)
         return
     anew = check_mask(box, side=8, cell=4, source=None, inside=inside)
@@ -156,9 +156,9 @@ def test_a_mask_is_cropped_as_its_picture_is(var: VarPipeline) -> None:
 
 BAD_MASKS: dict[str, tuple[Any, str]] = {
     "wrong size": (Image.new("L", (31, 32), 255), "The mask has 31 x 32 pixels and the picture 32 x 32"),
-    "all black": (Image.new("L", (32, 32)), "keeps everything"),
-    "dark grey": (Image.new("L", (32, 32), 127), "keeps everything"),
-    "zeros": (torch.zeros(32, 32), "keeps everything"),
+    "all black": (Image.new("L", (32, 32)), "keeps all of the picture's centred square"),
+    "dark grey": (Image.new("L", (32, 32), 127), "keeps all of the picture's centred square"),
+    "zeros": (torch.zeros(32, 32), "keeps all of the picture's centred square"),
     "none": (None, "must be a PIL image, a tensor or a box of four numbers, not NoneType"),
     "a string": ("mask.png", "not str"),
     "an array": (np.ones((32, 32)), "not ndarray"),
@@ -173,7 +173,7 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
     "NaN": (torch.full((32, 32), torch.nan), "values must be from 0"),
     "infinite": (torch.full((32, 32), torch.inf), "values must be from 0"),
     "empty box": ((0.5, 0.5, 0.5, 1.0), "is empty"),
-    "box that is empty in cells": ((0.5, 0.5, 0.51, 1.0), "is empty"),
+    "box that is empty in cells": ((0.5, 0.5, 0.51, 1.0), "is too thin: .* nearest of 8 cells"),
     "box upside down": ((1.0, 0.0, 0.0, 1.0), "is empty"),
     "box with NaN": ((float("nan"), 0, 1, 1), "must be a number from 0 to 1, not nan"),
     "box beyond": ((0, 0, 1.5, 1), "must be a number from 0 to 1, not 1.5"),
@@ -197,8 +197,53 @@ def test_masks_that_are_none(var: VarPipeline, photo: Image.Image, kind: str) ->
 
 
 def test_a_box_of_everything_is_nothing_to_outpaint(var: VarPipeline, photo: Image.Image) -> None:
-    with pytest.raises(InputError, match="keeps everything"):
+    with pytest.raises(InputError, match="keeps all of the picture's centred square"):
         var.outpaint(photo, (0, 0, 1, 1))
+
+
+def test_a_transparent_part_of_a_mask_is_kept(var: VarPipeline, photo: Image.Image) -> None:
+    """As paint programs save a mask that was drawn on an empty layer."""
+    layer = Image.new("RGBA", photo.size)
+    layer.paste((255, 255, 255, 255), (0, 0, photo.width // 2, photo.height))
+    plain = Image.new("L", photo.size)
+    plain.paste(255, (0, 0, photo.width // 2, photo.height))
+    assert torch.equal(var.edit(photo, layer).keep, var.edit(photo, plain).keep)
+
+
+def test_a_thin_stroke_in_a_large_mask_counts(var: VarPipeline) -> None:
+    mask = Image.new("L", (3200, 3200))
+    mask.paste(255, (0, 1000, 3200, 1002))
+    keep = var.edit(Image.new("RGB", (3200, 3200)), mask).keep[0, 0]
+    assert (keep == 0).any(dim=1).sum() == 1
+    assert (keep.sum(dim=1) == 0).sum() == 1
+
+
+def test_an_edit_follows_its_call_to_another_device(var: VarPipeline, picture: Tensor) -> None:
+    edit = var.edit(picture, HALF)
+    stage = Stage(index=1, side=2, length=4, guided=False, guidance=0, progress=0, top_k=0, top_p=0, more_smooth=False, phi=0)
+    drawn = torch.empty(1, edit.tokens.residual.shape[1], 2, 2, device="meta")
+    assert edit.embedding(drawn, stage).device.type == "meta"
+
+
+def test_an_edit_is_of_its_own_copy_of_the_picture(var: VarPipeline, picture: Tensor) -> None:
+    given = picture.clone()
+    edit = var.edit(given, HALF)
+    given.zero_()
+    assert torch.equal(edit.picture, picture)
+    assert edit != var.edit(picture, HALF)
+
+
+def test_the_subject_by_var_s_own_name(var: VarPipeline, picture: Tensor) -> None:
+    by_label = var.inpaint(picture, HALF, label=3, seed=1, output_type="latent").images
+    assert torch.equal(by_label, var.inpaint(picture, HALF, 3, seed=1, output_type="latent").images)
+
+
+def test_hart_without_a_prompt_runs_half_the_rows(hart: HartPipeline, picture: Tensor) -> None:
+    rows: list[int] = []
+    hook = hart.transformer.register_forward_pre_hook(lambda _module, args: rows.append(len(args[0])))
+    hart.inpaint(picture, HALF, output_type="latent")
+    hook.remove()
+    assert set(rows[1:]) == {1}
 
 
 BAD_PICTURES: dict[str, tuple[Any, str]] = {

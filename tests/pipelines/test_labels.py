@@ -472,3 +472,18 @@ def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "classes.json")
     assert "is not a file" in rejected(Labels.for_checkpoint, 2, tmp_path / "classes.json", kind=ConfigError)
+
+
+def test_the_two_cranes_have_names_of_their_own() -> None:
+    labels = Labels.for_checkpoint(1000)
+    assert (labels.index("crane bird"), labels.index("construction crane")) == (134, 517)
+    with pytest.raises(InputError, match=r"134 \(crane, crane bird\) or 517 \(crane, construction crane\)"):
+        labels.index("crane")
+
+
+def test_names_joined_by_commas_are_one_class() -> None:
+    labels = Labels.for_checkpoint(1000)
+    assert labels.index("tench, Tinca tinca") == 0
+    assert labels.index("tiger, Panthera tigris") == 292
+    with pytest.raises(InputError, match="is not a class"):
+        labels.index("tiger, tench")
