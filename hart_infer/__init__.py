@@ -24,10 +24,11 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .models.text import PromptEmbeds
+    from .pipelines.conversation import Frames
     from .pipelines.hart import HartPipeline
     from .pipelines.outputs import HartOutput, ImageOutput, Step, VideoOutput
     from .pipelines.var import VarPipeline
-    from .pipelines.vila_u import Frames, VilaUPipeline
+    from .pipelines.vila_u import VilaUPipeline
 
 __all__ = [
     "BackendError",
@@ -50,7 +51,7 @@ __all__ = [
     "__version__",
 ]
 _LAZY = {
-    "Frames": "pipelines.vila_u",
+    "Frames": "pipelines.conversation",
     "HartOutput": "pipelines.outputs",
     "HartPipeline": "pipelines.hart",
     "ImageOutput": "pipelines.outputs",

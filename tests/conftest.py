@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
+def whole_var_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small VAR checkpoint in the released layout: 10 classes, 256 px."""
+    from tests.released_var import var_tiny
+
+    return var_tiny(tmp_path_factory.mktemp("whole") / "var-tiny")
+
+
+@pytest.fixture(scope="session")
 def hart_tiny() -> Path:
     """A checkpoint in the released layout: llm/ (with EMA weights), tokenizer/, trace-*.safetensors. Read only."""
     return golden("hart-tiny")

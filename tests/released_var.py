@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hart_infer.models.parts.autoencoder import Autoencoder, AutoencoderConfig
+from tests.golden.data import golden
 
 SIDES = (1, 2, 3, 4, 6, 8)
 CLASSES, HEADS, DEPTH, WIDTH = 5, 2, 3, 32  # depth is not the number of heads, as it is in every released file
 VOCABULARY, CHANNELS = 64, 4
 PIXELS, CELL = 32, 4  # a side of a picture, and of a latent's cell
+VAR_TINY_AUTOENCODER, VAR_TINY_SIDES = "vae_ch32v1024z8.pth", (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SHARES = {4: "quantize.quant_resi.qresi_ls.{}", 1: "quantize.quant_resi.qresi", 0: "quantize.quant_resi.{}"}
 
 
@@ -58,10 +61,17 @@ def transformer_state(*, sides: tuple[int, ...] = SIDES, shared: bool = False, d
     return state
 
 
-def autoencoder_state(*, share: int = 4, sides: tuple[int, ...] = SIDES, channels: int = CHANNELS) -> dict[str, Tensor]:
+def autoencoder_state(
+    *,
+    share: int = 4,
+    sides: tuple[int, ...] = SIDES,
+    channels: int = CHANNELS,
+    vocab_size: int = VOCABULARY,
+    ch_mult: tuple[int, ...] = (1, 1, 1),
+) -> dict[str, Tensor]:
     """A released autoencoder's tensors, random, by their released names; `share` convolutions phi, 0 for one per scale."""
     config = AutoencoderConfig(
-        v_patch_nums=sides, vocab_size=VOCABULARY, z_channels=channels, ch=32, ch_mult=(1, 1, 1), share_quant_resi=share
+        v_patch_nums=sides, vocab_size=vocab_size, z_channels=channels, ch=32, ch_mult=ch_mult, share_quant_resi=share
     )
     module, generator = Autoencoder(config), torch.Generator().manual_seed(2)
     for layer in module.modules():
@@ -70,7 +80,7 @@ def autoencoder_state(*, share: int = 4, sides: tuple[int, ...] = SIDES, channel
             nn.init.normal_(layer.bias, std=0.1, generator=generator)
     nn.init.normal_(module.quantizer.codebook.weight, generator=generator)
     state = {_released(name, share): tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    return state | {"quantize.ema_vocab_hit_SV": torch.ones(10, VOCABULARY)}  # of another number of scales
+    return state | {"quantize.ema_vocab_hit_SV": torch.ones(10, vocab_size)}  # of another number of scales
 
 
 def _released(name: str, share: int) -> str:
@@ -99,4 +109,16 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(transformer_state() if transformer is None else transformer, folder / f"var_{variant}.pth")
     torch.save(autoencoder_state() if autoencoder is None else autoencoder, folder / "vae_test.pth")
+    return folder
+
+
+def var_tiny(folder: Path) -> Path:
+    """The golden `var-tiny`; where only its subset is, a copy in `folder` with a random autoencoder of the same shapes."""
+    golden_folder = golden("var-tiny")
+    if (golden_folder / VAR_TINY_AUTOENCODER).exists():
+        return golden_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(golden_folder / "var_d2.pth", folder)
+    state = autoencoder_state(sides=VAR_TINY_SIDES, channels=8, vocab_size=1024, ch_mult=(1, 1, 2, 2, 4))
+    torch.save(state, folder / VAR_TINY_AUTOENCODER)
     return folder

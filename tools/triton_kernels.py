@@ -17,7 +17,7 @@ from binaries import LIMITS  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 TYPES = ("bf16", "fp16", "fp32")
-ALIGNED = re.compile(r"_(row|head|token|part|split|half|image|pixel|channel)$|^(width|vocabulary|channels|pixels|per_slab)$")
+ALIGNED = re.compile(r"_(row|head|token|part|split|half|image|pixel|channel)$|^(width|vocab_size|channels|pixels|per_slab)$")
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointNotFoundError, ConfigError
-from . import hart, var
+from . import hart, var, vila_u
 from .configs import read_json
 from .hart import HartCheckpoint
 from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, RELEASED_MODEL, open_source
 from .var import VarCheckpoint
+from .vila_u import VilaUCheckpoint
 
-Family = Literal["HART", "VAR"]
-CLASS_NAMES: dict[str, Family] = {"HartPipeline": "HART", "VarPipeline": "VAR"}  # `_class_name` in `model_index.json`
-RELEASED: dict[Family, str] = {"HART": RELEASED_MODEL, "VAR": "FoundationVision/var"}  # ids on the Hub
+Family = Literal["HART", "VAR", "VILA-U"]
+Checkpoint = HartCheckpoint | VarCheckpoint | VilaUCheckpoint
+CLASS_NAMES: dict[str, Family] = {  # `_class_name` in `model_index.json`
+    "HartPipeline": "HART",
+    "VarPipeline": "VAR",
+    "VilaUPipeline": "VILA-U",
+}
+RELEASED: dict[Family, str] = {  # ids on the Hub
+    "HART": RELEASED_MODEL,
+    "VAR": "FoundationVision/var",
+    "VILA-U": "mit-han-lab/vila-u-7b-256",
+}
+MARKERS = (*hart.LAYOUTS, *vila_u.MARKERS)
 
 
 def find_family(repo_or_path: str | Path, hub: HubOptions = HUB) -> Family:
@@ -25,23 +36,26 @@ def find_family(repo_or_path: str | Path, hub: HubOptions = HUB) -> Family:
 
     Raises CheckpointNotFoundError if it is of none, or not there, and ConfigError if its index names another pipeline.
     """
-    source = open_source(repo_or_path, hart.LAYOUTS, hub)
+    source = open_source(repo_or_path, MARKERS, hub)
     if INDEX not in source.names:
         family = released_family(source.names)
         if family is None:
             raise CheckpointNotFoundError(
-                f"{source.title} holds no checkpoint of HART or VAR: neither {INDEX} nor llm/config.json nor a var_*.pth is in "
-                "it. Give a Hub id or the checkpoint's folder."
+                f"{source.title} holds no checkpoint of HART, VAR or VILA-U: neither {INDEX} nor llm/config.json nor a "
+                "var_*.pth is in it. Give a Hub id or the checkpoint's folder."
             )
         return family
     name = read_json(source.fetch([INDEX]) / INDEX).get("_class_name", "HartPipeline")
     if not isinstance(name, str) or name not in CLASS_NAMES:
-        raise ConfigError(f"{source.title} is a checkpoint of {name!r}, not of {' or '.join(CLASS_NAMES)}.")
+        *others, last = CLASS_NAMES
+        raise ConfigError(f"{source.title} is a checkpoint of {name!r}, not of {', '.join(others)} or {last}.")
     return CLASS_NAMES[name]
 
 
 def released_family(names: Collection[str]) -> Family | None:
     """Return the family whose released layout has files of these names; None if no family's has."""
+    if vila_u.is_vila_u(names):
+        return "VILA-U"
     if "llm/config.json" in names:
         return "HART"
     return "VAR" if var.is_var(names) else None
@@ -49,14 +63,17 @@ def released_family(names: Collection[str]) -> Family | None:
 
 def inspect_checkpoint(
     repo_or_path: str | Path, *, use_ema: bool = True, variant: str | None = None, hub: HubOptions = HUB
-) -> HartCheckpoint | VarCheckpoint:
+) -> Checkpoint:
     """Read a checkpoint's configuration without downloading weights; `use_ema` is HART's.
 
-    HART's file lists are empty if the weights are not local. VAR's configuration is read from them: CheckpointNotFoundError if
-    they are not. Raises as `find_family` and the family's `find_checkpoint` do, too.
+    File lists are empty if the weights are not local. VAR's configuration is read from them: CheckpointNotFoundError if they
+    are not. Raises as `find_family` and the family's `find_checkpoint` do, too.
     """
-    if find_family(repo_or_path, hub) == "HART":
+    family = find_family(repo_or_path, hub)
+    if family == "HART":
         return hart.inspect_checkpoint(repo_or_path, use_ema=use_ema, variant=variant, hub=hub)
+    if family == "VILA-U":
+        return vila_u.inspect_checkpoint(repo_or_path, variant=variant, hub=hub)
     source = open_source(repo_or_path, (INDEX,), hub)
     if isinstance(source, Repository):
         hub = replace(hub, local_files_only=True)

@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 
 from ..errors import HartError
 from ..version import __version__
-from . import convert, doctor, edit, generate, info, reconstruct
+from . import answer, convert, doctor, edit, generate, info, reconstruct, video
 from .console import PROGRAM, StdoutError, UsageError, library_messages, note
 from .options import HelpFormatter
 
-DESCRIPTION = "Pictures from prompts with HART, and of ImageNet's classes with VAR."
+DESCRIPTION = """\
+Pictures from prompts with HART, and of ImageNet's classes with VAR; pictures,
+videos, and answers about both with VILA-U."""
 
 EPILOG = """\
 `hart-infer COMMAND --help` tells all about a command.
@@ -24,6 +26,8 @@ examples:
   hart-infer generate "a lighthouse in the snow" -o lighthouse.png
   hart-infer generate "golden retriever" --model FoundationVision/var --variant d16
   hart-infer edit photo.png --mask mask.png "a cat" -o edited.png
+  hart-infer video "fireworks" --model mit-han-lab/vila-u-7b-256 -o fireworks.webp
+  hart-infer answer cat.png "What is this?" --model mit-han-lab/vila-u-7b-256
   hart-infer info ./hart-0.7b-1024px
   hart-infer doctor
 
@@ -70,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, edit, reconstruct, info, convert, doctor):
+    for module in (generate, edit, video, answer, reconstruct, info, convert, doctor):
         module.add_parser(commands)
     return parser
 

@@ -30,6 +30,11 @@ def emit(line: str) -> None:
     _to_stdout(escaped(line, keep="\t"))
 
 
+def emit_piece(text: str) -> None:
+    """Write a piece of a text that may have several lines to stdout, and flush it."""
+    _to_stdout(escaped(text, keep="\t\n"), end="")
+
+
 def emit_json(values: Any, *, indent: int | None = None) -> None:
     """Write one JSON value to stdout."""
     _to_stdout(json.dumps(values, indent=indent))
@@ -63,12 +68,12 @@ def _steers(character: str) -> bool:
     return character not in JOINERS and unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
 
 
-def _to_stdout(text: str) -> None:
-    """Write text and a line break. Raises StdoutError, BrokenPipeError."""
+def _to_stdout(text: str, end: str = "\n") -> None:
+    """Write text and `end`. Raises StdoutError, BrokenPipeError."""
     if sys.stdout is None:  # closed before Python began
         raise StdoutError("standard output cannot be written: it is closed.")
     try:
-        _write(sys.stdout, text)
+        _write(sys.stdout, text + end)
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk behind a redirection, say
@@ -79,13 +84,13 @@ def _to_stderr(text: str) -> None:
     """Write text and a line break, if stderr can be written."""
     if sys.stderr is not None:
         with suppress(OSError):
-            _write(sys.stderr, text)
+            _write(sys.stderr, text + "\n")
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write text and a line break, and flush; escape what the encoding lacks."""
+    """Write text and flush; escape what the encoding lacks."""
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 

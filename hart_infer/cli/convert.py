@@ -23,6 +23,7 @@ examples:
   hart-infer convert mit-han-lab/hart-0.7b-1024px ./hart-bf16 --dtype bf16
   hart-infer generate "a cat" -o cat.png --model ./hart-bf16
   hart-infer convert FoundationVision/var ./var-d16 --variant d16
+  hart-infer convert mit-han-lab/vila-u-7b-256 ./vila-u
 """
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "pillow")
+EXTRAS = {"sentencepiece": "vila-u", "av": "video"}  # packages, and the extra that installs each
 GIB = 2**30
 NO = "no"
 
@@ -66,6 +67,7 @@ def _software() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({_tilde(sys.executable)})",
         "system": platform.platform(),
         **versions,
+        **{name: _version(name) or f"not installed (it is in hart-infer[{extra}])" for name, extra in EXTRAS.items()},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +12,19 @@ from ..images.reading import read_image
 from ..pipelines.checks import check_prompts, shown
 from . import options
 from .console import UsageError
-from .drawing import DrawOptions, add_drawing, draw
+from .drawing import PICTURES, DrawOptions, add_drawing, draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..pipelines.edit import PictureEdit
-    from .families import AnyPipeline
+    from ..pipelines.hart import HartPipeline
+    from ..pipelines.var import VarPipeline
 
 DETAILS = """\
-What --mask or --box marks is painted anew, the rest is kept, by any model and
-without training. The picture and its mask are cut to a centred square and scaled
-to the model's size, which is the size of the result.
+What --mask or --box marks is painted anew, the rest is kept, by any model of HART
+or VAR and without training. The picture and its mask are cut to a centred square
+and scaled to the model's size, which is the size of the result.
 A PROMPT says what the whole picture shows; for VAR it is a class's name or number.
 The results' paths go to stdout, one per line, each as soon as it is written."""
 
@@ -53,7 +54,7 @@ class Given:
     outside: bool
     blend: bool
 
-    def edit(self, pipe: AnyPipeline) -> PictureEdit:
+    def edit(self, pipe: HartPipeline | VarPipeline) -> PictureEdit:
         """Make the `edit` of a call. Raises InputError."""
         return pipe.edit(self.picture, self.mask, blend=self.blend, inside=not self.outside)
 
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     given = Given(picture, mask, args.outside, args.blend)
     metadata: dict[str, Any] = {"edited": Path(args.image).name, "blend": args.blend}
     metadata |= {"mask": Path(args.mask).name} if args.box is None else {"box": args.box, "outside": args.outside}
-    draw([prompt], DrawOptions.of(args), make_edit=given.edit, metadata=metadata)
+    task = replace(PICTURES, ability="edit pictures")
+    draw([prompt], DrawOptions.of(args), task, make_edit=given.edit, metadata=metadata)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from .console import UsageError
 from .options import ModelOptions
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from ..checkpoints.families import Family
     from ..pipelines.hart import HartPipeline
     from ..pipelines.var import VarPipeline
+    from ..pipelines.vila_u import VilaUPipeline
 
-AnyPipeline = Union["HartPipeline", "VarPipeline"]
+AnyPipeline = Union["HartPipeline", "VarPipeline", "VilaUPipeline"]
+Ability = Literal["draw pictures", "edit pictures", "draw videos", "answer questions"]
 
 # The options that not every family has, by the arguments that they give.
 FLAGS = {
     "num_inference_steps": "--steps",
+    "more_smooth": "--smooth",
     "negative_prompt": "--negative-prompt",
     "use_system_prompt": "--no-system-prompt",
     "preset": "--preset",
@@ -39,12 +42,16 @@ class Subject:
 class Traits:
     """What distinguishes a family; `lacks` names arguments among FLAGS."""
 
+    can: frozenset[Ability]
     lacks: frozenset[str]
     defaults: Mapping[str, Any]  # of a call, beside those of the checkpoint
     subject: Callable[[Any, str], Subject]  # of a pipeline and a prompt
+    num_codes: Callable[[Any], int]  # of a pipeline's codebook
+    modes: tuple[str, ...] = ("hybrid", "discrete")  # what of a picture its tokenizer can decode
+    step: str = "scale"  # what a callback's Step is the end of
 
 
-def _prompt(pipe: HartPipeline, text: str) -> Subject:
+def _prompt(pipe: AnyPipeline, text: str) -> Subject:
     return Subject(text, {"prompt": text})
 
 
@@ -54,29 +61,54 @@ def _label(pipe: VarPipeline, text: str) -> Subject:
     return Subject(index, {"class_index": index, "class_name": pipe.labels.name(index)})
 
 
+def _autoencoder_codes(pipe: HartPipeline | VarPipeline) -> int:
+    return pipe.autoencoder.config.vocab_size
+
+
+def _tower_codes(pipe: VilaUPipeline) -> int:
+    return max(pipe.vision_tower.config.vocab_sizes)
+
+
+DRAWS: frozenset[Ability] = frozenset({"draw pictures"})
 TRAITS: dict[Family, Traits] = {
     "HART": Traits(
+        can=DRAWS | {"edit pictures"},
         lacks=frozenset({"preset"}),
         defaults={"num_inference_steps": 8, "more_smooth": True},
         subject=_prompt,
+        num_codes=_autoencoder_codes,
     ),
     "VAR": Traits(
-        lacks=frozenset(FLAGS) - {"preset"},
+        can=DRAWS | {"edit pictures"},
+        lacks=frozenset(FLAGS) - {"preset", "more_smooth"},
         defaults={"more_smooth": False},
         subject=_label,
+        num_codes=_autoencoder_codes,
+    ),
+    "VILA-U": Traits(
+        can=DRAWS | {"draw videos", "answer questions"},
+        lacks=frozenset(FLAGS) - {"negative_prompt"},
+        defaults={},
+        subject=_prompt,
+        num_codes=_tower_codes,
+        modes=("discrete",),
+        step="row",
     ),
 }
 
 
-def family_of(model: ModelOptions, given: set[str] | None = None) -> Family:
+def family_of(model: ModelOptions, given: set[str] | None = None, *, ability: Ability | None = None) -> Family:
     """Find the family of a model from its files.
 
-    Raises UsageError for options that it lacks, among the model's and those that give the arguments `given`; HartError if
-    there is no such model.
+    Raises UsageError for a family without the `ability`, and for options that it lacks, among the model's and those that give
+    the arguments `given`; HartError if there is no such model.
     """
-    from ..checkpoints.families import find_family
+    from ..checkpoints.families import RELEASED, find_family
 
     family = find_family(model.name, model.hub)
+    if ability is not None and ability not in TRAITS[family].can:
+        able = [f"{name}'s ({RELEASED[name]})" for name, traits in TRAITS.items() if ability in traits.can]
+        raise UsageError(f"{model.name} is a {family} model, which does not {ability}; take one of {' or '.join(able)}.")
     refused = (model.given() | (given or set())) & TRAITS[family].lacks
     if refused:
         flags = " or ".join(flag for name, flag in FLAGS.items() if name in refused)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from ..errors import InputError
-from ..pipelines.checks import check_prompts
 from . import options
-from .console import UsageError
 from .drawing import DrawOptions, add_drawing, draw
 from .naming import DEFAULT_NAME
+from .prompts import add_prompts, prompts_of
 
 DETAILS = """\
 For a model of classes (VAR) a prompt is a class's name or number.
@@ -49,6 +44,7 @@ examples:
   hart-infer generate --prompts prompts.txt -o pictures/ --batch-size 4
   echo "a fox" | hart-infer generate --prompts - --json
   hart-infer generate "golden retriever" 207 -m FoundationVision/var --variant d16
+  hart-infer generate "a cat" -m mit-han-lab/vila-u-7b-256 -n 4 --batch-size 4
 """
 
 
@@ -63,40 +59,11 @@ def add_parser(commands: options.Commands) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="*", help="what the picture shows, in quotes; for VAR a class's name or number"
-    )
-    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one per line; - reads stdin")
+    add_prompts(parser, "what the picture shows, in quotes; for VAR a class's name or number")
     add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw the prompts. Raises UsageError or HartError."""
-    draw(_prompts(args.prompt, args.prompts), DrawOptions.of(args))
+    draw(prompts_of(args), DrawOptions.of(args))
     return 0
-
-
-def _prompts(given: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the command line, then those of the file. Raises UsageError or InputError."""
-    prompts = [*given, *(_read_prompts(file) if file is not None else [])]
-    if not prompts:
-        raise UsageError("no prompt: give one in quotes, or a file of them with --prompts.")
-    try:
-        return check_prompts(prompts)
-    except InputError as error:
-        raise UsageError(str(error)) from error
-
-
-def _read_prompts(name: str) -> list[str]:
-    shown = "stdin" if name == "-" else name
-    try:
-        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"{shown} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise InputError(f"{shown} holds no prompt.")
-    return prompts

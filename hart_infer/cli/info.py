@@ -14,20 +14,27 @@ from .families import family_of
 from .options import ModelOptions
 
 DETAILS = """\
-For a checkpoint: parameters, scales, memory and flags, from its configuration
-and its files' headers. Of a Hugging Face id only the configuration is downloaded;
-VAR's is read from its weights, which must be on this machine.
-For a picture that hart-infer wrote: prompt, seed and settings."""
+For a checkpoint: parameters, scales or positions, memory, costs and flags, from
+its configuration and its files' headers. Of a Hugging Face id only the
+configuration is downloaded; VAR's is read from its weights, which must be on this
+machine. For a picture or a video that hart-infer wrote: prompt, seed and settings."""
 
 EPILOG = """\
 examples:
   hart-infer info mit-han-lab/hart-0.7b-1024px
   hart-infer info ./hart-bf16 --json
   hart-infer info FoundationVision/var --variant d16
+  hart-infer info mit-han-lab/vila-u-7b-256
   hart-infer info cat.png
+
+VILA-U's costs are those of a picture's last position, its prompt not counted:
+weights read for all rows together, and the arithmetic of one row (guidance takes
+two rows a picture).
 """
 
-MIB, GIB = 2**20, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+GIGA, MEGA = 10**9, 10**6
+COUNTED = ("parameters", "schedule", "positions", "memory", "cost_per_position")  # the others are named as in configurations
 
 
 def add_parser(commands: options.Commands) -> None:
@@ -61,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
         emit_json(found, indent=2)
         return 0
     emit(f"{model.name} ({found['family']})")
-    for title in ("parameters", "schedule", "memory"):
-        emit_table(_rows(found[title]), title=title)
-    emit_table(_named(found["files"] or {"": "not on this machine"}), title="files")
-    for title in ("defaults", "transformer", "autoencoder"):
-        emit_table(_named(found[title]), title=title)
+    for name, section in found.items():
+        if name == "files":
+            emit_table(_named(section or {"": "not on this machine"}), title=name)
+        elif name != "family":
+            rows = _rows if name in COUNTED else _named
+            emit_table(rows(section), title=name.replace("_", " "))
     return 0
 
 
@@ -99,10 +107,16 @@ def _shown(value: Any) -> str:
 
 
 def _entry(name: str, value: Any) -> str:
-    words = name.replace("bytes_", "").removesuffix("bytes").strip("_").replace("_", " ")
-    shown = _size(value) if "bytes" in name else _shown(value)
+    words = name.replace("bytes_", "").removesuffix("bytes").removesuffix("flops").strip("_").replace("_", " ")
+    shown = _size(value) if "bytes" in name else _flops(value) if name.endswith("flops") else _shown(value)
     return f"{words} {shown}".strip()
 
 
+def _flops(count: int) -> str:
+    return f"{count / GIGA:.2f} GFLOP" if count >= GIGA else f"{count / MEGA:.2f} MFLOP"
+
+
 def _size(count: int) -> str:
+    if count < MIB:
+        return f"{count / KIB:.1f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

@@ -54,8 +54,9 @@ def _pipelines() -> dict[Family, Any]:
     """Return the class that loads each family; imports torch."""
     from ..pipelines.hart import HartPipeline
     from ..pipelines.var import VarPipeline
+    from ..pipelines.vila_u import VilaUPipeline
 
-    return {"HART": HartPipeline, "VAR": VarPipeline}
+    return {"HART": HartPipeline, "VAR": VarPipeline, "VILA-U": VilaUPipeline}
 
 
 def silence_others() -> None:

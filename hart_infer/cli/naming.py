@@ -15,7 +15,9 @@ from ..images.files import MAX_NAME_BYTES
 from ..pipelines.checks import shown
 from .console import UsageError
 
-DEFAULT_NAME = "hart-{index:03d}.png"
+DEFAULT_STEM = "hart-{index:03d}"
+DEFAULT_NAME = f"{DEFAULT_STEM}.png"
+DEFAULT_VIDEO_NAME = f"{DEFAULT_STEM}.webp"
 PLACEHOLDERS = ("index", "seed", "prompt")
 MAX_SLUG_BYTES = 80
 MAX_REASON = 80  # characters of Python's own message about a pattern
@@ -24,7 +26,7 @@ _GAP = "\0"  # stands for a placeholder; no file name contains it
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One picture or video to make."""
 
     index: int
     prompt: str | None  # as it was typed; None for an edit without
@@ -41,17 +43,25 @@ class Plan:
     may_replace: bool
 
 
-def make_plan(out: str | None, prompts: Sequence[str | None], *, num: int, first_seed: int, grid: bool) -> Plan:
+def make_plan(
+    out: str | None,
+    prompts: Sequence[str | None],
+    *,
+    num: int,
+    first_seed: int,
+    grid: bool,
+    default_name: str = DEFAULT_NAME,
+) -> Plan:
     """Name every picture before any is made. Raises UsageError for an invalid pattern.
 
     Each prompt gets `num` pictures in a row; picture i has seed first_seed + i. Repeated names are numbered. Default names (no
     `out`, or a folder) continue after those that are there.
     """
     is_folder = out is not None and (out.endswith(("/", os.sep)) or os.path.isdir(out))
-    pattern = os.path.join(_escaped(out or ""), DEFAULT_NAME) if out is None or is_folder else out
+    pattern = os.path.join(_escaped(out or ""), default_name) if out is None or is_folder else out
     may_replace = out is not None and not is_folder
     _check_pattern(pattern)
-    start = 0 if may_replace else next_free_index(Path(out or ""))
+    start = 0 if may_replace else next_free_index(Path(out or ""), Path(default_name).suffix)
     repeated = [prompt for prompt in prompts for _ in range(num)]
     jobs = [
         Job(start + i, prompt, first_seed + i, Path(_fill(pattern, start + i, first_seed + i, prompt)))
@@ -65,7 +75,7 @@ def make_plan(out: str | None, prompts: Sequence[str | None], *, num: int, first
 
 def renumbered(path: Path) -> Path:
     """Return the next default name, for one that another process took."""
-    return path.with_name(re.sub(r"\d+", f"{next_free_index(path.parent):03d}", path.name, count=1))
+    return path.with_name(re.sub(r"\d+", f"{next_free_index(path.parent, path.suffix):03d}", path.name, count=1))
 
 
 def slug(prompt: str) -> str:
@@ -83,9 +93,9 @@ def slug(prompt: str) -> str:
     return kept or "picture"
 
 
-def next_free_index(folder: Path) -> int:
-    """Return the number after the highest of the default names in a folder; 0 if there are none."""
-    pattern = re.compile(re.escape(DEFAULT_NAME).replace(re.escape("{index:03d}"), r"(\d+)(?:-grid)?"))
+def next_free_index(folder: Path, suffix: str = ".png") -> int:
+    """Return the number after the highest of the default names with a suffix in a folder; 0 if there are none."""
+    pattern = re.compile(re.escape(DEFAULT_STEM).replace(re.escape("{index:03d}"), r"(\d+)(?:-grid)?") + re.escape(suffix))
     try:
         names = os.listdir(folder)
     except OSError:

@@ -17,6 +17,7 @@ from ..pipelines.checks import check_float, check_int, check_size, check_steps
 from .console import UsageError
 from .machine import DTYPES
 
+VILA_U = "mit-han-lab/vila-u-7b-256"
 Commands = Any  # argparse keeps the type of add_subparsers' result private
 
 
@@ -120,8 +121,33 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
+def add_vila_u_model(parser: argparse.ArgumentParser) -> None:
+    """Add --model, which has to be given, and the options of `add_source` that such a model takes."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        metavar="PATH|ID",
+        type=named,
+        required=True,
+        help=f"VILA-U's checkpoint folder or Hugging Face id, such as {VILA_U}",
+    )
+    _add_files(group)
+    parser.set_defaults(use_ema=True)
+
+
 def add_source(group: Any) -> None:
     """Add --variant, --revision, --local-files-only and --no-ema."""
+    _add_files(group)
+    group.add_argument(
+        "--no-ema",
+        dest="use_ema",
+        action="store_false",
+        help="HART: the plain weights instead of their running average",
+    )
+
+
+def _add_files(group: Any) -> None:
     group.add_argument(
         "--variant",
         metavar="NAME",
@@ -129,12 +155,6 @@ def add_source(group: Any) -> None:
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--local-files-only", action="store_true", help="download nothing, use what is on this machine")
-    group.add_argument(
-        "--no-ema",
-        dest="use_ema",
-        action="store_false",
-        help="HART: the plain weights instead of their running average",
-    )
 
 
 def add_text_encoder(group: Any) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..images.files import make_grid, save_picture
 from ..images.reading import read_image
 from . import options
-from .console import emit, emit_json
-from .families import family_of
+from .console import UsageError, emit, emit_json
+from .families import TRAITS, family_of
 from .loading import load_pipeline
 from .options import MachineOptions, ModelOptions
 from .writing import check_outputs
@@ -24,8 +24,8 @@ MODES = ("hybrid", "discrete", "both")
 DETAILS = """\
 The picture is cut to a centred square, scaled to the model's size, encoded and
 decoded. Mode hybrid decodes the latent as it is encoded (the best of HART's
-tokenizer), discrete its codes alone (all that VAR draws), both puts original,
-discrete and hybrid side by side.
+tokenizer), discrete its codes alone (all that VAR and VILA-U draw), both puts
+original, discrete and hybrid side by side. VILA-U has discrete only.
 One line per mode on stdout: path, mode and PSNR to the scaled picture, separated
 by tabs."""
 
@@ -48,7 +48,7 @@ def add_parser(commands: options.Commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("image", metavar="IMAGE", type=options.picture, help="the picture to reconstruct")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="where to write; replaced if it exists")
-    parser.add_argument("--mode", choices=MODES, help="what to decode (default: hybrid for HART, discrete for VAR)")
+    parser.add_argument("--mode", choices=MODES, help="what to decode (default: hybrid for HART, else discrete)")
     parser.add_argument("--size", metavar="PIXELS", type=options.whole(1), help="side to scale to (default: the model's)")
     options.add_json(parser, "one JSON object with path and PSNR per mode")
     options.add_model(parser)
@@ -63,12 +63,20 @@ def run(args: argparse.Namespace) -> int:
     source = read_image(args.image)
     check_outputs([Path(args.out)], replace=True)
     model = ModelOptions.of(args)
-    pipe = load_pipeline(family_of(model), model, MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
+    family = family_of(model)
+    kinds = TRAITS[family].modes
+    if args.mode is not None and args.mode not in kinds and len(kinds) == 1:
+        raise UsageError(f"{model.name} is a {family} model, whose --mode is {kinds[0]}, not {args.mode}.")
+    pipe: Any = load_pipeline(family, model, MachineOptions.of(args), text_encoder=False, quiet=args.quiet)
     side = options.side(args.size, pipe.sizes)
     original = fit(source, side)
-    modes: tuple[Any, ...] = ("discrete", "hybrid") if args.mode == "both" else (args.mode or pipe.tokenization,)
-    results: dict[str, Any] = {mode: pipe.reconstruct(original, mode=mode) for mode in modes}
-    picture = make_grid([original, *results.values()], 3) if args.mode == "both" else results[modes[0]]
+    results: dict[str, Image]
+    if len(kinds) == 1:
+        results = {kinds[0]: pipe.reconstruct(original)}
+    else:
+        modes = ("discrete", "hybrid") if args.mode == "both" else (args.mode or pipe.tokenization,)
+        results = {mode: pipe.reconstruct(original, mode=mode) for mode in modes}
+    picture = make_grid([original, *results.values()], 3) if args.mode == "both" else next(iter(results.values()))
     save_picture(picture, args.out)
     scores = {mode: psnr(original, image) for mode, image in results.items()}
     if args.json:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..checkpoints.families import Family
 
 PRESETS = ("fid",)  # of pipelines/var.py
+GUIDANCE_SCALE: dict[str, Any] = {"metavar": "X", "type": options.number(0, MAX_GUIDANCE)}
+TOP_K: dict[str, Any] = {"metavar": "K", "type": options.whole(0)}
+TOP_P: dict[str, Any] = {"metavar": "P", "type": options.number(0, 1)}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class SamplingOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> SamplingOptions:
-        """Read the options of `add_sampling`."""
+        """Read the options of `add_sampling` or `add_video_sampling`."""
         return SamplingOptions(
             size=args.size,
             guidance_scale=args.guidance_scale,
@@ -54,7 +57,7 @@ class SamplingOptions:
         names = [name for name in asdict(self) if name != "preset" and name not in TRAITS[family].lacks]
         chosen = {**TRAITS[family].defaults, **asdict(pipe.defaults), **self._preset()}
         if chosen.get("top_k") is not None:  # a small codebook has fewer codes
-            chosen["top_k"] = min(chosen["top_k"], pipe.autoencoder.config.vocab_size)
+            chosen["top_k"] = min(chosen["top_k"], TRAITS[family].num_codes(pipe))
         chosen |= self.given()
         return {name: chosen.get(name) for name in names}
 
@@ -67,14 +70,13 @@ class SamplingOptions:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the sampling options, the seed and the batch size."""
-    group = parser.add_argument_group("sampling", "Defaults are the checkpoint's; in brackets those of the released ones.")
-    add = group.add_argument
+    """Add the options of pictures: sampling, the seed and the batch size."""
+    add = _group(parser).add_argument
     add("-s", "--seed", type=options.whole(0, MAX_SEED), help="seed of the first picture (default: random)")
     add("--size", metavar="PIXELS", type=options.whole(1), help="side of the picture (default: largest)")
-    add("--guidance-scale", metavar="X", type=options.number(0, MAX_GUIDANCE), help="guidance strength (HART 4.5, VAR 4)")
-    add("--top-k", metavar="K", type=options.whole(0), help="codes kept, 0 for all (HART 600, then 300 from scale 7; VAR 900)")
-    add("--top-p", metavar="P", type=options.number(0, 1), help="probability kept, 0 for all (HART 0, VAR 0.95)")
+    add("--guidance-scale", **GUIDANCE_SCALE, help="guidance strength (HART 4.5, VAR 4, VILA-U 3, whose 1 is none)")
+    add("--top-k", **TOP_K, help="codes kept, 0 for all (HART 600, then 300 from scale 7; VAR and VILA-U 900)")
+    add("--top-p", **TOP_P, help="probability kept, 0 for all (HART 0, VAR 0.95, VILA-U 0.96)")
     add(
         "--smooth",
         dest="more_smooth",
@@ -82,7 +84,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="next input: mixtures of codes (HART), or the drawn codes (VAR)",
     )
     add("--steps", metavar="N", type=options.steps, help="HART: residual diffusion steps, 0 for none (8)")
-    add("--negative-prompt", metavar="TEXT", help="HART: what to steer away from")
+    add("--negative-prompt", metavar="TEXT", help="HART, VILA-U: what to steer away from")
     add(
         "--no-system-prompt",
         dest="use_system_prompt",
@@ -92,3 +94,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--preset", choices=PRESETS, help="VAR: the paper's settings for FID: guidance 1.5, top-k 900, top-p 0.96, no smooth")
     add("--batch-size", metavar="N", type=options.whole(1), default=1, help="pictures at a time (1)")
+
+
+def add_video_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of videos; those that only pictures have are set as if not given."""
+    add = _group(parser).add_argument
+    add("-s", "--seed", type=options.whole(0, MAX_SEED), help="seed of the first video (default: random)")
+    add("--guidance-scale", **GUIDANCE_SCALE, help="guidance strength, 1 for none (3)")
+    add("--top-k", **TOP_K, help="codes kept, 0 for all (900)")
+    add("--top-p", **TOP_P, help="probability kept, 0 for all (0.96)")
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--batch-size", metavar="N", type=options.whole(1), default=1, help="videos at a time (1)")
+    parser.set_defaults(size=None, more_smooth=None, steps=None, use_system_prompt=None, preset=None)
+
+
+def _group(parser: argparse.ArgumentParser) -> Any:
+    return parser.add_argument_group("sampling", "Defaults are the checkpoint's; in brackets those of the released ones.")

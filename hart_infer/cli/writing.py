@@ -1,4 +1,4 @@
-"""Write what `generate` and `edit` produce: pictures, grids, previews, their metadata and the lines on stdout."""
+"""Write what `generate`, `edit` and `video` produce: pictures, videos, grids, previews, metadata, the lines on stdout."""
 
 from __future__ import annotations
 
@@ -35,19 +35,22 @@ if TYPE_CHECKING:
 PLURALS = {"prompt": "prompts", "class_index": "class_indices", "class_name": "class_names"}  # in a grid's metadata
 
 
-def check_outputs(paths: Iterable[Path], *, replace: bool) -> None:
-    """Check before generating that `paths` can be written, and without `replace` are new. Raises UsageError, OutputError."""
+def check_outputs(paths: Iterable[Path], *, replace: bool, check: Callable[[str | Path], object] = picture_format) -> None:
+    """Check before generating that `paths` can be written, and without `replace` are new; `check` is of an extension.
+
+    Raises UsageError, OutputError.
+    """
     paths = list(paths)
     for path in paths:
         if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
             raise OutputError(f"{shown(str(path))} cannot be written: the name is too long.")
         try:
-            picture_format(path)
+            check(path)
         except InputError as error:
             raise UsageError(f"--out: {error}") from error
         if not replace and path.exists():
             raise OutputError(f"{path} exists, and --no-overwrite was given.")
-    check_writable(paths)
+    check_writable(paths, check=check)
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,18 @@ class OutputOptions:
 
     @staticmethod
     def of(args: argparse.Namespace) -> OutputOptions:
-        """Read the options of `generate` and `edit`."""
+        """Read the options of `generate`, `edit` and `video`."""
         return OutputOptions(args.grid, args.singles, not args.no_overwrite, args.metadata, args.json)
 
 
 class Writer:
-    """Writes the pictures of one plan and prints each one's path or JSON; touches no file before the first."""
+    """Writes the pictures or videos of one plan and prints each one's path or JSON; touches no file before the first."""
 
-    def __init__(self, options: OutputOptions, plan: Plan) -> None:
+    def __init__(self, options: OutputOptions, plan: Plan, save: Callable[..., Path] = save_picture) -> None:
+        """Take the function that writes one: `save_picture`, or `save_video` with its frame rate."""
         self._options = options
         self._plan = plan
+        self._save_one = save
         self._wants_singles = plan.grid is None or options.singles
         self._grid_images: list[Image] = []
         self._metadata: dict[str, Any] = {}
@@ -97,13 +102,14 @@ class Writer:
         if size > limit:
             raise OutputError(f"{path} cannot be written: {size} pixels are more than its format holds ({limit}).")
 
-    def add(self, job: Job, image: Image) -> None:
-        """Write one picture, keep it for the grid, or both."""
+    def add(self, job: Job, drawn: Image | list[Image]) -> None:
+        """Write one picture, keep it for the grid, or both; or write the frames of a video."""
+        frames = drawn if isinstance(drawn, list) else [drawn]
         if self._plan.grid is not None:
-            self._grid_images.append(image)
+            self._grid_images += frames
         if self._wants_singles:
             made_of = {**self._subjects[job.prompt].metadata, "seed": job.seed}
-            self._report(self._save(image, job.path, {**made_of, "size": image.width}), made_of)
+            self._report(self._save(drawn, job.path, {**made_of, "size": frames[0].width}), made_of)
 
     def finish(self) -> None:
         """Write the grid, if one was asked for."""
@@ -116,14 +122,14 @@ class Writer:
         grid = make_grid(self._grid_images, self._options.grid or None)
         self._report(self._save(grid, self._plan.grid, {**made_of, "size": self._grid_images[0].width}), made_of)
 
-    def _save(self, image: Image, path: Path, made_of: dict[str, Any]) -> Path:
+    def _save(self, drawn: Image | list[Image], path: Path, made_of: dict[str, Any]) -> Path:
         metadata = None
         if self._options.with_metadata:
             metadata = {key: value for key, value in {**self._metadata, **made_of}.items() if value is not None}
         overwrite = self._plan.may_replace and self._options.replaces
         while True:
             try:
-                return save_picture(image, path, metadata=metadata, overwrite=overwrite)
+                return self._save_one(drawn, path, metadata=metadata, overwrite=overwrite)
             except NameTakenError:
                 if self._plan.may_replace:
                     raise
@@ -137,7 +143,7 @@ class Writer:
 
 
 class Previews:
-    """Writes one PNG per picture and scale into a folder of their own: NAME-scale-00.png and so on."""
+    """Writes one PNG per picture and step into a folder of their own: NAME-scale-00.png, NAME-row-00.png and so on."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Choose a distinct name for every picture."""
@@ -145,18 +151,18 @@ class Previews:
         self._stems = {job.index: path.with_suffix("") for job, path in zip(jobs, names, strict=True)}
 
     def first_paths(self) -> list[Path]:
-        """Return the first scale's file of every picture, checked in place of all scales."""
-        return [_scale_path(stem, 0) for stem in self._stems.values()]
+        """Return the first file of every picture, under the longest name of a step, checked in place of all steps."""
+        return [_step_path(stem, "scale", 0) for stem in self._stems.values()]
 
-    def callback(self, jobs: Sequence[Job]) -> Callable[[Step], None]:
-        """Return the function to call after each scale of a batch, which writes its previews."""
+    def callback(self, jobs: Sequence[Job], name: str) -> Callable[[Step], None]:
+        """Return the function to call after each step of a batch, which writes its previews; `name`: what a step is."""
 
         def write(step: Step) -> None:
             for job, image in zip(jobs, step.preview(), strict=True):
-                save_picture(image, _scale_path(self._stems[job.index], step.index))
+                save_picture(image, _step_path(self._stems[job.index], name, step.index))
 
         return write
 
 
-def _scale_path(stem: Path, index: int) -> Path:
-    return stem.with_name(f"{stem.name}-scale-{index:02d}.png")
+def _step_path(stem: Path, name: str, index: int) -> Path:
+    return stem.with_name(f"{stem.name}-{name}-{index:02d}.png")

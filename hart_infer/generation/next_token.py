@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,10 @@ class KeptPrefix:
             stamp = WeightsStamp(llama)
             kept = self._kept = (stamp, tuple(ids), prefill_alone(llama, ids))
         return kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave it out of copies, whose weights are others."""
+        return {"_kept": None}
 
     def clear(self) -> None:
         """Free it."""

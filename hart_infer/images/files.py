@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -59,11 +59,14 @@ def picture_format(path: str | Path) -> str:
     return FORMATS[suffix]
 
 
-def check_writable(paths: Iterable[str | Path]) -> None:
-    """Raise OutputError now for any path that can't be written, InputError for an unknown extension; leaves nothing behind."""
+def check_writable(paths: Iterable[str | Path], *, check: Callable[[str | Path], object] = picture_format) -> None:
+    """Raise OutputError now for any path that can't be written; leaves nothing behind.
+
+    `check` raises InputError for an extension that is not known.
+    """
     probed: set[Path] = set()
     for path in paths:
-        picture_format(path)
+        check(path)
         target = _resolved(path)
         try:
             _check_name(target)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FPS = 8  # of written videos; the released model's frames have no rate
 FORMATS = (".webp", ".gif", ".png", ".mp4")
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # what counts in a folder of frames
+ANIMATED = {"AVIF", "GIF", "PNG", "WEBP"}  # Pillow's formats whose several pictures are frames
 MAX_FPS = 1000
 HOW = "pip install 'hart-infer[video]'"
 Frames = Iterator["Image"]
@@ -50,11 +51,25 @@ def read_video(source: str | Path | Sequence[Image], count: int) -> list[Image]:
 
 
 def is_video(path: str | Path) -> bool:
-    """Return whether a path is a folder, an animated picture, or a file that Pillow can't open. Raises InputError."""
+    """Return whether a path is a folder, an animated picture, or a file that Pillow can't open. Raises InputError.
+
+    The pages of a TIFF and the second picture of a phone's JPEG (MPO) are not frames.
+    """
     if Path(path).is_dir():
         return True
     still = _open_picture(path)
-    return still is None or getattr(still, "n_frames", 1) > 1
+    if still is None:
+        return True
+    with still:
+        return still.format in ANIMATED and getattr(still, "n_frames", 1) > 1
+
+
+def check_video(path: str | Path) -> None:
+    """Raise InputError unless a folder has frames, or a file has a first one that can be read; quick in any video."""
+    if Path(path).is_dir():
+        frame_files(path)
+    else:
+        _reader(path)
 
 
 def frame_indices(total: int, count: int) -> list[int]:

@@ -45,11 +45,14 @@ INSTEAD = {
 class Pipeline(ABC):
     """Loaded parts that make pictures together."""
 
+    _instead: Mapping[str, str] = INSTEAD
+
     def __init__(self, name: str) -> None:
         self.name = name
         self._progress: dict[str, Any] = {"disable": None, "unit": "scale"}
         self._offloads_from: torch.device | None = None
         self._offloading = threading.RLock()
+        self._users: dict[nn.Module, int] = {}  # how many blocks have an offloaded module on the device
         self._interrupts = 0
         self.num_threads: int | None = None  # of the CPU, for a call; None: as many as PyTorch takes
 
@@ -59,12 +62,12 @@ class Pipeline(ABC):
             """Raise AttributeError; for a name of diffusers', with what replaces it."""
             if hasattr(type(self), name):  # a property has raised: raise its own error again
                 object.__getattribute__(self, name)
-            instead = f": {INSTEAD[name]}." if name in INSTEAD else ""
+            instead = f": {type(self)._instead[name]}." if name in type(self)._instead else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, for copies and pickles."""
-        return self.__dict__ | {"_offloading": None}
+        return self.__dict__ | {"_offloading": None, "_users": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a lock of its own."""
@@ -149,19 +152,34 @@ class Pipeline(ABC):
 
     @contextmanager
     def _using(self, *modules: nn.Module | None) -> Iterator[None]:
-        """Where weights are kept on the CPU, have those of `modules` on the device within the block."""
+        """Where weights are kept on the CPU, have those of `modules` on the device within the block; threads take turns."""
         if self._offloads_from is None:
             yield
             return
-        present = [module for module in modules if module is not None]
-        with self._offloading:
-            try:
-                for module in present:
-                    module.to(self._offloads_from)
-                yield
-            finally:
-                for module in present:
-                    module.to(CPU)
+        with self._offloading, self._holding(*modules):
+            yield
+
+    @contextmanager
+    def _holding(self, *modules: nn.Module | None) -> Iterator[None]:
+        """As `_using`, for a block of a generator: other calls, and other threads, may run before it goes on."""
+        held: list[nn.Module] = []
+        try:
+            with self._offloading:
+                for module in modules if self._offloads_from is not None else ():
+                    if module is not None:
+                        held.append(module)
+                        self._users[module] = self._users.get(module, 0) + 1
+                        if self._users[module] == 1:
+                            module.to(self._offloads_from)
+            yield
+        finally:
+            with self._offloading:
+                for module in held:
+                    self._users[module] -= 1
+                    if not self._users[module]:
+                        del self._users[module]
+                        if self._offloads_from is not None:  # `to` may have turned it off
+                            module.to(CPU)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options for tqdm's bar over the scales, e.g. `disable=True`; by default it shows on terminals only."""

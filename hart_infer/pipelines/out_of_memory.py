@@ -27,12 +27,12 @@ def total_memory(device: torch.device) -> int:
         return UNKNOWN_MEMORY
 
 
-def check_memory(count: int, bytes_each: int, device: torch.device) -> None:
-    """Raise OutOfMemoryError if count * bytes_each exceeds the device's total memory."""
+def check_memory(count: int, bytes_each: int, device: torch.device, *, what: str = "pictures") -> None:
+    """Raise OutOfMemoryError if count * bytes_each exceeds the device's total memory; `what` is counted."""
     total = total_memory(device)
     if count * bytes_each > total:
         raise OutOfMemoryError(
-            f"{count:,} pictures at once need at least {count * bytes_each / 2**30:,.1f} GiB, and {device} has "
+            f"{count:,} {what} at once need at least {count * bytes_each / 2**30:,.1f} GiB, and {device} has "
             f"{total / 2**30:,.1f}: at most {total // bytes_each:,} could fit. Generate fewer at a time "
             "(num_images_per_prompt, prompts)."
         )
@@ -52,8 +52,8 @@ def out_of_memory_advice() -> Iterator[None]:
         _release(error)
         raise OutOfMemoryError(
             "The device ran out of memory. Generate fewer pictures at once (num_images_per_prompt, prompts), load with "
-            "dtype=torch.bfloat16, call enable_decoder_tiling() or enable_model_cpu_offload(), or free what else is on the "
-            "device."
+            "dtype=torch.bfloat16, call enable_model_cpu_offload() or, where the pipeline has it, enable_decoder_tiling(), or "
+            "free what else is on the device."
         ) from error
 
 

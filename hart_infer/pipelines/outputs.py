@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..images import tensors
 from ..images.video import FPS, save_video
+from .checks import check_float, check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,19 +42,13 @@ class ImageOutput:
         """Return HTML with the images and their seeds, for notebooks; None, for the repr, unless they are PIL images."""
         if not isinstance(self.images, list):
             return None
-        shown = zip(self.images[:SHOWN_IN_NOTEBOOKS], self.seeds, strict=False)
-        figures = "".join(
-            f'<figure style="display:inline-block;margin:4px"><img src="data:image/png;base64,{_png(image)}">'
-            f"<figcaption>seed {seed}</figcaption></figure>"
-            for image, seed in shown
-        )
-        more = len(self.images) - SHOWN_IN_NOTEBOOKS
-        return f"<div>{figures}{f'<p>and {more} more</p>' if more > 0 else ''}</div>"
+        files = [("png", _png(image)) for image in self.images[:SHOWN_IN_NOTEBOOKS]]
+        return _html(files, self.seeds, len(self.images))
 
 
 @dataclass
 class VideoOutput:
-    """Result of `video`: `frames`: each video's PIL images; `seeds`: the seed that reproduces each."""
+    """Result of `video`: `frames`: each video's PIL images; `seeds`: the seed that reproduces each. A notebook shows them."""
 
     frames: list[list[Image]]
     seeds: list[int]
@@ -67,27 +62,51 @@ class VideoOutput:
 
         Raises InputError or OutputError, as `save_video` does.
         """
-        return save_video(self.frames[index], path, fps=fps)
+        chosen = self.frames[check_int(index, "index", 0, len(self.frames) - 1)]
+        return save_video(chosen, path, fps=check_float(fps, "fps", 0))
+
+    def _repr_html_(self) -> str:
+        """Return HTML with the videos, side by side and moving, and their seeds, for notebooks."""
+        files = [("webp", _webp(frames)) for frames in self.frames[:SHOWN_IN_NOTEBOOKS]]
+        return _html(files, self.seeds, len(self.frames))
 
 
 HartOutput = ImageOutput  # its name before other families
 
 
-def _png(image: Image) -> str:
-    """Return an image as the base64 of a PNG."""
+def _html(files: Sequence[tuple[str, bytes]], seeds: Sequence[int], count: int) -> str:
+    """Return HTML with pictures, (format, content), their seeds, and how many of `count` are not shown."""
+    figures = "".join(
+        f'<figure style="display:inline-block;margin:4px">'
+        f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'
+        f"<figcaption>seed {seed}</figcaption></figure>"
+        for (kind, content), seed in zip(files, seeds, strict=False)
+    )
+    more = count - len(files)
+    return f"<div>{figures}{f'<p>and {more} more</p>' if more > 0 else ''}</div>"
+
+
+def _png(image: Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def _webp(frames: Sequence[Image]) -> bytes:
+    buffer = io.BytesIO()
+    options: Any = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / FPS), "loop": 0}
+    frames[0].save(buffer, format="WEBP", **options)
+    return buffer.getvalue()
 
 
 @dataclass
 class Step:
-    """One finished scale, as a callback sees it."""
+    """One finished scale, or of VILA-U one row of positions, as a callback sees it."""
 
     index: int
-    side: int  # of this scale's token grid
-    num_scales: int
-    f_hat: Tensor  # [N, C, P, P] fp32: the latent so far
+    side: int  # of this scale's token grid; a row's length
+    num_scales: int  # or rows, of all frames
+    f_hat: Tensor  # fp32, the latent so far: [N, C, P, P]; of VILA-U [N, g, g, C], of the frame that is being drawn
     _decode: Callable[[Tensor], Tensor] = field(repr=False)
     stopped: bool = False
 
@@ -96,7 +115,7 @@ class Step:
         return tensors.to_pil(self._decode(self.f_hat))
 
     def stop(self) -> None:
-        """End the generation after this scale; the call returns what `preview` would show."""
+        """End the generation after this scale; the call returns what `preview` would show, and a video's frames before."""
         self.stopped = True
 
 

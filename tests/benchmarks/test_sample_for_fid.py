@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.golden.data import golden
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 OPTIONS = ("--batch-size", "3", "--dtype", "fp32", "--device", "cpu")
 NAMES = [f"{label:04d}-{index:05d}.png" for index in range(2) for label in range(10)]
 
 
 @pytest.fixture(scope="module")
-def script():
+def script(whole_var_tiny: Path):
     sys.path.insert(0, str(BENCHMARKS))
     import sample_for_fid
 
+    sample_for_fid.var_tiny = whole_var_tiny
     yield sample_for_fid
     sys.path.remove(str(BENCHMARKS))
 
@@ -34,7 +33,7 @@ def whole(script, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(script, out: Path, *more: str) -> int:
-    return script.main([str(out), "--model", str(golden("var-tiny")), *OPTIONS, "--per-class", "1", *more])
+    return script.main([str(out), "--model", str(script.var_tiny), *OPTIONS, "--per-class", "1", *more])
 
 
 def pictures(out: Path) -> dict[str, bytes]:
@@ -62,10 +61,10 @@ def test_the_npz_has_what_the_pictures_have(whole):
         assert np.array_equal(picture, np.asarray(Image.open(whole / name)))
 
 
-def test_a_picture_is_that_of_its_class_and_index(whole):
+def test_a_picture_is_that_of_its_class_and_index(whole, whole_var_tiny):
     from hart_infer import VarPipeline
 
-    pipe = VarPipeline.from_pretrained(golden("var-tiny"), device="cpu")
+    pipe = VarPipeline.from_pretrained(whole_var_tiny, device="cpu")
     image = pipe(7, seed=7_000_001, preset="fid").images[0]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(whole / "0007-00001.png")))
 

@@ -36,7 +36,7 @@ from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
 from tests.hub import HubServer
 
-COMMANDS = ("generate", "edit", "reconstruct", "info", "convert", "doctor")
+COMMANDS = ("generate", "edit", "video", "answer", "reconstruct", "info", "convert", "doctor")
 SIDE = 32
 
 
@@ -193,6 +193,21 @@ def test_help_names_commands_exit_codes_and_examples(capsys: pytest.CaptureFixtu
         (["generate", "a", "-o", "{index:{seed}{seed}}.png", "-s", "99999"], "a placeholder can't have another one inside"),
         (["generate", "a", "-o", "{seed:c}.png"], "a number makes no character of a name"),
         (["reconstruct", "a.png"], "required: -o/--out"),
+        (["video", "a"], "required: -m/--model"),
+        (["answer", "a.png", "what?"], "required: -m/--model"),
+        (["video", "-m", "a"], "no prompt"),
+        (["video", "a", "-m", "a", "-o", "a.jpg"], "extension .jpg; videos are written as .webp, .gif, .png, .mp4"),
+        (["video", "a", "-m", "a", "--fps", "0"], "--fps: must be a number from 0.1 to 1000, not 0"),
+        (["video", "a", "b", "-m", "a", "-n", "50001"], "100,002 videos are more than one command makes"),
+        (["video", "a", "-m", "hart-mini"], "hart-mini is a HART model, which does not draw videos; take one of VILA-U's"),
+        (["answer", "what?", "-m", "hart-mini"], "is a HART model, which does not answer questions; take one of VILA-U's"),
+        (["answer", "-m", "a"], "required: QUESTION"),
+        (["answer", " ", "-m", "a"], "the question is empty"),
+        (["answer", "what\udcff", "-m", "a"], "question[0] is not valid Unicode text"),
+        (["answer", ".", "-m", "a"], "no question: the last argument, ., is a file or folder"),
+        (["answer", "", "what?", "-m", "a"], "PICTURE: it is empty"),
+        (["answer", "what?", "-m", "a", "--greedy", "--seed", "0"], "--greedy draws nothing, so --seed has no effect"),
+        (["answer", "what?", "-m", "a", "--temperature", "0"], "--temperature: must be a number from 1e-06 to 1e+06, not 0"),
         (
             ["convert", "a", "b", "--max-shard-size", "big"],
             '--max-shard-size: max_shard_size must be a size such as "5GB" or "500MB", not \'big\'.',

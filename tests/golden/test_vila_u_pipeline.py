@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_answers(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     query = [next(media) if part == "<media>" else part for part in json.loads(said["query"])]
     draws = said["seed"] != "none"
     monkeypatch.setattr(
-        pipe, "answers", vila_u.replace(pipe.answers, eos_token_id=(int(said["eos_token_id"]),), top_k=int(said["top_k"]))
+        pipe, "answers", replace(pipe.answers, eos_token_id=(int(said["eos_token_id"]),), top_k=int(said["top_k"]))
     )
     options: Any = {
         "max_new_tokens": int(said["max_new_tokens"]),
