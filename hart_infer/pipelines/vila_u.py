@@ -15,6 +15,7 @@ from ..checkpoints import vila_u as checkpoints
 from ..checkpoints.hub import HubOptions
 from ..checkpoints.vila_u import Parts, VilaUCheckpoint, find_checkpoint
 from ..engine.cpu import cpu_threads
+from ..engine.quantize import Int8Linear, quantize_weights
 from ..errors import InputError
 from ..generation.next_token import GenerationState, KeptPrefix, Networks, Prefix, finish, prefill_alone, run_position, start
 from ..generation.sampling import CodeRule, TokenSampler, make_token_sampler
@@ -50,6 +51,9 @@ class _Request:
     def repeats(self) -> int:
         """Pictures or videos of a prompt."""
         return len(self.seeds) // len(self.prompts)
+
+
+QUANTIZED = "int8_weight_only"
 
 
 class VilaUPipeline(ConversationPipeline):
@@ -94,13 +98,16 @@ class VilaUPipeline(ConversationPipeline):
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         variant: str | None = None,
+        quantize: Literal["int8_weight_only"] | None = None,
         strict_config: bool = False,
     ) -> VilaUPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder, which may hold it in `model/`.
 
         The released one is "mit-han-lab/vila-u-7b-256". `dtype` (alias `torch_dtype`): None is bf16 on CUDA, else the stored
-        one. `device` None: CUDA, else MPS, else the CPU. `strict_config`: raise ConfigError for unknown configuration keys,
-        instead of one warning. `revision`, `cache_dir`, `token`, `local_files_only`: passed to huggingface_hub.
+        one. `device` None: CUDA, else MPS, else the CPU. `quantize`: "int8_weight_only" keeps the Llama's weights in int8,
+        which halves their memory and changes what is drawn a little (docs/vila-u.md has the error). `strict_config`: raise
+        ConfigError for unknown configuration keys, instead of one warning. `revision`, `cache_dir`, `token`,
+        `local_files_only`: passed to huggingface_hub.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError, and BackendError where
         sentencepiece, the extra `[vila-u]`, is not installed.
@@ -109,19 +116,23 @@ class VilaUPipeline(ConversationPipeline):
         check_dtype(dtype)
         for name, flag in {"local_files_only": local_files_only, "strict_config": strict_config}.items():
             check_bool(flag, name)
+        if quantize not in (None, QUANTIZED):
+            raise InputError(f"quantize must be {QUANTIZED!r} or None, not {quantize!r}.")
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         found = find_checkpoint(repo_or_path, variant=variant, strict_config=strict_config, hub=hub)
         if dtype is None and target.type == "cuda":
             dtype = torch.bfloat16
         with out_of_memory_advice():
-            return cls(_load(found, dtype), name=found.name).to(target)
+            return cls(_load(found, dtype, quantize is not None), name=found.name).to(target)
 
     def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
 
-        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size` and for
-        `safe_serialization=False`: pickles are read, never written.
+        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size`, weights in int8,
+        and `safe_serialization=False`: pickles are read, never written.
         """
+        if any(isinstance(module, Int8Linear) for module in self.llama.modules()):
+            raise InputError("Weights in int8 are not saved; load without quantize and save that, then quantize on loading.")
         if not check_bool(safe_serialization, "safe_serialization"):
             raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
         parts = Parts(
@@ -421,11 +432,11 @@ class VilaUPipeline(ConversationPipeline):
         return tensors.to_pil(pixels, truncated=True) if output_type == "pil" else tensors.FORMS[output_type](pixels)
 
 
-def _load(found: VilaUCheckpoint, dtype: torch.dtype | None) -> Parts:
+def _load(found: VilaUCheckpoint, dtype: torch.dtype | None, quantized: bool) -> Parts:
     """Load a checkpoint's parts on the CPU, the others in the Llama's dtype. Raises WeightsError."""
     tokenizer, llama = found.load_tokenizer(), found.load_llama(dtype)
     return Parts(
-        llama,
+        quantize_weights(llama, keep=("lm_head",)) if quantized else llama,
         found.load_vision_tower(llama.dtype),
         found.load_depth_transformer(llama.dtype),
         found.load_projector(llama.dtype),

@@ -146,6 +146,17 @@ def test_pictures_keep_their_order(pipe: VilaUPipeline, asked: list[Any]) -> Non
     assert torch.equal(asked[0][1], pipe._pixel_values(pictures))
 
 
+def test_a_picture_s_positions_are_read_row_by_row(pipe: VilaUPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    splice = conversation.splice_images
+    monkeypatch.setattr(conversation, "splice_images", lambda *args: (seen.append(args[2]), splice(*args))[1])
+    pictures = [noise(), noise(seed=1)]
+    answered(pipe, pictures)
+    features = pipe.encode(pictures).features
+    expected = [[pipe.projector(each[i, j]) for i in range(GRID) for j in range(GRID)] for each in features]
+    assert torch.allclose(seen[0], torch.stack([torch.stack(each) for each in expected]), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("media", "words"),
     [

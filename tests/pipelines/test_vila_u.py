@@ -814,3 +814,27 @@ def test_the_overloads_have_the_call_s_arguments(method: str) -> None:
     assert len(overloads) == 2
     for overload in overloads:
         assert list(inspect.signature(overload).parameters) == given
+
+
+def test_weights_in_int8_take_less_and_draw_nearly_the_same(released: Path, pipe: VilaUPipeline) -> None:
+    small = load(released, quantize="int8_weight_only")
+    size = [sum(tensor.nbytes for tensor in each.llama.state_dict().values()) for each in (small, pipe)]
+    assert size[0] < size[1]
+    assert small.dtype == pipe.dtype
+    assert latent(small).shape == latent(pipe).shape
+    assert small.to(torch.bfloat16).answer(None, "What?", max_new_tokens=2) is not None
+    logits = [each.llama.logits(each.llama.embed_tokens(torch.arange(4))[None]) for each in (pipe, load(released))]
+    assert torch.equal(*logits)  # loading one quantised leaves others alone
+
+
+def test_weights_in_int8_are_not_saved(released: Path, tmp_path: Path) -> None:
+    small = load(released, quantize="int8_weight_only")
+    with pytest.raises(InputError, match="Weights in int8 are not saved"):
+        small.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", True, "int4", ["int8_weight_only"]])
+def test_other_ways_to_quantise_are_refused(released: Path, kind: Any) -> None:
+    with pytest.raises(InputError, match="quantize must be 'int8_weight_only' or None"):
+        load(released, quantize=kind)
