@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .models.text import PromptEmbeds
     from .pipelines.conversation import Frames
     from .pipelines.hart import HartPipeline
-    from .pipelines.outputs import HartOutput, ImageOutput, Step, VideoOutput
+    from .pipelines.outputs import HartOutput, ImageOutput, Step, VideoOutput, VilaUOutput
     from .pipelines.var import VarPipeline
     from .pipelines.vila_u import VilaUPipeline
 
@@ -46,6 +46,7 @@ __all__ = [
     "Step",
     "VarPipeline",
     "VideoOutput",
+    "VilaUOutput",
     "VilaUPipeline",
     "WeightsError",
     "__version__",
@@ -59,6 +60,7 @@ _LAZY = {
     "Step": "pipelines.outputs",
     "VarPipeline": "pipelines.var",
     "VideoOutput": "pipelines.outputs",
+    "VilaUOutput": "pipelines.outputs",
     "VilaUPipeline": "pipelines.vila_u",
 }
 

@@ -201,6 +201,7 @@ def _made_with(family: Family, pipe: AnyPipeline, model: ModelOptions) -> dict[s
         "model": options.public_name(pipe.name),
         "revision": model.revision,
         "variant": model.variant,
+        "quantize": model.quantize,
         "text_encoder": options.public_name(model.text_encoder) if model.text_encoder else None,
         "use_ema": None if "use_ema" in TRAITS[family].lacks else model.use_ema,
         "device": pipe.device.type,

@@ -27,6 +27,7 @@ FLAGS = {
     "preset": "--preset",
     "text_encoder": "--text-encoder",
     "use_ema": "--no-ema",
+    "quantize": "--quantize",
 }
 
 
@@ -73,7 +74,7 @@ DRAWS: frozenset[Ability] = frozenset({"draw pictures"})
 TRAITS: dict[Family, Traits] = {
     "HART": Traits(
         can=DRAWS | {"edit pictures"},
-        lacks=frozenset({"preset"}),
+        lacks=frozenset({"preset", "quantize"}),
         defaults={"num_inference_steps": 8, "more_smooth": True},
         subject=_prompt,
         num_codes=_autoencoder_codes,
@@ -87,7 +88,7 @@ TRAITS: dict[Family, Traits] = {
     ),
     "VILA-U": Traits(
         can=DRAWS | {"draw videos", "answer questions"},
-        lacks=frozenset(FLAGS) - {"negative_prompt"},
+        lacks=frozenset(FLAGS) - {"negative_prompt", "quantize"},
         defaults={},
         subject=_prompt,
         num_codes=_tower_codes,

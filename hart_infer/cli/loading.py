@@ -33,6 +33,7 @@ def load_pipeline(
         "text_encoder": text_encoder,
         "use_ema": model.use_ema,
         "variant": model.variant,
+        "quantize": model.quantize,
         "revision": model.revision,
         "local_files_only": model.local_files_only,
         "dtype": choice.torch_dtype,

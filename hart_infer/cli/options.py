@@ -31,6 +31,7 @@ class ModelOptions:
     variant: str | None
     use_ema: bool
     text_encoder: str | None
+    quantize: str | None = None
 
     @staticmethod
     def of(args: argparse.Namespace) -> ModelOptions:
@@ -42,6 +43,7 @@ class ModelOptions:
             args.variant,
             args.use_ema,
             getattr(args, "text_encoder", None),
+            getattr(args, "quantize", None),
         )
 
     @property
@@ -56,7 +58,8 @@ class ModelOptions:
 
     def given(self) -> set[str]:
         """Return those arguments of `from_pretrained` which not every family has and the command line gives."""
-        return {name for name, value in (("text_encoder", self.text_encoder), ("use_ema", not self.use_ema)) if value}
+        values = {"text_encoder": self.text_encoder, "use_ema": not self.use_ema, "quantize": self.quantize}
+        return {name for name, value in values.items() if value}
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,16 @@ def add_text_encoder(group: Any) -> None:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --dtype and --threads."""
+    """Add --device, --dtype, --threads and --quantize."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     group.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
         help="number format (default: bf16 on CUDA, else as stored; see doctor)",
+    )
+    group.add_argument(
+        "--quantize", choices=["int8_weight_only"], help="VILA-U: the Llama's weights in half the memory, approximately"
     )
     group.add_argument(
         "--threads", metavar="N", type=whole(1, 4096), help="CPU threads (default: PyTorch's; 1 for a small model)"

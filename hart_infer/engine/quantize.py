@@ -13,6 +13,7 @@ from ..models.parts.layers import Linear
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 LEVELS = 127
+UNIT = 128  # products are of levels / UNIT, which is exact in every dtype: sums of plain levels overflow fp16
 
 
 class Int8Linear(nn.Module):
@@ -36,7 +37,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        out = ops.linear(x, self.weight.to(x.dtype), None).float() * self.scale
+        out = ops.linear(x, self.weight.to(x.dtype).div_(UNIT), None).float() * (self.scale * UNIT)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
@@ -52,8 +53,9 @@ def quantize_weights(module: ModuleT, *, keep: tuple[str, ...] = ()) -> ModuleT:
 
     `keep`: names of children that stay as they are, wherever they are.
     """
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and name not in keep:
-                setattr(parent, name, Int8Linear(child))
+    found = [path for path, part in module.named_modules() if isinstance(part, Linear)]
+    for path in found:  # by name: a list of the modules would keep all weights until the end
+        place, _, name = path.rpartition(".")
+        if name not in keep:
+            setattr(module.get_submodule(place), name, Int8Linear(module.get_submodule(path)))  # type: ignore[arg-type]
     return module

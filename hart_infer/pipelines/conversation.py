@@ -103,15 +103,41 @@ class ConversationPipeline(Pipeline):
 
     # Looking.
 
-    def encode(self, image: Image | Sequence[Image] | Tensor) -> Encoded:
+    def decode(self, encoded: Encoded | Tensor) -> Tensor:
+        """Return pictures [N, 3, S, S] fp32 in 0..1 of what `encode` returns, codes [N, g, g, D] or features [N, g, g, C].
+
+        Raises InputError, and OutOfMemoryError.
+        """
+        given = encoded.features if isinstance(encoded, Encoded) else encoded
+        config = self.vision_tower.config
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            given = self._embed(given)
+        if given.shape[1:] != (config.grid, config.grid, config.hidden_size) or not len(given):
+            grid = f"N, {config.grid}, {config.grid}"
+            raise InputError(f"decode takes features [{grid}, {config.hidden_size}], not {list(given.shape)}.")
+        return self._decode(given)
+
+    @torch.no_grad()
+    def _embed(self, codes: Any) -> Tensor:
+        """Codes [N, g, g, D] -> features [N, g, g, C]. Raises InputError."""
+        config = self.vision_tower.config
+        fits = isinstance(codes, Tensor) and codes.ndim == 4 and codes.shape[1:] == config.code_shape and len(codes) > 0
+        sizes = enumerate(config.vocab_sizes)
+        if not fits or any(int(codes[..., i].min()) < 0 or int(codes[..., i].max()) >= size for i, size in sizes):
+            shape = ", ".join(map(str, config.code_shape))
+            raise InputError(f"decode takes codes [N, {shape}] below {max(config.vocab_sizes)}, or what encode returns.")
+        with self._using(self.vision_tower.quantizer):
+            return self.vision_tower.embed(codes.long().to(self.device))
+
+    def encode(self, image: Image | str | Path | Sequence[Image | str | Path] | Tensor) -> Encoded:
         """Return the codes and features of pictures, each by itself.
 
-        `image`: PIL images, made square as the checkpoint says (`settings.image_aspect_ratio`), or a tensor [N, 3, s, s] in
-        0..1, where s is `vision_tower.config.image_size`. Raises InputError, and OutOfMemoryError.
+        `image`: PIL images or paths of pictures, made square as the checkpoint says (`settings.image_aspect_ratio`), or a
+        tensor [N, 3, s, s] in 0..1, where s is `vision_tower.config.image_size`. Raises InputError, and OutOfMemoryError.
         """
         return self._encode(self._pixel_values(image))
 
-    def reconstruct(self, image: Image | Sequence[Image] | Tensor) -> Any:
+    def reconstruct(self, image: Image | str | Path | Sequence[Image | str | Path] | Tensor) -> Any:
         """Picture to codes and back.
 
         One PIL image gives one, several give a list, and a tensor as `encode` takes it gives a tensor [N, 3, S, S] fp32 in
@@ -121,11 +147,15 @@ class ConversationPipeline(Pipeline):
         if isinstance(image, Tensor):
             return pixels
         rebuilt = tensors.to_pil(pixels, truncated=True)
-        return rebuilt if isinstance(image, Sequence) else rebuilt[0]
+        return rebuilt if isinstance(image, Sequence) and not isinstance(image, str) else rebuilt[0]
 
-    def _pixel_values(self, image: Image | Sequence[Image] | Tensor) -> Tensor:
+    def _pixel_values(self, image: Any) -> Tensor:
         """Convert pictures to what the tower takes, [N, 3, s, s] in -1..1. Raises InputError."""
         aspect_ratio: Any = self.settings.image_aspect_ratio
+        if isinstance(image, str | Path):
+            image = read_image(image)
+        elif isinstance(image, Sequence):
+            image = [read_image(each) if isinstance(each, str | Path) else each for each in image]
         return to_pixel_values(image, self.vision_tower.config.image_size, aspect_ratio)
 
     @torch.no_grad()

@@ -53,7 +53,8 @@ def _part(part: Any) -> str:
     if part is None:
         return "none (calls need prompt_embeds)"
     module: nn.Module = part if isinstance(part, nn.Module) else part.model
-    parameters = list(module.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    size = sum(parameter.nbytes for parameter in parameters)
-    return f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB"
+    weights = [*module.parameters(), *module.buffers()]
+    count = sum(tensor.numel() for tensor in weights)
+    size = sum(tensor.nbytes for tensor in weights)
+    small = ", most in int8" if any(tensor.dtype == torch.int8 for tensor in weights) else ""
+    return f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB{small}"

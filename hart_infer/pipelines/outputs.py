@@ -31,7 +31,7 @@ class ImageOutput:
     `out[0]` and `out["images"]` are the images, as in diffusers. A notebook shows them.
     """
 
-    images: Any  # list of PIL images, or [N, H, W, 3] numpy / [N, 3, H, W] torch in 0..1, or latents [N, C, P, P]
+    images: Any  # list of PIL images, or [N, H, W, 3] numpy / [N, 3, H, W] torch in 0..1, or latents
     seeds: list[int]
 
     def __getitem__(self, key: int | str | slice) -> Any:
@@ -71,6 +71,7 @@ class VideoOutput:
         return _html(files, self.seeds, len(self.frames))
 
 
+VilaUOutput = ImageOutput
 HartOutput = ImageOutput  # its name before other families
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from hart_infer.engine import quantize
 from hart_infer.engine.quantize import Int8Linear, quantize_weights
 from hart_infer.models.parts.layers import Linear
 
@@ -56,3 +59,31 @@ def test_every_linear_map_is_replaced_but_those_to_keep() -> None:
     quantize_weights(module, keep=("head",))
     assert [type(each) for each in (module["a"], module["b"][0], module["head"])] == [Int8Linear, Int8Linear, Linear]
     assert module["b"][0].bias is None
+
+
+@torch.no_grad()
+def test_half_precision_overflows_no_sooner_than_the_result() -> None:
+    """A single large activation, as Llamas have them: times plain levels it would be beyond fp16's range."""
+    torch.manual_seed(0)
+    linear = Linear(512, 64, bias=False).requires_grad_(False)
+    linear.weight.normal_(std=0.02)
+    x = torch.zeros(1, 512)
+    x[0, 3] = 2000.0
+    out = Int8Linear(linear)(x.half())
+    assert out.isfinite().all()
+    torch.testing.assert_close(out.float(), linear(x), rtol=2e-2, atol=2.0)
+
+
+def test_a_replaced_weight_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(*(Linear(8, 8) for _ in range(4)))
+    weights = [weakref.ref(layer.weight) for layer in module]
+    alive: list[int] = []
+    made = quantize.Int8Linear
+
+    def spy(linear: nn.Linear) -> nn.Module:
+        alive.append(sum(ref() is not None for ref in weights))
+        return made(linear)
+
+    monkeypatch.setattr(quantize, "Int8Linear", spy)
+    quantize_weights(module)
+    assert alive == [4, 3, 2, 1]

@@ -539,3 +539,39 @@ def test_a_stream_may_go_from_thread_to_thread(offloading: tuple[VilaUPipeline, 
     assert moves == ["the device", "cpu"]
     pipe._offloads_from = None
     assert "".join(pieces) == answered(pipe, noise())
+
+
+# Pictures and codes.
+
+
+def test_paths_are_encoded_as_the_pictures_they_name(pipe: VilaUPipeline, tmp_path: Path) -> None:
+    image = noise()
+    image.save(tmp_path / "a.png")
+    expected = pipe.encode(image).codes
+    assert torch.equal(pipe.encode(tmp_path / "a.png").codes, expected)
+    assert torch.equal(pipe.encode([str(tmp_path / "a.png"), image]).codes, expected.repeat(2, 1, 1, 1))
+    assert pipe.reconstruct(str(tmp_path / "a.png")).tobytes() == pipe.reconstruct(image).tobytes()
+
+
+def test_codes_and_features_are_decoded_to_the_reconstruction(pipe: VilaUPipeline) -> None:
+    encoded = pipe.encode(noise())
+    expected = pipe.decode(encoded)
+    assert torch.equal(pipe.decode(encoded.codes), expected)
+    assert torch.equal(pipe.decode(encoded.features), expected)
+    drawn = pipe("a cat", seed=0, output_type="latent").images
+    assert torch.equal(pipe.decode(drawn), pipe("a cat", seed=0, output_type="pt").images)
+
+
+@pytest.mark.parametrize("kind", ["a string", "another shape", "beyond", "negative", "empty", "features of another width"])
+def test_what_is_neither_codes_nor_features_is_refused(pipe: VilaUPipeline, kind: str) -> None:
+    encoded = pipe.encode(noise())
+    given: Any = {
+        "a string": "a.png",
+        "another shape": encoded.codes[:, 1:],
+        "beyond": encoded.codes + 10**6,
+        "negative": encoded.codes - 10**6,
+        "empty": encoded.codes[:0],
+        "features of another width": encoded.features[..., 1:],
+    }[kind]
+    with pytest.raises(InputError, match="decode takes"):
+        pipe.decode(given)
