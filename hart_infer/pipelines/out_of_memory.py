@@ -52,8 +52,8 @@ def out_of_memory_advice() -> Iterator[None]:
         _release(error)
         raise OutOfMemoryError(
             "The device ran out of memory. Generate fewer pictures at once (num_images_per_prompt, prompts), load with "
-            "dtype=torch.bfloat16, call enable_model_cpu_offload() or, where the pipeline has it, enable_decoder_tiling(), ask for "
-            "a shorter answer (max_new_tokens), or free what else is on the device."
+            "dtype=torch.bfloat16, call enable_model_cpu_offload() or, where the pipeline has it, enable_decoder_tiling(), ask "
+            "for a shorter answer (max_new_tokens), or free what else is on the device."
         ) from error
 
 
