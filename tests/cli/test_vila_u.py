@@ -551,7 +551,8 @@ def test_a_hub_id_is_described_without_its_weights(released: Path, model: str, t
     assert info.returncode == 0
     assert info.stdout.startswith(f"{REPO} (VILA-U)\n")
     assert "not on this machine" in info.stdout
-    assert (drawn.returncode, drawn.stderr) == (0, "")
+    assert drawn.returncode == 0
+    assert "hart-infer" not in drawn.stderr  # an old transformers greets a new cache
     assert len(json.loads(late.stdout)["files"]) == 4
     report = json.loads(doctor.stdout)
     assert report["hub"]["released_models_cached"] == [REPO]

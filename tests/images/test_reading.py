@@ -111,7 +111,10 @@ def test_integers_in_memory_are_of_8_bits_as_pillow_has_it() -> None:
 
 def test_the_transparent_value_of_a_16_bit_grey_is_white(tmp_path: Path) -> None:
     values = np.array([[0, 1000], [30000, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    try:
+        Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    except OSError:
+        pytest.skip("this version of Pillow writes no such file")
     assert np.asarray(read_image(tmp_path / "a.png"))[..., 0].tolist() == [[0, 255], [117, 255]]
 
 
