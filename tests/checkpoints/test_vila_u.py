@@ -182,9 +182,7 @@ def test_nothing_useless_is_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_copies_of_a_shared_codebook_are_not_read(released: Path) -> None:
     plain = find_checkpoint(released)
-    expected = deepcopy(
-        plain.load_vision_tower(torch.float32)
-    )  # not mapped: the file is rewritten, by some versions in place
+    expected = deepcopy(plain.load_vision_tower(torch.float32))  # not mapped: the file is rewritten, by some versions in place
 
     def copy(state: dict[str, Tensor]) -> None:
         for i in range(1, DEPTH):
