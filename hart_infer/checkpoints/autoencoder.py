@@ -1,9 +1,11 @@
-"""The autoencoder that HART and VAR share: its configuration keys, and the released names of its tensors."""
+"""The autoencoder that HART and VAR share: its configuration keys, the released names of its tensors."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from ..errors import ConfigError
 from .configs import BOOKKEEPING, Keys
 
 AUTOENCODER_KEYS = Keys(
@@ -36,3 +38,12 @@ def autoencoder_rules(prefix: str) -> tuple[tuple[str, str], ...]:
         (rf"{start}quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(.*)", r"quantizer.phi.\1.\2"),
         (rf"{start}quantize\.quant_resi\.qresi\.(.*)", r"quantizer.phi.0.\1"),
     )
+
+
+def check_sides(name: str, patch_nums: Sequence[int], v_patch_nums: Sequence[int]) -> None:
+    """Raise ConfigError unless a transformer's sides are its autoencoder's."""
+    if patch_nums != v_patch_nums:
+        raise ConfigError(
+            f"{name}: the transformer's patch_nums {list(patch_nums)} are not the autoencoder's v_patch_nums "
+            f"{list(v_patch_nums)}; both must come from the same checkpoint."
+        )

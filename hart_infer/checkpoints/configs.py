@@ -91,22 +91,27 @@ def config_to_dict(config: Any, keys: Keys) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from the file at `path`; raises CheckpointNotFoundError or ConfigError."""
+    values = read_json_value(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(values).__name__}.")
+    return values
+
+
+def read_json_value(path: Path) -> Any:
+    """Read any JSON value from the file at `path`; raises CheckpointNotFoundError or ConfigError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path} is not a file; a checkpoint's configuration is one.")
         if status.st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path} is too large for a configuration ({status.st_size:,} bytes).")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path} does not exist; a checkpoint needs it.") from error
     except ConfigError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(values).__name__}.")
-    return values
 
 
 def _means(value: Any, allowed: Any) -> bool:

@@ -20,7 +20,7 @@ from ..models.hart import HartConfig, HartTransformer
 from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.text import TextEncoder
-from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules
+from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules, check_sides
 from .configs import BOOKKEEPING, MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
 from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
@@ -259,11 +259,7 @@ def _read(root: Path, plan: _Plan, name: str, strict: bool = False) -> HartCheck
         raise ConfigError(f"{name} is a checkpoint of {kind!r}, not of HartPipeline; load it by that class.")
     transformer = read_config(HartConfig, root / plan.transformer / "config.json", TRANSFORMER_KEYS, strict=strict)
     autoencoder = read_config(AutoencoderConfig, root / plan.autoencoder / "config.json", AUTOENCODER_KEYS, strict=strict)
-    if transformer.patch_nums != autoencoder.v_patch_nums:
-        raise ConfigError(
-            f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
-            f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
-        )
+    check_sides(name, transformer.patch_nums, autoencoder.v_patch_nums)
     defaults = index.get("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigError(f"{root / INDEX}: defaults must be an object, not {defaults!r}.")

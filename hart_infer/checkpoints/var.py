@@ -20,7 +20,7 @@ from ..errors import CheckpointNotFoundError, ConfigError, WeightsError
 from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.var import VarConfig, VarTransformer
-from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules
+from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules, check_sides
 from .configs import MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
 from .hub import HUB, HubOptions
 from .layouts import INDEX, Source, choose_weights, open_source
@@ -249,11 +249,7 @@ def _read_own(source: Source, available: Collection[str], variant: str | None, n
         raise ConfigError(f"{name} is a checkpoint of {index.get('_class_name')!r}, not of VarPipeline; load it by that class.")
     transformer = read_config(VarConfig, root / configs[1], TRANSFORMER_KEYS)
     autoencoder = read_config(AutoencoderConfig, root / configs[2], AUTOENCODER_KEYS)
-    if transformer.patch_nums != autoencoder.v_patch_nums:
-        raise ConfigError(
-            f"{name}: the transformer's patch_nums {list(transformer.patch_nums)} are not the autoencoder's v_patch_nums "
-            f"{list(autoencoder.v_patch_nums)}; both must come from the same checkpoint."
-        )
+    check_sides(name, transformer.patch_nums, autoencoder.v_patch_nums)
     transformer_files, autoencoder_files = (
         choose_weights(available, part, ["model", "pytorch_model"], variant, source.title)
         for part in ("transformer", "autoencoder")

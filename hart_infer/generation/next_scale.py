@@ -68,9 +68,7 @@ def prefill(transformer: NextScaleTransformer, condition: Condition, cache: KVCa
     count, length = condition.inputs.shape[:2]
     first = slice(rows.start, rows.stop, (rows.stop - rows.start) // count)
     hidden = transformer(condition.inputs, condition.modulation, condition.table, cache.at(0, length, rows=first))
-    for kept in (cache.keys, cache.values):
-        each = kept[:, rows, :, :length].unflatten(1, (count, -1))
-        each[:, :, 1:].copy_(each[:, :, :1])
+    cache.spread(rows, count, length)
     keys, values = cache.keys[:, first, :, :length], cache.values[:, first, :, :length]
     return Prefix(keys, values, hidden[:, -1:].clone(), condition.modulation, condition.last_position)
 

@@ -81,9 +81,7 @@ def prefill(llama: Llama, prompts: Sequence[Tensor], cache: KVCache, rows: slice
     mask = None if min(lengths) == length else prefill_mask(padding, length)
     first = slice(rows.start, rows.stop, (rows.stop - rows.start) // len(prompts))
     hidden = llama(inputs, positions, cache.at(0, length, rows=first), mask)
-    for kept in (cache.keys, cache.values):
-        each = kept[:, rows, :, :length].unflatten(1, (len(prompts), -1))
-        each[:, :, 1:].copy_(each[:, :, :1])
+    cache.spread(rows, len(prompts), length)
     return hidden[:, -1].clone()
 
 

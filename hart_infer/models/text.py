@@ -7,7 +7,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..ops.held import no_cudnn_attention
+from ..ops.held import without_cudnn_attention
 from .parts.layers import WeightsStamp
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class TextEncoder:
         for layer, (keys, values) in enumerate(prefix.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
-        with _suitable_attention(tokens.device):
+        with without_cudnn_attention(tokens.device):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
@@ -173,11 +172,6 @@ class TextEncoder:
             self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
             kept = self._prefixes[limit] = (stamp, _SystemPrefix(layers, ids.shape[1]))
         return kept[1]
-
-
-def _suitable_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Keep cuDNN's attention away on CUDA: on newer GPUs rows that attend to nothing may come out NaN from it."""
-    return no_cudnn_attention if device.type == "cuda" else nullcontext()
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .held import no_cudnn_attention
 from .precision import widens
 from .registry import Backend, op
 
@@ -52,8 +50,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Ten
     groups, keys = k.shape[1:3]
     if length == 1:  # the queries that share keys are those of one head
         grouped = q.reshape(rows, groups, heads // groups, head_dim)
-        with no_cudnn_attention if mask is None and q.device.type == "cuda" else nullcontext():  # for the reference
-            out = attention(grouped, k, v, scale=scale) if mask is None else _masked(grouped, k, v, scale, mask)
+        out = attention(grouped, k, v, scale=scale) if mask is None else _masked(grouped, k, v, scale, mask)
         return out.unflatten(-1, (groups, head_dim)).transpose(1, 2).reshape(rows, 1, heads * head_dim)
     if heads > groups:
         k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
@@ -67,7 +64,5 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     dtype = q.dtype
     if widens(q, "attention"):
         q, k, v = q.float(), k.float(), v.float()
-    # cuDNN makes a plan per number of keys, and every position has another.
-    with no_cudnn_attention if q.device.type == "cuda" else nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return out.to(dtype).transpose(1, 2).flatten(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
@@ -41,4 +42,9 @@ def _set_convolution_tf32(allowed: bool) -> None:
 
 
 no_convolution_tf32 = Held(lambda: torch.backends.cudnn.allow_tf32, _set_convolution_tf32, False)
-no_cudnn_attention = Held(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False)
+_no_cudnn_attention = Held(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False)
+
+
+def without_cudnn_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention away on CUDA: it may give NaN for rows that attend to nothing, and plans for each length."""
+    return _no_cudnn_attention if device.type == "cuda" else nullcontext()

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .arguments import check_device, check_dtype
+from .checks import check_bool
 from .describe import describe
 from .out_of_memory import out_of_memory_advice
 
@@ -194,11 +195,18 @@ class Pipeline(ABC):
         return describe(self.name or type(self).__name__, self.components, self.device, self.dtype, self._facts())
 
     @abstractmethod
+    def _save(self, path: Path, max_shard_size: str) -> Path:
+        """Write the parts; return the resolved path."""
+
     def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
 
-        The folder appears whole or not at all. Raises OutputError.
+        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size`, for weights in
+        int8, and for `safe_serialization=False`: pickles are read, never written.
         """
+        if not check_bool(safe_serialization, "safe_serialization"):
+            raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
+        return self._save(Path(path), max_shard_size)
 
     def _batch_size(self, reproducible: bool | None, limit: int) -> int:
         """Return how many images go through a network together: 1 if reproducible (on a CPU by default), else `limit`."""

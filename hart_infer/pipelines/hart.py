@@ -116,16 +116,9 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         """The parts by name; None for a text encoder that was not loaded."""
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
 
-    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
-        """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
-
-        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size` and for
-        `safe_serialization=False`: pickles are read, never written.
-        """
-        if not check_bool(safe_serialization, "safe_serialization"):
-            raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
+    def _save(self, path: Path, max_shard_size: str) -> Path:
         parts = (self.transformer, self.autoencoder, self.text_encoder)
-        return checkpoints.save(Path(path), *parts, self.defaults, max_shard_size=max_shard_size)
+        return checkpoints.save(path, *parts, self.defaults, max_shard_size=max_shard_size)
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super()._move(device, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.configs import MAX_JSON_BYTES
-from ..errors import CheckpointNotFoundError, ConfigError, InputError
+from ..checkpoints.configs import read_json_value
+from ..errors import ConfigError, InputError
 from .checks import check_int
 
 IMAGENET_CLASSES = 1000
@@ -46,7 +45,7 @@ class Labels:
         if file is None:
             bundled = resources.files("hart_infer") / "assets" / "imagenet_classes.json"
             return cls(classes, _names(json.loads(bundled.read_text(encoding="utf-8")), "imagenet_classes.json"))
-        names = _names(_read(file), str(file))
+        names = _names(read_json_value(file), str(file))
         if len(names) != classes:
             raise ConfigError(f"{file} names {len(names)} classes, but the checkpoint has {classes}; correct it or remove it.")
         return cls(classes, names)
@@ -146,23 +145,6 @@ class Labels:
         names = (self.names or ())[index]
         shared = len(self._by_name[folded]) > 1
         return names[0] if shared else next(name for name in names if _folded(name) == folded)
-
-
-def _read(path: Path) -> Any:
-    """Read the JSON file at `path`."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path} is not a file; the names of a checkpoint's classes are in one.")
-        if status.st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path} is too large for the names of classes ({status.st_size:,} bytes).")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"{path} does not exist; give a file that names the checkpoint's classes.") from error
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}).") from error
 
 
 def _names(values: Any, origin: str) -> Names:

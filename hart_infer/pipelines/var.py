@@ -97,16 +97,9 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         """The parts by name."""
         return {"transformer": self.transformer, "autoencoder": self.autoencoder}
 
-    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
-        """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
-
-        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size` and for
-        `safe_serialization=False`: pickles are read, never written.
-        """
-        if not check_bool(safe_serialization, "safe_serialization"):
-            raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
+    def _save(self, path: Path, max_shard_size: str) -> Path:
         parts = (self.transformer, self.autoencoder)
-        return checkpoints.save(Path(path), *parts, self.defaults, class_names=self.labels.names, max_shard_size=max_shard_size)
+        return checkpoints.save(path, *parts, self.defaults, class_names=self.labels.names, max_shard_size=max_shard_size)
 
     def _facts(self) -> Mapping[str, str]:
         config = self.transformer.config

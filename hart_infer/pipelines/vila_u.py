@@ -125,16 +125,9 @@ class VilaUPipeline(ConversationPipeline):
         with out_of_memory_advice():
             return cls(_load(found, dtype, quantize is not None), name=found.name).to(target)
 
-    def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
-        """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
-
-        The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size`, weights in int8,
-        and `safe_serialization=False`: pickles are read, never written.
-        """
+    def _save(self, path: Path, max_shard_size: str) -> Path:
         if any(isinstance(module, Int8Linear) for module in self.llama.modules()):
             raise InputError("Weights in int8 are not saved; load without quantize and save that, then quantize on loading.")
-        if not check_bool(safe_serialization, "safe_serialization"):
-            raise InputError("safe_serialization must be True: weights are written as safetensors, never as pickles.")
         parts = Parts(
             self.llama,
             self.vision_tower,
@@ -146,7 +139,7 @@ class VilaUPipeline(ConversationPipeline):
             self.answers,
             self.defaults,
         )
-        return checkpoints.save(Path(path), parts, max_shard_size=max_shard_size)
+        return checkpoints.save(path, parts, max_shard_size=max_shard_size)
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         for kept in self._kept.values():

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hart_infer.checkpoints.vila_u import find_checkpoint
 from hart_infer.images.preprocess import to_pixel_values
 from hart_infer.images.tensors import to_uint8
 from hart_infer.models.vila_u.vision import VisionTower
-from tests.released_vila_u_tower import load_tower
 
 from .data import golden
 from .recorded import FED, relative
@@ -40,7 +40,12 @@ def inference():
 
 
 def tower_of(checkpoint: str) -> VisionTower:
-    return load_tower(golden(checkpoint) / "vision_tower")
+    return _tower(golden(checkpoint))
+
+
+@cache
+def _tower(folder) -> VisionTower:
+    return find_checkpoint(folder).load_vision_tower(torch.float32)
 
 
 @cache

@@ -139,10 +139,10 @@ def test_a_left_padded_row_of_the_mask_sees_nothing_and_others_see_no_padding() 
 
 
 def test_on_a_gpu_cudnn_s_attention_is_kept_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hart_infer.models import text
+    from hart_infer.ops.held import without_cudnn_attention
 
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with text._suitable_attention(torch.device("cuda")):
+    with without_cudnn_attention(torch.device("cuda")):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 

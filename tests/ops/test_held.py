@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from hart_infer.ops.held import Held, no_convolution_tf32, no_cudnn_attention
+from hart_infer.ops.held import Held, no_convolution_tf32, without_cudnn_attention
 
 
 def test_the_last_to_leave_restores_it() -> None:
@@ -44,6 +44,6 @@ def test_an_error_inside_restores_it() -> None:
 
 def test_torch_s_settings_are_set_and_restored() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
-    with no_convolution_tf32, no_cudnn_attention:
+    with no_convolution_tf32, without_cudnn_attention(torch.device("cuda")):
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()) == (False, False)
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()) == before

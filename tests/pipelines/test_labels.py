@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from hart_infer.checkpoints import configs
 from hart_infer.errors import CheckpointNotFoundError, ConfigError, InputError
-from hart_infer.pipelines import labels as module
 from hart_infer.pipelines.labels import Labels
 from tests.golden.data import REPOSITORY
 
@@ -463,9 +463,9 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(configs, "MAX_JSON_BYTES", 10)
     said = rejected(Labels.for_checkpoint, 2, write(tmp_path, ["cat", "dog"]), kind=ConfigError)
-    assert "is too large for the names of classes (14 bytes)" in said
+    assert "is too large for a configuration (14 bytes)" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

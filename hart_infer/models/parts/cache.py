@@ -39,6 +39,12 @@ class KVCache:
         """Return a cache's bytes; `width` is num_heads * head_dim. The scratch takes more where attention is widened."""
         return 2 * rows * width * itemsize * (depth * length + scratch_length)
 
+    def spread(self, rows: slice, count: int, length: int) -> None:
+        """Copy the first `length` positions of `count` rows, evenly spaced among `rows`, to the rows behind each."""
+        for kept in (self.keys, self.values):
+            each = kept[:, rows, :, :length].unflatten(1, (count, -1))
+            each[:, :, 1:].copy_(each[:, :, :1])
+
     def at(self, offset: int, length: int, *, cached: bool = True, rows: slice = slice(None)) -> Place:
         """Return the place of a scale of `length` tokens at position `offset`, for `rows`."""
         return Place(self, offset, length, cached, rows)

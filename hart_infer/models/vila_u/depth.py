@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.held import without_cudnn_attention
 from ..parts.cache import KVCache, Place
 from ..parts.checks import require, require_positive
 from ..parts.layers import Linear
@@ -123,6 +124,7 @@ class DepthTransformer(nn.Module):
         """Run one slot: input x [R, E], with the slots before in `cache` -> logits over the codebook [R, K] fp32."""
         x = x[:, None]
         place = cache.at(slot, 1, rows=slice(0, len(x)))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, place, layer)
+        with without_cudnn_attention(x.device):  # every slot has another number of keys
+            for layer, block in enumerate(self.blocks):
+                x = block(x, place, layer)
         return self.classifier(self.norm(x[:, 0])).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...errors import ConfigError
+from ...ops.held import without_cudnn_attention
 from ...ops.rope import rope
 from ..parts.cache import KVCache, Place
 from ..parts.checks import require, require_positive
@@ -188,8 +189,9 @@ class Llama(nn.Module):
         [R, 1, L, N] bool is True, which then has to be causal too and to leave every query a key.
         """
         table = rotary_table(positions, self.config, hidden.dtype)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, table, place, index, mask)
+        with without_cudnn_attention(hidden.device):  # every position has another number of keys
+            for index, layer in enumerate(self.layers):
+                hidden = layer(hidden, table, place, index, mask)
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
-from torch import Tensor
-
 from ...errors import BackendError, ConfigError, InputError, WeightsError
 
 if TYPE_CHECKING:
@@ -169,14 +166,6 @@ class TextStream:
         self._begun = self._begun or bool(kept)
         self._spaces = text[len(kept) :]
         return kept
-
-
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return the ids of prompts as [B, L] int64, padded on the left with PAD_ID, and their mask [B, L] bool."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[PAD_ID] * (length - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-    return ids, mask
 
 
 def _user(message: Message) -> Prompt:

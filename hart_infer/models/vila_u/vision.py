@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -171,11 +170,6 @@ class VisionTower(nn.Module):
     def embed(self, codes: Tensor) -> Tensor:
         """Codes [..., D] -> features [..., C]: the sum of their rows, rounded once to the weights' dtype."""
         return reduce(torch.add, self.quantizer.rows_of_depths(codes)).to(self.dtype)
-
-    def partial_sums(self, codes: Tensor) -> Tensor:
-        """Codes [..., d] -> the sums of their rows up to each depth, [..., d, C] in the weights' dtype."""
-        sums = accumulate(self.quantizer.rows_of_depths(codes))
-        return torch.stack([total.to(self.dtype) for total in sums], dim=-2)
 
     def decode(self, features: Tensor) -> Tensor:
         """Features [B, g, g, C] -> pixels [B, 3, height, width] fp32, nominally in -1..1 but not clamped."""

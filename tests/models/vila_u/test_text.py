@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hart_infer.errors import BackendError, ConfigError, InputError, WeightsError
-from hart_infer.models.vila_u.text import IMAGE, IMAGE_ID, SYSTEM_PROMPT, Message, Tokenizer, Turn, pad_left
+from hart_infer.models.vila_u.text import IMAGE, IMAGE_ID, SYSTEM_PROMPT, Message, Tokenizer, Turn
 from tests.released_vila_u import tokenizer_model, vocab_size
 
 pytest.importorskip("sentencepiece", reason="the extra vila-u is not installed")  # by `make newest` and `make oldest`
@@ -192,12 +192,6 @@ def test_a_prompt_that_is_too_long_is_counted(tokenizer: Tokenizer) -> None:
         make(max_length=length + 255).check_length(ids, image_positions=16, new_positions=256)
     with pytest.raises(InputError, match=r"has \d\d,\d{3} tokens; the model takes 600"):
         tokenizer.check_length(tokenizer.encode("why " * 3000), image_positions=16)
-
-
-def test_padding_is_on_the_left() -> None:
-    ids, mask = pad_left([[1, 5, 6], [1]])
-    assert ids.tolist() == [[1, 5, 6], [0, 0, 1]]
-    assert mask.tolist() == [[True] * 3, [False, False, True]]
 
 
 def test_a_tokenizer_of_another_checkpoint() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from itertools import accumulate
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from hart_infer.errors import ConfigError
 from hart_infer.models.parts.autoencoder import AttentionBlock
 from hart_infer.models.vila_u.siglip import SIGLIP_CONFIGS
 from hart_infer.models.vila_u.vision import ResidualQuantizer, VisionConfig, VisionTower
-from tests.released_vila_u_tower import tower_state
 
 CONFIG = VisionConfig(
     hidden_size=32,
@@ -177,19 +175,6 @@ def test_residuals_are_fp32_in_half_precision(dtype):
     assert dtype == torch.float16 or differ > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_embed", [(40,), (40, 7, 12, 3)])
-def test_partial_sums_are_those_that_generation_steps_through(dtype, n_embed):
-    tower = build(replace(CONFIG, n_embed=n_embed, shared_codebook=False), dtype)
-    codes = random_codes(tower.config)
-    sums = tower.partial_sums(codes)
-    assert (sums.shape, sums.dtype) == ((2, 3, 3, 4, 32), dtype)
-    assert torch.equal(sums[..., -1, :], tower.embed(codes))
-    assert torch.equal(sums[..., :2, :], tower.partial_sums(codes[..., :2]))
-    steps = accumulate(tower.quantizer.rows(codes[..., depth], depth) for depth in range(4))
-    assert all(torch.equal(sums[..., depth, :], step.to(dtype)) for depth, step in enumerate(steps))
-
-
 def test_each_depth_has_its_own_number_of_codes():
     config = replace(CONFIG, n_embed=(40, 7, 12, 3), shared_codebook=False)
     tower = build(config)
@@ -198,27 +183,6 @@ def test_each_depth_has_its_own_number_of_codes():
     assert [int(codes[..., depth].max()) < size for depth, size in enumerate(config.vocab_sizes)] == [True] * 4
     expected = sum(tower.quantizer.codebooks[depth].weight[codes[..., depth]] for depth in range(4))
     torch.testing.assert_close(features, expected)
-
-
-@pytest.mark.parametrize("copies", [1, 4])
-def test_a_shared_codebook_is_stored_once_or_for_each_depth(copies):
-    codebook = torch.randn(41, 32)
-    stored = {f"rqvaesiglip.quantizer.codebooks.{depth}.weight": codebook for depth in range(copies)}
-    tower = build(CONFIG)
-    state = tower_state(stored, CONFIG)
-    assert list(state) == ["quantizer.codebooks.0.weight"]
-    assert not tower.load_state_dict(state, strict=False).unexpected_keys
-    assert all(torch.equal(tower.quantizer.codebook(depth), codebook[:40]) for depth in range(4))
-
-
-def test_a_codebook_for_each_depth_keeps_all():
-    config = replace(CONFIG, shared_codebook=False)
-    stored = {f"rqvaesiglip.quantizer.codebooks.{depth}.weight": torch.randn(41, 32) for depth in range(4)}
-    tower = build(config)
-    state = tower_state(stored, config)
-    assert not tower.load_state_dict(state, strict=False).unexpected_keys
-    for depth, weight in enumerate(stored.values()):
-        assert torch.equal(tower.quantizer.codebook(depth), weight[:40])
 
 
 def test_a_picture_s_codes_do_not_depend_on_its_batch():
