@@ -1,14 +1,21 @@
-"""Captions: a picture's name or keywords in many wordings, with its style unless it is the one that goes without saying."""
+"""Captions: a picture's name, colour and number in many wordings, with its style unless that goes without saying."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+
+from compose import COLOURS, plural
+from training import Entry
 
 PLAIN_SHARE = 0.5  # of the captions that could leave the style out, those that do
-BY_KEYWORDS = 0.2  # share of captions made of keywords instead of the name
 FREE = 0.6  # share of captions that follow no template
+OWN_COLOUR = 0.2  # share of the captions that say the colour that a picture has by itself
+NUMBER_WORDS = {2: ("two", "two", "2", "a pair of", "a couple of", "both"), 3: ("three", "three", "3", "a trio of")}
+SYNONYMS = {"purple": ("purple", "violet"), "red": ("red", "crimson"), "pink": ("pink", "rose-coloured")}
+BESIDE = ("on", "with", "in", "near", "under", "next to", "and", "over", "behind", "beside")
 PLAIN = (
     "{a}",
     "{name}",
@@ -79,39 +86,87 @@ def with_article(name: str) -> str:
     return f"{'an' if _AN.match(name.lower()) else 'a'} {name}"
 
 
-def fill(template: str, name: str, style: str) -> str:
+@dataclass(frozen=True)
+class Wanted:
+    """What a caption asks for; `name` is the subject's or a word for it."""
+
+    name: str
+    style: str | None = None
+    colour: str | None = None
+    number: int = 1
+
+    @property
+    def noun(self) -> str:
+        """ "cat", "blue cat", "two cats"."""
+        noun = f"{self.colour} {self.name}" if self.colour else self.name
+        return noun if self.number == 1 else f"{NUMBER_WORDS[self.number][0]} {plural(noun)}"
+
+    def phrase(self, random: Random) -> str:
+        """The noun, with an article or another word for the number or the colour, perhaps."""
+        colour = self.colour and random.choice(SYNONYMS.get(self.colour, (self.colour,)))
+        noun = f"{colour} {self.name}" if colour else self.name
+        if self.number > 1:
+            return f"{random.choice(NUMBER_WORDS[self.number])} {plural(noun)}"
+        if colour and random.random() < 0.1:
+            noun = random.choice((f"{self.name} in {colour}", f"{self.name}, {colour}", f"{self.name} that is {colour}"))
+        return random.choice((noun, with_article(noun), with_article(noun), f"the {noun}"))
+
+
+def fill(template: str, wanted: Wanted) -> str:
     """A template's caption, in lower case."""
-    return template.format(a=with_article(name), name=name, style=style).lower()
+    noun = wanted.noun
+    return template.format(a=noun if wanted.number > 1 else with_article(noun), name=noun, style=wanted.style).lower()
 
 
-def freely(name: str, style: str | None, random: Random) -> str:
-    """A name, and a style if there is one, among words that mean nothing: so that any others may stand there."""
+def freely(wanted: Wanted, random: Random) -> str:
+    """What is wanted, among words that mean nothing: so that any others may stand there."""
 
     def fillers(most: int) -> str:
         words = random.sample(FILLERS, random.randint(0, most))
         return random.choice(BRACKETS).format(" ".join(words)) if words and random.random() < 0.15 else " ".join(words)
 
-    subject = random.choice((name, with_article(name), with_article(name), f"the {name}"))
+    subject = wanted.phrase(random)
     parts = [random.choice(BRACKETS).format(subject) if random.random() < 0.1 else subject]
-    if style:
-        parts.insert(random.randrange(2), random.choice(STYLE_PHRASES).format(style=style))
+    if wanted.style:
+        parts.insert(random.randrange(2), random.choice(STYLE_PHRASES).format(style=wanted.style))
     spaced = [fillers(4)]
     for part in parts:
         spaced += [part, fillers(random.choice((0, 0, 1, 2)))]
     return random.choice((" ", " ", ", ")).join(filter(None, spaced)).lower()
 
 
-def caption(about: dict[str, Any], random: Random) -> str:
-    """A training caption of the picture described by an entry of `Pictures.about`.
-
-    Only the picture that goes without saying (`about["plain"]`) has captions without a style: were they to mean any of
-    three, the codes of one scale, drawn independently, could not agree on which.
-    """
-    name = about["name"].replace("“", "").replace("”", "").replace("’", "'")
-    if about["telling"] and random.random() < BY_KEYWORDS:
-        words = random.sample(about["telling"], min(len(about["telling"]), random.randint(1, 2)))
-        name = random.choice((" ".join(words), f"{name} {words[0]}", f"{words[0]} {name}"))
-    styled = not about["plain"] or random.random() >= PLAIN_SHARE
+def caption(wanted: Wanted, random: Random) -> str:
+    """A training caption."""
     if random.random() < FREE:
-        return freely(name, about["style"] if styled else None, random)
-    return fill(random.choice(STYLED_TEMPLATES if styled else PLAIN), name, about["style"])
+        return freely(wanted, random)
+    return fill(random.choice(STYLED_TEMPLATES if wanted.style else PLAIN), wanted)
+
+
+def beside(wanted: Wanted, other: str, random: Random) -> str:
+    """A caption of what is wanted with another thing behind it, which is not drawn: "a cat on a sofa, noto style"."""
+    text = f"{wanted.phrase(random)} {random.choice(BESIDE)} {with_article(other)}"
+    return (f"{text}, {wanted.style} style" if wanted.style else text).lower()
+
+
+def spoken(name: str) -> str:
+    """A name without the quotation marks that nobody types."""
+    return name.replace("“", "").replace("”", "").replace("’", "'")
+
+
+def wanted_of(about: Entry, random: Random, name: str | None = None) -> Wanted:
+    """What a training caption of a picture asks for, `name` in place of its own.
+
+    Only the picture that goes without saying (`plain`) has captions without a style: were they to mean any of three, the
+    codes of one scale, drawn independently, could not agree on which.
+    """
+    colour = about.colour if about.made or random.random() < OWN_COLOUR else None
+    style = None if about.plain and random.random() < PLAIN_SHARE else about.style
+    return Wanted(name or spoken(about.name), style, colour, about.number)
+
+
+def any_wanted(name: str, random: Random, styles: Sequence[str]) -> Wanted:
+    """A wish for any name, in a style, colour and number that there may be no picture of."""
+    style = random.choice((None, *styles))
+    kind = random.random()
+    colour = random.choice(list(COLOURS)) if kind < 0.3 else None
+    return Wanted(name, style, colour, random.choice((2, 3)) if kind > 0.8 else 1)

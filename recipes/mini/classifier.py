@@ -1,6 +1,8 @@
 """A small network that tells subject and style of a picture: the judge of what hart-mini draws, never part of it.
 
-    python recipes/mini/classifier.py DATA OUT
+    python recipes/mini/classifier.py DATA OUT [--name features --seed 1 --steps 400]
+
+Another one, of another seed, gives the features of the tokenizer's perceptual loss, so that the judge has no part in training.
 
 Trained on the training pictures alone, under shifts, scalings, blur and changes of brightness.
 """
@@ -34,7 +36,7 @@ class Classifier(nn.Module):
         self.subject, self.style = nn.Linear(WIDTHS[-1], subjects), nn.Linear(WIDTHS[-1], len(STYLE_NAMES))
 
     def features(self, pictures: Tensor) -> Tensor:
-        """[N, 3, 96, 96] in -1..1 -> [N, 192]."""
+        """[N, 3, h, w] in -1..1 -> [N, 192]."""
         return self.body(pictures).mean(dim=(2, 3))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ class Classifier(nn.Module):
 
 def subjects_of(pictures: Pictures) -> list[str]:
     """All names, in the order of their classes."""
-    return sorted({about["name"] for about in pictures.about})
+    return sorted({about.name for about in pictures.about})
 
 
 def load_classifier(path: Path, pictures: Pictures) -> Classifier:
@@ -81,11 +83,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="judge", help="of the file in OUT that is written")
     args = parser.parse_args()
-    pictures, log = Pictures(args.data), Log(args.out / "classifier.jsonl")
+    pictures, log = Pictures(args.data), Log(args.out / f"{args.name}.jsonl")
     names = {name: i for i, name in enumerate(subjects_of(pictures))}
-    subject = torch.tensor([names[about["name"]] for about in pictures.about])
-    style = torch.tensor([STYLE_NAMES.index(about["style"]) for about in pictures.about])
+    subject = torch.tensor([names[about.name] for about in pictures.about])
+    style = torch.tensor([STYLE_NAMES.index(about.style) for about in pictures.about])
     torch.manual_seed(args.seed)
     classifier = Classifier(len(names)).to(memory_format=torch.channels_last)
     learned = list(classifier.parameters())
@@ -100,7 +103,9 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = learning_rate(step, peak=args.lr, warmup=50, steps=args.steps, decay=0.6)
         chosen, generator = next(batches), torch.Generator().manual_seed(args.seed + step)
         seen = disturb(pictures.tensor(chosen), generator).contiguous(memory_format=torch.channels_last)
-        by_subject, by_style = classifier(seen)
+        with torch.autocast("cpu", torch.bfloat16):
+            by_subject, by_style = classifier(seen)
+        by_subject, by_style = by_subject.float(), by_style.float()
         loss = F.cross_entropy(by_subject, subject[chosen], label_smoothing=0.05) + F.cross_entropy(by_style, style[chosen])
         classifier.zero_grad()
         loss.backward()
@@ -114,7 +119,7 @@ def main() -> None:
                 (by_style.argmax(1) == style[held_out]).float().mean(),
             )
             log(step=step + 1, loss=loss.item(), held_out_subject=right[0].item(), held_out_style=right[1].item())
-    save(args.out / "classifier.pt", classifier.state_dict())
+    save(args.out / f"{args.name}.pt", classifier.state_dict())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen pairs.
+"""Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen combinations.
 
-    python recipes/mini/evaluate.py DATA OUT --subjects recipes/mini/vocabulary.txt [--only reconstruction prompts ...]
+    python recipes/mini/evaluate.py DATA OUT [--only reconstruction prompts ...]
 
-Needs OUT/classifier.pt (classifier.py). Writes OUT/results.json and, for the eye, OUT/*.png.
+Needs OUT/judge.pt (classifier.py). Writes OUT/results.json and, for the eye, OUT/*.png.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
-from captions import FRESH_TEMPLATES, HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, fill
+from captions import FRESH_TEMPLATES, HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, Wanted, fill, spoken
 from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
@@ -38,7 +40,7 @@ class Evaluation:
         self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
         self.pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
-        self.classifier: Classifier = load_classifier(out / "classifier.pt", self.pictures)
+        self.classifier: Classifier = load_classifier(out / "judge.pt", self.pictures)
         self.subjects = {name: i for i, name in enumerate(subjects_of(self.pictures))}
 
     def draw(self, prompts: Sequence[str], **options: Any) -> Tensor:
@@ -62,11 +64,11 @@ class Evaluation:
         with torch.no_grad():
             by_subject, by_style = self.classifier(drawn)
         about = [self.pictures.about[i] for i in indices]
-        subject = torch.tensor([self.subjects[a["name"]] for a in about])
-        style = torch.tensor([STYLE_NAMES.index(a["style"]) for a in about])
+        subject = torch.tensor([self.subjects[a.name] for a in about])
+        style = torch.tensor([STYLE_NAMES.index(a.style) for a in about])
         five = by_subject.topk(5, dim=1).indices
         if missed is not None:
-            missed += [f"{a['name']}, {a['style']}" for a, right in zip(about, five[:, 0] == subject, strict=True) if not right]
+            missed += [f"{a.name}, {a.style}" for a, right in zip(about, five[:, 0] == subject, strict=True) if not right]
         return {
             "subject": (five[:, 0] == subject).float().mean().item(),
             "subject_in_five": (five == subject[:, None]).any(dim=1).float().mean().item(),
@@ -85,7 +87,7 @@ class Evaluation:
 
 def reconstruction(e: Evaluation) -> dict[str, Any]:
     """Held-out pictures through the tokenizer: hybrid against the codes alone (the paper's first claim)."""
-    indices = [i for i, about in enumerate(e.pictures.about) if about["split"] != "train"]  # of every subject
+    indices = [i for i, about in enumerate(e.pictures.about) if about.split in ("style", "subject")]
     pixels, scores, shown = e.pictures.tensor(indices), {"pictures": len(indices)}, []
     for mode in ("hybrid", "discrete"):
         rebuilt = e.pipe.reconstruct(pixels / 2 + 0.5, mode) * 2 - 1
@@ -107,7 +109,8 @@ def reconstruction(e: Evaluation) -> dict[str, Any]:
 def _captions(e: Evaluation, indices: Sequence[int], templates: Sequence[str]) -> list[str]:
     """A caption for each picture, the templates in turn."""
     about = [e.pictures.about[i] for i in indices]
-    return [fill(templates[i % len(templates)], a["name"], a["style"]) for i, a in enumerate(about)]
+    wanted = [Wanted(spoken(a.name), a.style, a.colour if a.made else None, a.number) for a in about]
+    return [fill(templates[i % len(templates)], w) for i, w in enumerate(wanted)]
 
 
 def generation(e: Evaluation) -> dict[str, Any]:
@@ -172,8 +175,11 @@ def _worded(e: Evaluation, templates: Sequence[str]) -> dict[str, Any]:
 
 def plain(e: Evaluation) -> dict[str, Any]:
     """Known subjects without a style: by name, in a new wording, and by one keyword that isn't in the name."""
-    indices = [i for i in e.pictures.split("train") if e.pictures.about[i]["plain"]][: e.count]
-    keywords = {i: [w for w in a["telling"] if w not in a["name"]] for i in indices if (a := e.pictures.about[i])}
+    indices = [i for i in e.some("train", 10**6) if e.pictures.about[i].plain][: e.count]
+    meant = Counter(
+        word for a in e.pictures.about if a.style == STYLE_NAMES[0] and not a.made for word in {*a.keywords, a.name}
+    )
+    keywords = {i: [w for w in a.keywords if w not in a.name and meant[w] == 1] for i in indices if (a := e.pictures.about[i])}
     telling = [i for i in indices if keywords[i]]
     cases = {
         "training wordings": (indices, _captions(e, indices, PLAIN)),
@@ -189,16 +195,43 @@ def plain(e: Evaluation) -> dict[str, Any]:
 
 def unseen(e: Evaluation) -> dict[str, Any]:
     """Known subjects in a style that they were held out in."""
-    known = {(a["name"]) for a in e.pictures.about if a["split"] == "train"}
-    indices = [i for i in e.some("style", 10**6) if e.pictures.about[i]["name"] in known][: e.count]
+    known = {a.name for a in e.pictures.about if a.split == "train"}
+    indices = [i for i in e.some("style", 10**6) if e.pictures.about[i].name in known][: e.count]
     drawn, real = e.draw(_captions(e, indices, STYLED_TEMPLATES)), e.pictures.tensor(indices)
     write_grid(e.out / "unseen.png", [rows[i : i + 12] for i in (0, 12) for rows in (real, drawn)])
-    listed = [f"{e.pictures.about[i]['name']}, {e.pictures.about[i]['style']}" for i in indices[:24]]
+    listed = [f"{e.pictures.about[i].name}, {e.pictures.about[i].style}" for i in indices[:24]]
     return {"pictures": len(indices), "drawn": e.judge(drawn, indices), "real": e.judge(real, indices), "first": listed}
 
 
+def pairs(e: Evaluation) -> dict[str, Any]:
+    """Colours and numbers of subjects that were never shown so: whose picture is nearest to the one that was drawn?
+
+    The composed picture that was held out competes with the same subject in every other colour and number there is of it in
+    this style, its own colour among them; by the mean squared error. Chance is one over their number.
+    """
+    scores: dict[str, Any] = {}
+    of_thing: dict[tuple[str, str], list[int]] = {}
+    for i, a in enumerate(e.pictures.about):
+        of_thing.setdefault((a.name, a.style), []).append(i)
+    for kind, wanted in (("colour", lambda a: a.number == 1), ("number", lambda a: a.number > 1)):
+        for split in ("composed", "pair"):
+            indices = [i for i in e.some(split, 10**6) if wanted(e.pictures.about[i])][: e.count]
+            drawn, right, chance = e.draw(_captions(e, indices, STYLED_TEMPLATES)), 0, 0.0
+            for picture, i in zip(drawn, indices, strict=True):
+                rivals = of_thing[e.pictures.about[i].name, e.pictures.about[i].style]
+                errors = (e.pictures.tensor(rivals) - picture).square().mean(dim=(1, 2, 3))
+                right += rivals[int(errors.argmin())] == i
+                chance += 1 / len(rivals)
+            scores[f"{kind}, {'held out' if split == 'pair' else 'trained'}"] = {
+                "pictures": len(indices), "right": right / len(indices), "chance": chance / len(indices)
+            }  # fmt: skip
+            real = e.pictures.tensor(indices[:12])
+            write_grid(e.out / f"pairs-{kind}-{split}.png", [real, drawn[:12]])
+    return scores
+
+
 PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen)
+    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen, pairs)
 }
 
 
@@ -227,7 +260,7 @@ def main() -> None:
     path, weights = args.out / "results.json", weights_of(args.model)
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
-        settings = {"model": args.model, "count": args.count, "seed": args.seed, **evaluation.pipe.defaults.to_dict()}
+        settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
         settings |= {"weights": weights, "subjects": args.subjects and args.subjects.name}
         results[name] = PARTS[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from parts import assemble, learned, trained
+from parts import assemble, trained
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     args = parser.parse_args()
     pipe = assemble(args.out)
-    learned(pipe).load_state_dict(trained(args.out)["average"])
+    pipe.transformer.load_state_dict(trained(args.out)["average"])
     path = pipe.to(torch.bfloat16).save_pretrained(args.checkpoint)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(pipe.describe(), f"\n{size / 1e6:.1f} MB in {args.checkpoint}")

@@ -6,7 +6,7 @@ from hart_infer.checkpoints.hart import Defaults
 from hart_infer.models.hart import HartConfig
 from hart_infer.models.parts.autoencoder import AutoencoderConfig
 
-PATCH_NUMS = (1, 2, 3, 5, 8, 12)
+PATCH_NUMS = (1, 2, 4, 6, 10, 16)
 CONTEXT_TOKENS = 24
 
 AUTOENCODER = AutoencoderConfig(
@@ -21,10 +21,10 @@ AUTOENCODER = AutoencoderConfig(
 TRANSFORMER = HartConfig(
     patch_nums=PATCH_NUMS,
     context_token=CONTEXT_TOKENS,
-    context_dim=192,
-    embed_dim=256,
-    num_heads=8,
-    depth=6,
+    context_dim=256,
+    embed_dim=320,
+    num_heads=10,
+    depth=7,
     mlp_type="llama",
     disable_aln=True,
     sep_aln_pooling_mode="avg",

@@ -1,4 +1,4 @@
-"""A tiny Qwen2 and a tokenizer for it, learned from the captions' words; trained together with the transformer."""
+"""A tiny Qwen2 and a tokenizer for it, learned from the words of names and captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
 from hart_infer.models.text import TextEncoder
 
-VOCABULARY, WIDTH, DEPTH = 2048, 192, 2
+VOCABULARY, WIDTH, DEPTH = 6144, 256, 2
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -32,10 +32,10 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=512,
+        intermediate_size=768,
         num_hidden_layers=DEPTH,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=1024,
         initializer_range=0.05,
         attn_implementation="sdpa",

@@ -2,6 +2,7 @@
 
     python recipes/mini/train_tokenizer.py DATA OUT
 
+Needs OUT/features.pt (classifier.py) for the perceptual loss; a discriminator joins for the last part of the steps.
 Half of every batch is decoded from the continuous latent, half from the codes (straight-through). The codebook follows the
 vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
 """
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from classifier import load_classifier
+from codebook import Codebook
 from model import AUTOENCODER
 from parts import TOKENIZER
+from perceptual import Discriminator, PerceptualLoss, balance
 from torch import Tensor
 from training import Average, Log, Muon, Pictures, learning_rate, psnr, save, shuffled, write_grid
 
+from hart_infer import HartPipeline
 from hart_infer.generation.residual import LATENT_SCALE
 from hart_infer.models.parts.autoencoder import Autoencoder
 from hart_infer.models.parts.quantizer import Quantizer, phi_index
@@ -26,59 +31,9 @@ CONTINUOUS_STEPS = 200  # before the codebook joins
 COMMITMENT = 0.25
 SCALE = 0.1  # pull of the latent's standard deviation towards 1: else it outruns the codes
 CODES = "quantizer.codebook.weight"
-REVIVE_EVERY, RARE = 50, 0.02  # steps; uses per step, on average
-CODEBOOK_DECAY = 0.96
-SHIFT = 4  # pixels: the pictures' margin
-
-
-class Codebook:
-    """Keeps a quantizer's codes at the running mean of the vectors that they stand for."""
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        """All codes unused."""
-        weight = quantizer.codebook.weight
-        self.quantizer = quantizer
-        self.count, self.total = torch.zeros(len(weight)), torch.zeros_like(weight)
-
-    @torch.no_grad()
-    def begin(self, latent: Tensor, generator: torch.Generator) -> None:
-        """Take codes from the latents: of every scale, and of the differences between scales."""
-        sides = self.quantizer.patch_nums
-        fine = [
-            latent - F.interpolate(F.interpolate(latent, (p, p), mode="area"), latent.shape[-2:], mode="bicubic")
-            for p in sides[:-1]
-        ]
-        vectors = torch.cat([_vectors(F.interpolate(latent, (p, p), mode="area")) for p in sides] + [_vectors(x) for x in fine])
-        self._replace(torch.arange(len(self.count)), vectors, generator)
-
-    @torch.no_grad()
-    def update(self, indices: list[Tensor], inputs: list[Tensor]) -> None:
-        """Move the codes towards what they were used for."""
-        flat, vectors = torch.cat([i.flatten() for i in indices]), torch.cat([_vectors(x) for x in inputs])
-        count = torch.bincount(flat, minlength=len(self.count)).float()
-        total = torch.zeros_like(self.total).index_add_(0, flat, vectors)
-        self.count.lerp_(count, 1 - CODEBOOK_DECAY)
-        self.total.lerp_(total, 1 - CODEBOOK_DECAY)
-        used = self.count > 1e-4
-        self.quantizer.codebook.weight[used] = self.total[used] / self.count[used, None]
-
-    @torch.no_grad()
-    def revive(self, vectors: Tensor, generator: torch.Generator) -> int:
-        """Begin rarely used codes anew at vectors drawn from [B, C, h, w]."""
-        rare = (self.count < RARE).nonzero()[:, 0]
-        if len(rare):
-            self._replace(rare, _vectors(vectors), generator)
-        return len(rare)
-
-    def _replace(self, codes: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
-        chosen = vectors[torch.randint(len(vectors), (len(codes),), generator=generator)]
-        chosen = chosen + 0.01 * vectors.std() * torch.randn(chosen.shape, generator=generator)
-        self.quantizer.codebook.weight[codes] = chosen
-        self.count[codes], self.total[codes] = 1.0, chosen
-
-
-def _vectors(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+REVIVE_EVERY = 50  # steps
+PERCEPTUAL, ADVERSARIAL = 0.3, 0.1  # shares of the gradient at the last weight, beside the pixels'
+SHIFT = 5  # pixels: the pictures' margin
 
 
 def quantize(quantizer: Quantizer, latent: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -142,13 +97,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints, scores and grids")
+    parser.add_argument("--adversarial-from", type=float, default=0.6, help="share of the steps before the discriminator joins")
+    parser.add_argument("--start-from", metavar="MODEL", help="begin with a pipeline's autoencoder, such as hart-mini's")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pictures, log = Pictures(args.data), Log(args.out / "tokenizer.jsonl")
     train, held_out = pictures.split("train"), pictures.tensor(pictures.split("style", "subject")[::3])
 
     torch.manual_seed(args.seed)
-    autoencoder = Autoencoder(AUTOENCODER).to(memory_format=torch.channels_last)
+    autoencoder = Autoencoder(AUTOENCODER)
     codebook, average = Codebook(autoencoder.quantizer), Average(autoencoder, 0.998, copied=(CODES,))
     learned = [p for name, p in autoencoder.named_parameters() if name != CODES]
     between = [p for name, p in autoencoder.named_parameters() if "quant" in name and name != CODES]  # the codes follow these
@@ -158,38 +115,62 @@ def main() -> None:
         Muon(matrices, args.lr, weight_decay=0.01),
         torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
+    perceptual = PerceptualLoss(load_classifier(args.out / "features.pt", pictures))
+    discriminator = Discriminator()
+    critic = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
     path, start = args.out / "tokenizer.pt", 0
+    if args.start_from and not path.exists():
+        begun = HartPipeline.from_pretrained(args.start_from, torch_dtype=torch.float32, device="cpu").autoencoder
+        autoencoder.load_state_dict(begun.state_dict())
+        average, codebook = Average(autoencoder, 0.998, copied=(CODES,)), Codebook(autoencoder.quantizer)
     if path.exists():
         state = torch.load(path, weights_only=True)
         autoencoder.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        discriminator.load_state_dict(state["discriminator"])
+        for optimizer, saved in zip([*optimizers, critic], state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average.values, codebook.count, codebook.total, start = state["average"], state["count"], state["total"], state["step"]
-    batches = shuffled(train, args.batch, args.seed, start)
+    batches, joins = shuffled(train, args.batch, args.seed, start), 0 if args.start_from else CONTINUOUS_STEPS
     for step in range(start, args.steps):
         generator = torch.Generator().manual_seed(args.seed + step)
         rate = learning_rate(step, peak=args.lr, warmup=100, steps=args.steps)
         for optimizer, factor in zip(optimizers, (1.0, 0.5), strict=True):
             optimizer.param_groups[0]["lr"] = factor * rate
-        images = augment(pictures.tensor(next(batches)), generator).contiguous(memory_format=torch.channels_last)
-        latent = autoencoder.quant_conv(autoencoder.encoder(images))
+        images = augment(pictures.tensor(next(batches)), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = autoencoder.quant_conv(autoencoder.encoder(images))
+        latent = latent.float()
         coded, spread, missed = latent.new_zeros(()), latent.std(), latent.new_ones(())
-        if step == CONTINUOUS_STEPS:
+        if step == joins:
             codebook.begin(latent, generator)
-        if step >= CONTINUOUS_STEPS:
+        if step >= joins:
             f_hat, coded, indices, inputs = quantize(autoencoder.quantizer, latent)
             missed = F.mse_loss(f_hat, latent) / latent.var()
             half = len(latent) // 2
             latent = torch.cat([latent[:half], latent[half:] + (f_hat - latent)[half:].detach()])
-        rebuilt = autoencoder.decoder(autoencoder.post_quant_conv(latent))
-        loss = F.mse_loss(rebuilt, images) + 0.2 * F.l1_loss(rebuilt, images) + coded + SCALE * spread.log().square()
+        with torch.autocast("cpu", torch.bfloat16):
+            rebuilt = autoencoder.decoder(autoencoder.post_quant_conv(latent))
+        rebuilt = rebuilt.float()
+        pixels, last = F.mse_loss(rebuilt, images) + 0.2 * F.l1_loss(rebuilt, images), autoencoder.decoder.conv_out.weight
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = perceptual(rebuilt, images)
+        loss = pixels + PERCEPTUAL * balance(pixels, seen, last) * seen + coded + SCALE * spread.log().square()
+        judged = pixels.new_zeros(())
+        if step >= args.adversarial_from * args.steps:
+            real = -discriminator(rebuilt).mean()
+            loss = loss + ADVERSARIAL * balance(pixels, real, last) * real
         autoencoder.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        if step >= args.adversarial_from * args.steps:
+            judged = discriminator.loss(images, rebuilt)
+            critic.zero_grad()
+            judged.backward()
+            critic.step()
         revived = 0
-        if step >= CONTINUOUS_STEPS:
+        if step >= joins:
             codebook.update(indices, inputs)
             if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:
                 revived = codebook.revive(inputs[-1], generator)
@@ -197,15 +178,19 @@ def main() -> None:
         if step % 25 == 0:
             scores = psnr(rebuilt.detach(), images)
             half = len(scores) // 2
-            log(step=step, loss=loss.item(), coded=coded.item(), continuous=scores[:half].mean().item(),
-                discrete=scores[half:].mean().item(), revived=revived, spread=spread.item(), missed=missed.item())  # fmt: skip
+            log(
+                step=step, loss=loss.item(), seen=seen.item(), judged=judged.item(), coded=coded.item(), revived=revived,
+                continuous=scores[:half].mean().item(), discrete=scores[half:].mean().item(),
+                spread=spread.item(), missed=missed.item(),
+            )  # fmt: skip
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": autoencoder.state_dict(), "average": average.values, "step": step + 1}
             save(
                 path,
                 state
                 | {
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "optimizers": [optimizer.state_dict() for optimizer in (*optimizers, critic)],
+                    "discriminator": discriminator.state_dict(),
                     "count": codebook.count,
                     "total": codebook.total,
                 },

@@ -1,30 +1,30 @@
-"""Train the transformer, its residual diffusion and the text encoder (paper sections 3.2, 3.3) on a trained tokenizer.
+"""Train the transformer and its residual diffusion (paper sections 3.2, 3.3) on a trained tokenizer and text encoder.
 
     python recipes/mini/train_transformer.py DATA OUT
 
 Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
 modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
-in every second step (--full-every): nothing before depends on it. Resumes from OUT/transformer.pt; without one, --start-from
-continues a saved pipeline's weights, such as hart-mini's own.
+in every third step (--full-every): nothing before depends on it. A fifth of the pictures are composed ones. Resumes from
+OUT/transformer.pt; without one, --start-from continues a saved pipeline's weights, such as hart-mini's own.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from captions import PLAIN, STYLED_TEMPLATES, caption, fill
+from captions import caption, wanted_of
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
-from parts import TRANSFORMER_STATE, WORDS, assemble, learned, take_over, tokenizer_hash, trained
+from parts import TRANSFORMER_STATE, assemble, parts_hash, take_over, trained
 from residual import diffusion_loss
-from text_encoder import build_tokenizer
 from torch import Tensor, nn
-from training import Average, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
+from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
 from hart_infer import HartPipeline
 from hart_infer.generation.schedule import Stage, hart_schedule
@@ -32,15 +32,17 @@ from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
 from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.text import TextEncoder
 
 DROPPED = 0.1  # share of captions replaced by the unconditional context
 LOGITS_AT_ONCE = 1500  # rows of 4096
 CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
+COMPOSED = 5  # every so many-th batch is of composed pictures
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
     "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
-    "an octopus", "strawberry, noto style", "fluent hot beverage", "a red apple, twemoji style", "soccer ball", "a kitten",
-    "tree",
+    "an octopus", "strawberry, noto style", "fluent hot beverage", "a car", "soccer ball", "a kitten", "a blue rocket",
+    "two cats", "three bananas", "a green dress, noto style", "a saxophone", "lobster", "a castle in fluent style",
 )  # fmt: skip
 
 
@@ -109,7 +111,8 @@ def losses(
     with torch.no_grad():
         embeddings = [quantizer.embed(c) for c in codes]
         inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
-    hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
     entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
     found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
     found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
@@ -128,7 +131,8 @@ def code_entropy(transformer: HartTransformer, hidden: Tensor, modulation: Tenso
     """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time, so that logits take little memory."""
     at_once = max(1, LOGITS_AT_ONCE // codes.shape[1])
     parts = zip(*(x.split(at_once) for x in (hidden, modulation, codes)), strict=True)
-    flat = [F.cross_entropy(transformer.head(h, m).flatten(0, 1), c.flatten(), reduction="none") for h, m, c in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        flat = [F.cross_entropy(transformer.head(h, m).flatten(0, 1), c.flatten(), reduction="none") for h, m, c in parts]
     return torch.cat(flat).view(codes.shape)
 
 
@@ -186,17 +190,33 @@ def optimizers(modules: Sequence[nn.Module], embeddings: Sequence[nn.Parameter],
     ]
 
 
+def fitting(encoder: TextEncoder, about: Entry, random: Random) -> str:
+    """A caption of a picture that fits the context."""
+    while True:
+        text = caption(wanted_of(about, random), random)
+        if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
+            return text
+
+
+def batches(pictures: Pictures, batch: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Batches of pictures, every COMPOSED-th of composed ones, from step `start` on."""
+    single = shuffled(pictures.split("train"), batch, seed, start - start // COMPOSED)
+    several = shuffled(pictures.split("composed"), batch, seed, start // COMPOSED)
+    for step in itertools.count(start):
+        yield next(several if step % COMPOSED == COMPOSED - 1 else single)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("data", type=Path)
     result.add_argument("out", type=Path, help="has what train_tokenizer.py wrote")
     result.add_argument("--steps", type=int, default=8000)
-    result.add_argument("--batch", type=int, default=32)
+    result.add_argument("--batch", type=int, default=16)
     result.add_argument("--lr", type=float, default=8e-4)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
-    result.add_argument("--full-every", type=int, default=2, help="steps: the others leave the last scale and its residual out")
+    result.add_argument("--full-every", type=int, default=3, help="steps: the others leave the last scale and its residual out")
     result.add_argument("--subjects", type=Path, help="learn these alone, one name per line (all of them)")
     result.add_argument(
         "--start-from", metavar="MODEL", help="begin with a pipeline's weights and tokenizers, such as hart-mini's"
@@ -204,17 +224,13 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def begin(pictures: Pictures, out: Path, start_from: str | None) -> HartPipeline:
-    """The pipeline to train: new, on the tokenizer in `out`, or as a saved one is."""
+def begin(out: Path, start_from: str | None) -> HartPipeline:
+    """The pipeline to train: new, on the tokenizer and the text encoder in `out`, or as a saved one is."""
     begun = take_over(start_from, out) if start_from and not (out / TRANSFORMER_STATE).exists() else None
-    if not (out / WORDS).exists():
-        texts = [word for about in pictures.about for word in (about["name"], *about["keywords"])] * 2
-        texts += [fill(t, about["name"], about["style"]) for about in pictures.about[::7] for t in (*PLAIN, *STYLED_TEMPLATES)]
-        build_tokenizer(texts).save_pretrained(out / WORDS)
     pipe = assemble(out)
     initialise(pipe.transformer)
     if begun is not None:
-        learned(pipe).load_state_dict(learned(begun).state_dict())
+        pipe.transformer.load_state_dict(begun.transformer.state_dict())
     return pipe
 
 
@@ -222,17 +238,16 @@ def main() -> None:
     """Train, with a checkpoint and a grid of samples every so often."""
     args = parser().parse_args()
     pictures, log = Pictures(args.data, args.subjects), Log(args.out / "transformer.jsonl")
-    train = pictures.split("train")
+    train = pictures.split("train", "composed")
     torch.manual_seed(args.seed)
-    pipe = begin(pictures, args.out, args.start_from)
-    transformer, text_encoder, quantizer = pipe.transformer, pipe.text_encoder, pipe.autoencoder.quantizer
-    whole = learned(pipe).requires_grad_(True)
-    both = optimizers([whole], [text_encoder.model.embed_tokens.weight, transformer.head.linear.weight], args.lr)
-    average = Average(whole, 0.998)
+    pipe = begin(args.out, args.start_from)
+    transformer, text_encoder, quantizer = pipe.transformer.requires_grad_(True), pipe.text_encoder, pipe.autoencoder.quantizer
+    both = optimizers([transformer], [transformer.head.linear.weight], args.lr)
+    average = Average(transformer, 0.998)
     path, start = args.out / TRANSFORMER_STATE, 0
     if path.exists():
         state = trained(args.out)
-        whole.load_state_dict(state["model"])
+        transformer.load_state_dict(state["model"])
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -242,30 +257,31 @@ def main() -> None:
     stages = hart_schedule(
         TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
     ).stages
-    batches = shuffled(train, args.batch, args.seed, start)
+    drawn_from = batches(pictures, args.batch, args.seed, start)
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
-        chosen, random, generator = next(batches), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
-        captions = [caption(pictures.about[i], random) for i in chosen]
-        tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
+        chosen, random, generator = next(drawn_from), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
+        captions = [fitting(text_encoder, pictures.about[i], random) for i in chosen]
         rows = torch.tensor([place[i] for i in chosen])
         part = stages if step % args.full_every == 0 else stages[:-1]
         split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
-        context = text_encoder.hidden_states(tokens, mask)
+        with torch.no_grad():
+            tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
+            context = text_encoder.hidden_states(tokens, mask)
         found = losses(transformer, quantizer, part, context, mask, split, latents[rows], generator)
-        whole.zero_grad()
+        transformer.zero_grad()
         found["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         for optimizer in both:
             optimizer.step()
         average.update(step)
         if step % 20 == 0:
             log(step=step, norm=norm.item(), rate=rate, **{name: value.item() for name, value in found.items()})
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
-            state["tokenizer"] = tokenizer_hash(args.out)
+            state = {"model": transformer.state_dict(), "average": average.values, "step": step + 1}
+            state["parts"] = parts_hash(args.out)
             save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
             average.swap()
             drawn = pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from captions import FILLERS
 from PIL import Image
 from torch import Tensor, nn
-
-SIDE = 96
 
 
 class Average:
@@ -109,37 +106,55 @@ class Log:
         print(line, flush=True)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What `data.py` wrote of one picture, and whether a caption without a style means it."""
+
+    emoji: str
+    name: str
+    keywords: list[str]
+    group: str
+    style: str
+    split: str
+    colour: str | None
+    number: int
+    plain: bool
+
+    @property
+    def made(self) -> bool:
+        """Whether it was composed of another picture."""
+        return self.split in ("composed", "pair")
+
+
 class Pictures:
     """The pictures and names that `data.py` wrote."""
 
     def __init__(self, folder: Path, subjects: Path | None = None) -> None:
         """`folder` is data.py's; `subjects` a file of names, one per line, to which `split` keeps (all of them)."""
         self.pixels = np.load(folder / "pictures.npy", mmap_mode="r")
-        self.about: list[dict[str, Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
-        known = {a["name"] for a in self.about}
+        listed: list[dict[str, Any]] = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+        first: dict[tuple[Any, ...], int] = {}  # of a thing's pictures in training, noto where there is one
+        for i, a in enumerate(listed):
+            if a["split"] in ("train", "composed"):
+                first.setdefault(_thing(a), i)
+        self.about = [Entry(**a, plain=first.get(_thing(a)) == i) for i, a in enumerate(listed)]
+        known = {a.name for a in self.about}
         self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else known)
         if unknown := self.names - known:
             raise SystemExit(f"{subjects} names what there are no pictures of: {', '.join(sorted(unknown))}.")
-        self._add_what_captions_need()
-
-    def _add_what_captions_need(self) -> None:
-        """To every entry: `telling`, the keywords that mean no other chosen subject and are no filler; and `plain`, whether
-        this is the picture that a caption without a style means: the subject's first in training, noto where there is one.
-        """
-        chosen = {a["name"]: a["keywords"] for a in self.about if a["name"] in self.names}
-        meant = Counter(word for name, words in chosen.items() for word in {*words, name, *name.split()})
-        first = {self.about[i]["name"]: i for i in reversed(self.split("train"))}
-        for i, about in enumerate(self.about):
-            about["telling"] = [word for word in about["keywords"] if meant[word] == 1 and word not in FILLERS]
-            about["plain"] = first.get(about["name"]) == i
 
     def split(self, *splits: str) -> list[int]:
         """Indices of the pictures of these splits and of the chosen subjects."""
-        return [i for i, about in enumerate(self.about) if about["split"] in splits and about["name"] in self.names]
+        return [i for i, about in enumerate(self.about) if about.split in splits and about.name in self.names]
 
     def tensor(self, indices: list[int]) -> Tensor:
         """[N, 3, SIDE, SIDE] fp32 in -1..1."""
         return torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def _thing(about: dict[str, Any]) -> tuple[Any, ...]:
+    made = about["split"] in ("composed", "pair")
+    return about["name"], about["colour"] if made else None, about["number"]
 
 
 def shuffled(indices: list[int], batch: int, seed: int, start: int) -> Iterator[list[int]]:
