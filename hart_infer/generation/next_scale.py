@@ -17,6 +17,8 @@ from ..models.next_scale import Condition, NextScaleTransformer
 from ..models.parts.cache import KVCache
 from ..models.parts.modulation import Modulation
 from ..models.parts.quantizer import Quantizer
+from ..ops.logits import temper
+from .pruning import BlockInputs, Memory
 from .residual import sample_residual
 from .sampling import Sampler
 from .schedule import Schedule, Stage
@@ -129,6 +131,7 @@ class GenerationState:
         side, channels = schedule.latent_side, transformer.word_embed.in_features
         self.f_hat = torch.zeros(self.batch_size, channels, side, side, device=transformer.device)  # fp32
         self.indices: list[Tensor] = []  # per finished scale [B, p * p] int64
+        self.memory = Memory()
         self._cache: KVCache | None = cache
         self._owner = owner
 
@@ -139,14 +142,15 @@ class GenerationState:
         return self._cache
 
     def end_cache(self) -> None:
-        """Give the cache back to its owner, once nothing attends to it any more."""
+        """Give the cache back to its owner, and free the memory, once no scale needs them any more."""
         cache, self._cache = self._cache, None
+        self.memory = Memory()
         if cache is not None:
             self._owner.give_back(cache)
 
     def drop_cache(self) -> None:
-        """Free the cache of a generation that failed."""
-        self._cache = None
+        """Free the cache and the memory of a generation that failed."""
+        self._cache, self.memory = None, Memory()
 
 
 def run_scale(state: GenerationState, stage: Stage) -> None:
@@ -155,7 +159,7 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
     hidden = state.hidden_states if stage.prefilled else _hidden(state, stage)
     if stage.ends_cache:
         state.end_cache()  # frees most of the memory, before the largest logits and the diffusion are allocated
-    logits = transformer.head(hidden, state.modulation.head[: len(hidden)])
+    logits = temper(transformer.head(hidden, state.modulation.head[: len(hidden)]), stage.logit_temperature)
     indices, embedding = sampler.draw(logits, codebook, stage)
     del logits
     if stage.num_inference_steps:
@@ -185,4 +189,5 @@ def _hidden(state: GenerationState, stage: Stage) -> Tensor:
     x = state.transformer.embed_tokens(latent, stage.index).repeat(rows // state.batch_size, 1, 1)
     cos, sin = state.tables[stage.index]
     place = state.cache.at(stage.offset, stage.length, cached=stage.cached, rows=slice(0, rows))
-    return state.transformer(x, state.modulation.rows(slice(0, rows)), (cos[:rows], sin[:rows]), place)
+    inputs = BlockInputs(x, state.modulation.rows(slice(0, rows)), (cos[:rows], sin[:rows]), place)
+    return stage.run(state.transformer, inputs, state.memory)

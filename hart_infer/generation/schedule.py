@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..models.parts.quantizer import phi_index
+from .pruning import EveryToken, Pass
 
 HART_TOP_K = (600, 300)  # of scales 0 to 6, and from 7 on (released `autoregressive_infer_cfg`)
 HART_TOP_K_CHANGES_AT = 7
@@ -29,7 +30,7 @@ class Stage:
 
     index: int
     side: int  # of its grid of codes
-    length: int  # tokens that it feeds the transformer: the context's at HART's scale 0, else side * side
+    length: int  # tokens whose keys it adds: the context's at HART's scale 0, else side * side, or what pruning keeps of them
     offset: int = 0  # position in the key/value cache of its first token
     prefilled: bool = False  # its hidden states come from the prefill of the condition
     cached: bool = True  # later scales attend to it
@@ -40,8 +41,10 @@ class Stage:
     top_k: int  # 0 keeps all codes
     top_p: float  # 0 is off
     more_smooth: bool
+    logit_temperature: float = 1.0  # divides the logits; other than 1 where a fast mode took the guidance away
     phi: int | None  # which of the shared residual convolutions refines its codes; None for none
     num_inference_steps: int = 0  # of the residual diffusion behind it; 0 for none
+    run: Pass = EveryToken()  # how its tokens go through the blocks
 
     @property
     def tokens(self) -> int:
@@ -88,6 +91,10 @@ class Schedule:
     def scratch_length(self) -> int:
         """Largest length that a scale which is not cached attends to; 0 if all are cached."""
         return max((stage.offset + stage.length for stage in self.stages if not stage.cached), default=0)
+
+    def remembered_vectors(self, depth: int) -> int:
+        """How many vectors [D] a row's memory for pruning has, in a model of `depth` blocks."""
+        return max((stage.run.num_updates(depth) * stage.tokens for stage in self.stages), default=0)
 
 
 def placed(stages: Sequence[Stage], latent_side: int) -> Schedule:

@@ -7,7 +7,7 @@ head maps those to logits over the codebook. The loop over the scales is `genera
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,18 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `vectors` [R, n, D] are those of `Modulation`."""
+        """x [R, L, D] -> [R, L, D]; `vectors` [R, n, D] are those of `Modulation`.
+
+        It adds `attention_update` and then `mlp_update`.
+        """
+
+    @abstractmethod
+    def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
+        """Return what attention adds to x [R, L, D]."""
+
+    @abstractmethod
+    def mlp_update(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Return what the MLP adds to x [R, L, D], which has attention's update."""
 
 
 class PlainBlock(Block):
@@ -51,8 +62,19 @@ class PlainBlock(Block):
 
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """x [R, L, D] -> [R, L, D]; `vectors` [R, 0, D] is empty."""
-        x, normed = self.norm.after(x, self.attn(self.norm(x), table, place, layer))
-        return x + self.mlp(normed)
+        x, normed = self.norm.after(x, self.attention_update(x, vectors, table, place, layer))
+        mlp: Tensor = self.mlp(normed)
+        return x + mlp
+
+    def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
+        """As `Block`."""
+        update: Tensor = self.attn(self.norm(x), table, place, layer)
+        return update
+
+    def mlp_update(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """As `Block`."""
+        update: Tensor = self.mlp(self.norm(x))
+        return update
 
 
 class ModulatedBlock(Block):
@@ -62,9 +84,20 @@ class ModulatedBlock(Block):
 
     def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """x [R, L, D] -> [R, L, D]; `vectors` [R, 6, D] as in `Modulation`."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors[:, :, None].unbind(1)  # [R, 1, D] each
-        x = x + gamma1 * self.attn(self.norm.modulated(x, scale1, shift1), table, place, layer)
-        return x + gamma2 * self.mlp(self.norm.modulated(x, scale2, shift2))
+        x = x + self.attention_update(x, vectors, table, place, layer)
+        return x + self.mlp_update(x, vectors)
+
+    def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
+        """As `Block`."""
+        gamma, _, scale, _, shift, _ = vectors[:, :, None].unbind(1)  # [R, 1, D] each
+        update: Tensor = self.attn(self.norm.modulated(x, scale, shift), table, place, layer)
+        return gamma * update
+
+    def mlp_update(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """As `Block`."""
+        _, gamma, _, scale, _, shift = vectors[:, :, None].unbind(1)
+        update: Tensor = self.mlp(self.norm.modulated(x, scale, shift))
+        return gamma * update
 
 
 class Head(nn.Module):
@@ -135,6 +168,10 @@ class NextScaleTransformer(nn.Module, ABC):
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
         """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""
-        for layer, (block, vectors) in enumerate(zip(self.blocks, modulation.blocks.unbind(0), strict=True)):
+        for layer, (block, vectors) in enumerate(self.layers(modulation)):
             x = block(x, vectors, table, place, layer)
         return x
+
+    def layers(self, modulation: Modulation) -> Iterator[tuple[Block, Tensor]]:
+        """Yield the blocks with their vectors [R, n, D]."""
+        return zip(self.blocks, modulation.blocks.unbind(0), strict=True)  # type: ignore[arg-type]

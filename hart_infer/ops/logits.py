@@ -18,6 +18,11 @@ def blend(rows: Tensor, guidance_scale: float) -> Tensor:
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+def temper(logits: Tensor, temperature: float) -> Tensor:
+    """Divide `logits` by `temperature`, in place, and return them; 1 disables it."""
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k and then top-p remove from `logits` [..., V] fp32; in place, and returned.
 

@@ -31,6 +31,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.addmm(distance, vectors, codebook.T, alpha=-2).argmin(dim=1)
 
 
+def area_resize(x: Tensor, side: int) -> Tensor:
+    """Resize x [B, C, p, p] to [B, C, side, side]: output i averages, along each axis, the inputs that it covers a part of."""
+    if x.device.type == "mps":  # which resizes by whole factors only, before torch 2.10 or so
+        return F.interpolate(x.cpu(), size=(side, side), mode="area").to(x.device)
+    return F.interpolate(x, size=(side, side), mode="area")
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A tokenized image."""
@@ -65,9 +72,7 @@ class Quantizer(nn.Module):
     @staticmethod
     def next_input(f_hat: Tensor, side: int) -> Tensor:
         """Resize f_hat [B, C, P, P] by area to the next scale's [B, C, side, side]."""
-        if f_hat.device.type == "mps":  # which resizes by whole factors only, before torch 2.10 or so
-            return F.interpolate(f_hat.cpu(), size=(side, side), mode="area").to(f_hat.device)
-        return F.interpolate(f_hat, size=(side, side), mode="area")
+        return area_resize(f_hat, side)
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Return the indices [B, p * p] int64 of the codes nearest to `latent` [B, C, p, p] in Euclidean distance."""
