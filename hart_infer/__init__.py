@@ -23,6 +23,7 @@ from .moved import install as _find_old_names
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .generation.speed import Prune
     from .models.text import PromptEmbeds
     from .pipelines.conversation import Frames
     from .pipelines.hart import HartPipeline
@@ -43,6 +44,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "PromptEmbeds",
+    "Prune",
     "Step",
     "VarPipeline",
     "VideoOutput",
@@ -57,6 +59,7 @@ _LAZY = {
     "HartPipeline": "pipelines.hart",
     "ImageOutput": "pipelines.outputs",
     "PromptEmbeds": "models.text",
+    "Prune": "generation.speed",
     "Step": "pipelines.outputs",
     "VarPipeline": "pipelines.var",
     "VideoOutput": "pipelines.outputs",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from ..errors import CheckpointNotFoundError, ConfigError
 
 MAX_JSON_BYTES = 2**24  # a limit; real files have a few KB
+LATE_TEMPERATURES = (0.01, 100.0)  # the least and the most: far beyond useful values
 MAX_GUIDANCE = 1000.0  # above useful values, below what overflows the logits
 ConfigT = TypeVar("ConfigT")
 logger = logging.getLogger(__name__)

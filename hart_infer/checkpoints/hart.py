@@ -21,7 +21,16 @@ from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.text import TextEncoder
 from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules, check_sides
-from .configs import BOOKKEEPING, MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
+from .configs import (
+    BOOKKEEPING,
+    LATE_TEMPERATURES,
+    MAX_GUIDANCE,
+    Keys,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    read_json,
+)
 from .hub import HUB, HubOptions, Repository
 from .layouts import INDEX, Source, choose_weights, open_source, parent
 from .saving import WritePart, check_shard_size, save_checkpoint, write_module
@@ -99,12 +108,15 @@ class Defaults:
     guidance_scale: float = 4.5
     top_p: float = 0.0
     use_system_prompt: bool = True
+    late_temperature: float = 1.0  # of late scales without guidance; benchmarks/fit_late_temperature.py fits it
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that no call accepts."""
         guidance = self.guidance_scale
         require(0 <= guidance <= MAX_GUIDANCE, f"guidance_scale must be from 0 to {MAX_GUIDANCE:g}, not {guidance}.")
         require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
+        (low, high), late = LATE_TEMPERATURES, self.late_temperature
+        require(low <= late <= high, f"late_temperature must be from {low:g} to {high:g}, not {late}.")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..models.parts.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.parts.checks import require
 from ..models.var import VarConfig, VarTransformer
 from .autoencoder import AUTOENCODER_KEYS, AUTOENCODER_SUFFIXES, autoencoder_rules, check_sides
-from .configs import MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
+from .configs import LATE_TEMPERATURES, MAX_GUIDANCE, Keys, config_from_dict, config_to_dict, read_config, read_json
 from .hub import HUB, HubOptions
 from .layouts import INDEX, Source, choose_weights, open_source
 from .saving import CLASSES, WritePart, check_shard_size, save_checkpoint, write_module
@@ -67,6 +67,7 @@ class VarDefaults:
     guidance_scale: float = 4.0
     top_k: int = 900
     top_p: float = 0.95
+    late_temperature: float = 1.0  # of late scales without guidance; benchmarks/fit_late_temperature.py fits it
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that no call accepts."""
@@ -74,6 +75,8 @@ class VarDefaults:
         require(0 <= guidance <= MAX_GUIDANCE, f"guidance_scale must be from 0 to {MAX_GUIDANCE:g}, not {guidance}.")
         require(self.top_k >= 0, f"top_k must be 0 or more, not {self.top_k}.")
         require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
+        (low, high), late = LATE_TEMPERATURES, self.late_temperature
+        require(low <= late <= high, f"late_temperature must be from {low:g} to {high:g}, not {late}.")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ Ability = Literal["draw pictures", "edit pictures", "draw videos", "answer quest
 # The options that not every family has, by the arguments that they give.
 FLAGS = {
     "num_inference_steps": "--steps",
+    "speed": "--speed",
+    "guidance_stops_at": "--guidance-stops-at",
+    "late_temperature": "--late-temperature",
+    "prune": "--prune",
+    "stop_after": "--stop-after",
     "more_smooth": "--smooth",
     "negative_prompt": "--negative-prompt",
     "use_system_prompt": "--no-system-prompt",
@@ -29,6 +34,7 @@ FLAGS = {
     "use_ema": "--no-ema",
     "quantize": "--quantize",
 }
+SPEED_OPTIONS = ("speed", "guidance_stops_at", "late_temperature", "prune", "stop_after")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ TRAITS: dict[Family, Traits] = {
     ),
     "VAR": Traits(
         can=DRAWS | {"edit pictures"},
-        lacks=frozenset(FLAGS) - {"preset", "more_smooth"},
+        lacks=frozenset(FLAGS) - {"preset", "more_smooth", *SPEED_OPTIONS},
         defaults={"more_smooth": False},
         subject=_label,
         num_codes=_autoencoder_codes,

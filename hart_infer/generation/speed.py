@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError
 
@@ -104,13 +104,15 @@ class Knobs:
         """Say in words what is changed, sides as names of scales."""
         words = []
         if self.guidance_stops_at is not None:
-            words.append(f"no guidance from scale {self.guidance_stops_at} on")
+            divided = self.late_temperature not in (None, 1)
+            then = f", logits divided by {self.late_temperature:g}" if divided else ""
+            words.append(f"no guidance from scale {self.guidance_stops_at} on{then}")
         if self.prune is not None:
             words.append(str(self.prune))
         if self.stop_after is not None:
             words.append(f"stops after scale {self.stop_after}")
         if self.num_inference_steps is not None:
-            words.append(f"{self.num_inference_steps} steps of the residual diffusion")
+            words.append(f"{self.num_inference_steps or 'no'} steps of the residual diffusion")
         return "; ".join(words) or "the model as released"
 
 
@@ -139,17 +141,17 @@ class Speed:
         return self.left_out + max(self.unguided, len(self.drop) + 2, 1)
 
 
+SpeedName = Literal["exact", "fast", "turbo", "draft"]
 # A mode has a name only if it gives more time than it costs quality: docs/fast.md has the table that decides.
-SPEEDS: Mapping[str, Speed] = {
+SPEEDS: Mapping[SpeedName, Speed] = {
     "exact": Speed(),
     "fast": Speed(unguided=1, drop=(0.5, 0.75)),
     "turbo": Speed(unguided=3, drop=(0.5, 0.75), num_inference_steps=4),
     "draft": Speed(left_out=1, unguided=2, drop=(0.5,), num_inference_steps=0),
 }
-EXACT = "exact"
 
 
-def resolve(speed: str, given: Knobs, *, sides: Sequence[int], depth: int, late_temperature: float) -> Knobs:
+def resolve(speed: SpeedName, given: Knobs, *, sides: Sequence[int], depth: int, late_temperature: float) -> Knobs:
     """Return the knobs of a named mode with those `given` in place of its own, complete for a model. Raises InputError.
 
     `late_temperature`: the model's, where guidance stops and none is given.

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..generation.schedule import Settings
-from .checks import MAX_GUIDANCE, MAX_SEED, check_bool, check_float, check_int, check_seeds, check_steps
+from .checks import MAX_GUIDANCE, MAX_SEED, check_bool, check_float, check_int, check_seeds
 
 DRAWN_SEEDS = 2**32  # fresh seeds are below it, short enough to retype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,13 +73,10 @@ def _next_seed(generator: torch.Generator) -> int:
     return generator.initial_seed() if is_fresh else int(drawn)
 
 
-def check_settings(
-    *, guidance_scale: Any, num_inference_steps: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int
-) -> Settings:
+def check_settings(*, guidance_scale: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int) -> Settings:
     """Return the checked settings of the sampling; raises InputError."""
     return Settings(
         guidance_scale=check_float(guidance_scale, "guidance_scale", 0, MAX_GUIDANCE),
-        num_inference_steps=check_steps(num_inference_steps),
         top_k=None if top_k is None else check_int(top_k, "top_k", 0, vocab_size),
         top_p=check_float(top_p, "top_p", 0, 1),
         more_smooth=check_bool(more_smooth, "more_smooth"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from ..checkpoints.configs import LATE_TEMPERATURES as LATE_TEMPERATURES
 from ..checkpoints.configs import MAX_GUIDANCE as MAX_GUIDANCE
 from ..errors import InputError
+from ..generation.speed import Prune
 
 MAX_SEED = 2**64 - 1  # what a torch.Generator takes
 MAX_STEPS = 1000  # the residual diffusion's training steps
@@ -77,6 +79,23 @@ def check_steps(value: Any, name: str = "num_inference_steps") -> int:
     if steps == 1:
         raise InputError(f"{name} must be 0 (no residual) or from 2 to {MAX_STEPS}, not 1: one step has no schedule.")
     return steps
+
+
+def check_temperature(value: Any, name: str = "late_temperature") -> float:
+    """Return the temperature of the scales that lose their guidance."""
+    return check_float(value, name, *LATE_TEMPERATURES)
+
+
+def check_prune(value: Any) -> Prune:
+    """Return a Prune, or make one of its fields, as a picture's metadata has them."""
+    if isinstance(value, Prune):
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(f"prune must be a Prune, or its fields by name, not {type(value).__name__}.")
+    try:
+        return Prune(**value)
+    except TypeError as error:
+        raise InputError(f"prune takes at, drop, cache_at, once and score, not {', '.join(map(str, value))}.") from error
 
 
 def check_output_type(value: Any) -> None:

@@ -17,7 +17,9 @@ from ..checkpoints.layouts import BUNDLED_MODEL
 from ..checkpoints.text_encoder import load_text_encoder
 from ..engine.cpu import cpu_threads
 from ..errors import InputError
+from ..generation.fast import apply
 from ..generation.schedule import Schedule, Settings, hart_schedule
+from ..generation.speed import Prune, SpeedName
 from ..models.hart import HartTransformer
 from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
@@ -58,7 +60,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         """Assemble loaded parts; `from_pretrained` is the usual way. Without a text encoder calls need `prompt_embeds`."""
         super().__init__(transformer, autoencoder, name=name)
         self.text_encoder = text_encoder
-        self.defaults = defaults or Defaults()
+        self.defaults: Defaults = defaults or Defaults()
 
     @classmethod
     def from_pretrained(
@@ -127,7 +129,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
 
     def _facts(self) -> Mapping[str, str]:
         sides = " ".join(map(str, self.transformer.config.patch_nums))
-        return {"sizes": f"{', '.join(map(str, self.sizes))} px; scales: {sides}"}
+        return {"sizes": f"{', '.join(map(str, self.sizes))} px; scales: {sides}", **self._speeds()}
 
     def encode_prompt(
         self,
@@ -152,10 +154,15 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         width: int | None = ...,
         num_images_per_prompt: int = ...,
         guidance_scale: float | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool = ...,
+        speed: SpeedName = ...,
+        guidance_stops_at: int | None = ...,
+        late_temperature: float | None = ...,
+        prune: Prune | Mapping[str, Any] | None = ...,
+        stop_after: int | None = ...,
         generator: GeneratorArgument = ...,
         seed: int | Sequence[int] | None = ...,
         negative_prompt: str | Sequence[str] | None = ...,
@@ -180,10 +187,15 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         width: int | None = ...,
         num_images_per_prompt: int = ...,
         guidance_scale: float | None = ...,
-        num_inference_steps: int = ...,
+        num_inference_steps: int | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool = ...,
+        speed: SpeedName = ...,
+        guidance_stops_at: int | None = ...,
+        late_temperature: float | None = ...,
+        prune: Prune | Mapping[str, Any] | None = ...,
+        stop_after: int | None = ...,
         generator: GeneratorArgument = ...,
         seed: int | Sequence[int] | None = ...,
         negative_prompt: str | Sequence[str] | None = ...,
@@ -208,10 +220,15 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         width: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
-        num_inference_steps: int = 8,
+        num_inference_steps: int | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         more_smooth: bool = True,
+        speed: SpeedName = "exact",
+        guidance_stops_at: int | None = None,
+        late_temperature: float | None = None,
+        prune: Prune | Mapping[str, Any] | None = None,
+        stop_after: int | None = None,
         generator: GeneratorArgument = None,
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -233,10 +250,17 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             num_images_per_prompt: images per prompt, each with its own seed.
             guidance_scale: strength of classifier-free guidance at the last scale; 0 turns it off and halves the work; None is
                 the checkpoint's default (released: 4.5).
-            num_inference_steps: steps of the residual diffusion, 8 in the paper; 0 leaves it out (discrete tokens only).
+            num_inference_steps: steps of the residual diffusion; 0 leaves it out (discrete tokens only); None is the `speed`'s,
+                8 in the paper.
             top_k: codes kept before drawing; None is the released 600, then 300 from scale 7 on; 0 keeps all.
             top_p: nucleus of probability kept after top-k; 0 turns it off; None is the checkpoint's default (released: 0).
             more_smooth: feed on Gumbel-softmax mixtures of codes (the released scripts' default) instead of the drawn codes.
+            speed: "exact", the model as released; "fast", "turbo" or "draft", which compute less on the late scales and
+                differ from it (docs/fast.md): `knobs(speed)` says what they mean here. The next four take the place of its own.
+            guidance_stops_at: side of the first scale without guidance.
+            late_temperature: what the logits of those scales are divided by; None is the checkpoint's default.
+            prune: a `Prune`, or its fields by name: late scales compute some of their tokens.
+            stop_after: side of the last scale that is run; without the last one there is no residual either.
             generator: a torch.Generator, or one per image: seeds are drawn from it, and noise on its device. Not with `seed`.
             seed: image i gets seed + i; or a list, one per image; None for fresh ones. The result's `seeds` has them.
             negative_prompt: replaces the empty unconditional context; one text, or one per prompt.
@@ -258,11 +282,18 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         """
         settings = check_settings(
             guidance_scale=self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            num_inference_steps=num_inference_steps,
             top_k=top_k,
             top_p=self.defaults.top_p if top_p is None else top_p,
             more_smooth=more_smooth,
             vocab_size=self.autoencoder.config.vocab_size,
+        )
+        knobs = self.knobs(
+            speed,
+            guidance_stops_at=guidance_stops_at,
+            late_temperature=late_temperature,
+            prune=prune,
+            stop_after=stop_after,
+            num_inference_steps=num_inference_steps,
         )
         call = self._check_call(
             sides={"size": size, "height": height, "width": width},
@@ -278,7 +309,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         negative = self._negative(negative_prompt, negative_prompt_embeds, len(given))
         if prompt is None and prompt_embeds is None and negative is None:  # both guidance halves would be the same
             settings = replace(settings, guidance_scale=0.0)
-        schedule = self._schedule(settings)
+        schedule = apply(knobs, self._schedule(settings))
         self._check_memory(schedule, len(given) * repeats)
         seeds, draw_device = seeds_for(len(given) * repeats, seed, generator, self.device)
         with out_of_memory_advice(), cpu_threads(self.num_threads):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.hart import Defaults
+from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads, threads_for
 from ..engine.next_scale import Engine, TransformerT
 from ..errors import InputError
 from ..generation.next_scale import finish
 from ..generation.sampling import make_sampler
 from ..generation.schedule import Schedule
+from ..generation.speed import SPEEDS, Knobs, Prune, SpeedName, resolve
 from ..images import tensors
 from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder, Mode
 from ..models.parts.cache import KVCache
 from .base import Pipeline
-from .checks import check_bool, check_int, check_output_type, check_size
+from .checks import check_bool, check_int, check_output_type, check_prune, check_size, check_steps, check_temperature
 from .edit import NO_EDIT, Mask, PictureEdit, check_edit, check_mask, check_picture, feathered, keep_mask
 from .out_of_memory import check_memory, out_of_memory_advice
 from .outputs import Callback, Step, check_callback
@@ -45,6 +48,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
     """A transformer and an autoencoder that make pictures scale by scale."""
 
     tokenization: Mode = "hybrid"  # what is decoded after the last scale
+    defaults: Defaults | VarDefaults
 
     def __init__(self, transformer: TransformerT, autoencoder: Autoencoder, *, name: str) -> None:
         super().__init__(name)
@@ -89,6 +93,41 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         config = self.autoencoder.config
         return (config.v_patch_nums[-1] * config.downsample,)
 
+    def knobs(
+        self,
+        speed: SpeedName = "exact",
+        *,
+        guidance_stops_at: int | None = None,
+        late_temperature: float | None = None,
+        prune: Prune | Mapping[str, Any] | None = None,
+        stop_after: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Knobs:
+        """Return what `speed` and the knobs given in place of its own mean for this model; arguments as of a call.
+
+        Raises InputError.
+        """
+        given = Knobs(
+            guidance_stops_at=guidance_stops_at,
+            late_temperature=None if late_temperature is None else check_temperature(late_temperature),
+            prune=None if prune is None else check_prune(prune),
+            stop_after=stop_after,
+            num_inference_steps=None if num_inference_steps is None else check_steps(num_inference_steps),
+        )
+        knobs = resolve(
+            speed,
+            given,
+            sides=self.autoencoder.config.v_patch_nums,
+            depth=self.transformer.depth,
+            late_temperature=self.defaults.late_temperature,
+        )
+        return knobs if self.tokenization == "hybrid" else replace(knobs, num_inference_steps=None)
+
+    def _speeds(self) -> dict[str, str]:
+        """Return the lines of `describe` about fast modes, {label: text}."""
+        sides = self.autoencoder.config.v_patch_nums
+        return {f"speed {name}": str(self.knobs(name)) for name, mode in SPEEDS.items() if len(sides) >= mode.min_scales}
+
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.engine.clear()
         self.transformer.to(device=device, dtype=dtype)
@@ -118,17 +157,18 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         self._slices = False
 
     def _check_memory(self, schedule: Schedule, count: int) -> None:
-        """Raise OutOfMemoryError if the caches and the pixels of `count` images exceed the device's memory."""
-        transformer = self.transformer
+        """Raise OutOfMemoryError if the caches, memories and pixels of `count` images exceed the device's memory."""
+        transformer, rows = self.transformer, 2 if schedule.guided else 1
+        memory = rows * schedule.remembered_vectors(transformer.depth) * transformer.width * transformer.dtype.itemsize
         cache = KVCache.size_in_bytes(
             depth=transformer.depth,
-            rows=2 if schedule.guided else 1,
+            rows=rows,
             width=transformer.width,
             length=schedule.cached_length,
             scratch_length=schedule.scratch_length,
             itemsize=transformer.dtype.itemsize,
         )
-        check_memory(count, cache + 3 * 4 * self.sizes[0] ** 2, self.device)
+        check_memory(count, cache + memory + 3 * 4 * self.sizes[0] ** 2, self.device)
 
     def _check_call(
         self,

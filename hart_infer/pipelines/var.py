@@ -13,7 +13,9 @@ from ..checkpoints import var as checkpoints
 from ..checkpoints.hub import HubOptions
 from ..checkpoints.var import VarDefaults, find_checkpoint
 from ..errors import InputError
+from ..generation.fast import apply
 from ..generation.schedule import Settings, var_schedule
+from ..generation.speed import Prune, SpeedName
 from ..models.next_scale import Condition
 from ..models.parts.autoencoder import Autoencoder
 from ..models.var import VarTransformer
@@ -52,7 +54,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         """Assemble loaded parts; `from_pretrained` is the usual way. Without `labels` classes are numbers."""
         super().__init__(transformer, autoencoder, name=name)
         self.labels = labels or Labels(transformer.config.num_classes)
-        self.defaults = defaults or VarDefaults()
+        self.defaults: VarDefaults = defaults or VarDefaults()
 
     @classmethod
     def from_pretrained(
@@ -107,6 +109,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         return {
             "sizes": f"{', '.join(map(str, self.sizes))} px; scales: {' '.join(map(str, config.patch_nums))}",
             "classes": f"{config.num_classes}, {named}",
+            **self._speeds(),
         }
 
     @overload
@@ -123,6 +126,11 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool | None = ...,
+        speed: SpeedName = ...,
+        guidance_stops_at: int | None = ...,
+        late_temperature: float | None = ...,
+        prune: Prune | Mapping[str, Any] | None = ...,
+        stop_after: int | None = ...,
         generator: GeneratorArgument = ...,
         seed: int | Sequence[int] | None = ...,
         output_type: Literal["pil", "np", "pt", "latent"] = ...,
@@ -146,6 +154,11 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool | None = ...,
+        speed: SpeedName = ...,
+        guidance_stops_at: int | None = ...,
+        late_temperature: float | None = ...,
+        prune: Prune | Mapping[str, Any] | None = ...,
+        stop_after: int | None = ...,
         generator: GeneratorArgument = ...,
         seed: int | Sequence[int] | None = ...,
         output_type: Literal["pil", "np", "pt", "latent"] = ...,
@@ -169,6 +182,11 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         top_k: int | None = None,
         top_p: float | None = None,
         more_smooth: bool | None = None,
+        speed: SpeedName = "exact",
+        guidance_stops_at: int | None = None,
+        late_temperature: float | None = None,
+        prune: Prune | Mapping[str, Any] | None = None,
+        stop_after: int | None = None,
         generator: GeneratorArgument = None,
         seed: int | Sequence[int] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -189,6 +207,12 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
             top_k: codes kept before drawing; 0 keeps all.
             top_p: nucleus of probability kept after top-k; 0 turns it off.
             more_smooth: feed on Gumbel-softmax mixtures of codes instead of the drawn codes.
+            speed: "exact", the model as released; "fast", "turbo" or "draft", which compute less on the late scales and
+                differ from it (docs/fast.md): `knobs(speed)` says what they mean here. The next four take the place of its own.
+            guidance_stops_at: side of the first scale without guidance.
+            late_temperature: what the logits of those scales are divided by; None is the checkpoint's default.
+            prune: a `Prune`, or its fields by name: late scales compute some of their tokens.
+            stop_after: side of the last scale that is run.
             generator: a torch.Generator, or one per image: seeds are drawn from it, and noise on its device. Not with `seed`.
             seed: image i gets seed + i; or a list, one per image; None for fresh ones. The result's `seeds` has them. On a CPU
                 it is the released code's `g_seed` for a batch of one.
@@ -207,6 +231,13 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         settings = self._settings(
             preset, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, more_smooth=more_smooth, guided=label is not None
         )
+        knobs = self.knobs(
+            speed,
+            guidance_stops_at=guidance_stops_at,
+            late_temperature=late_temperature,
+            prune=prune,
+            stop_after=stop_after,
+        )
         call = self._check_call(
             sides={"size": size, "height": height, "width": width},
             output_type=output_type,
@@ -217,7 +248,8 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         )
         repeats = check_int(num_images_per_prompt, "num_images_per_prompt", 1)
         config = self.transformer.config
-        schedule = var_schedule(config.patch_nums, share_quant_resi=self.autoencoder.config.share_quant_resi, settings=settings)
+        exact = var_schedule(config.patch_nums, share_quant_resi=self.autoencoder.config.share_quant_resi, settings=settings)
+        schedule = apply(knobs, exact)
         self._check_memory(schedule, len(classes) * repeats)
         seeds, draw_device = seeds_for(len(classes) * repeats, seed, generator, self.device)
 
@@ -250,5 +282,5 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         chosen |= PRESETS[preset] if preset else {}
         chosen["top_k"] = min(chosen["top_k"], self.autoencoder.config.vocab_size)
         chosen |= {name: value for name, value in given.items() if value is not None}
-        settings = check_settings(num_inference_steps=0, vocab_size=self.autoencoder.config.vocab_size, **chosen)
+        settings = check_settings(vocab_size=self.autoencoder.config.vocab_size, **chosen)
         return settings if guided else replace(settings, guidance_scale=0.0)

@@ -31,6 +31,7 @@ from hart_infer.checkpoints.hart import Defaults
 from hart_infer.cli import main, naming
 from hart_infer.cli.console import UsageError, library_messages
 from hart_infer.errors import OutOfMemoryError
+from hart_infer.generation.speed import Knobs, resolve
 from hart_infer.images.files import read_metadata, save_picture
 from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
@@ -62,6 +63,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         device = torch.device("cpu")
         dtype = torch.float32
         defaults = Defaults()
+
+        def knobs(self, speed: Any, **given: Any) -> Knobs:
+            return resolve(speed, Knobs(**given), sides=(1, 2, 4, 8, 16), depth=2, late_temperature=0.75)
 
         @classmethod
         def from_pretrained(cls, path: str, **options: Any) -> Pipeline:
@@ -302,6 +306,10 @@ def test_one_prompt_one_file(calls: Calls, capsys: pytest.CaptureFixture[str]) -
         "more_smooth": True,
         "negative_prompt": None,
         "use_system_prompt": True,
+        "guidance_stops_at": None,
+        "late_temperature": None,
+        "prune": None,
+        "stop_after": None,
     }
 
 
@@ -491,6 +499,7 @@ def test_metadata_says_what_made_the_picture(
         "more_smooth": True,
         "negative_prompt": "dogs",
         "use_system_prompt": True,
+        "speed": "exact",
         "model": "my-model",
         "use_ema": True,
         "device": "cpu",
@@ -507,6 +516,62 @@ def test_metadata_says_what_made_the_picture(
     assert b"cat" not in Path(name).read_bytes()
     assert main(["info", name]) == 1
     assert "carries no metadata" in capsys.readouterr().err
+
+
+PRUNED = {"at": [8, 16], "drop": [0.5, 0.75], "cache_at": 4, "once": False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {"speed": "exact", "num_inference_steps": 8}),
+        ("--steps 8", {"speed": "exact", "num_inference_steps": 8}),
+        ("--steps 4", {"num_inference_steps": 4}),
+        ("--speed fast", {"speed": "fast", "num_inference_steps": 8, "guidance_stops_at": 16, "prune": PRUNED}),
+        ("--speed turbo", {"speed": "turbo", "num_inference_steps": 4, "guidance_stops_at": 4, "prune": PRUNED}),
+        ("--speed turbo --steps 6", {"num_inference_steps": 6, "guidance_stops_at": 4, "prune": PRUNED}),
+        (
+            "--speed fast --prune-once 16:0.25 --late-temperature 0.5",
+            {
+                "num_inference_steps": 8,
+                "guidance_stops_at": 16,
+                "late_temperature": 0.5,
+                "prune": {"at": [16], "drop": [0.25], "cache_at": 8, "once": True},
+            },
+        ),
+        ("--stop-after 8", {"num_inference_steps": 8, "stop_after": 8}),
+    ],
+)
+def test_metadata_says_the_speed_and_its_knobs(calls: Calls, flags: str, expected: dict[str, Any]) -> None:
+    """The knobs are what the call got; the name stands where they are all its own."""
+    assert main(["generate", "a cat", "-o", "a.png", *flags.split()]) == 0
+    metadata, batch = read_metadata("a.png") or {}, calls.batches[0]
+    if "guidance_stops_at" in expected:
+        expected = {"late_temperature": 0.75, **expected}
+    names = ("speed", "num_inference_steps", "guidance_stops_at", "late_temperature", "prune", "stop_after")
+    assert {name: metadata[name] for name in names if name in metadata} == expected
+    assert json.loads(json.dumps({name: batch[name] for name in names[1:] if batch[name] is not None})) == {
+        name: value for name, value in expected.items() if name != "speed"
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--speed warp", "invalid choice: 'warp'"),
+        ("--prune 8", "'8' is not a list of sides and shares; 48:0.5,64:0.75 is one"),
+        ("--prune 8:2", "must be a number from 0 to 1, not 2"),
+        ("--prune 16:0.5,8:0.5", "must be 2 rising sides"),
+        ("--prune 8:0.5 --prune-once 8:0.5", "not allowed with argument --prune"),
+        ("--late-temperature 0.5", "late_temperature is of scales that lost their guidance"),
+        ("--guidance-stops-at 7", "guidance_stops_at must be the side of one of the model's scales, 1 2 4 8 16, not 7"),
+        ("--stop-after 0", "must be a whole number of 1 or more"),
+    ],
+)
+def test_speeds_that_there_are_not(calls: Calls, capsys: pytest.CaptureFixture[str], flags: str, complaint: str) -> None:
+    assert main(["generate", "a cat", *flags.split()]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not calls.batches
 
 
 def test_previews(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -724,6 +789,17 @@ def test_pictures_are_those_of_the_pipeline(
     assert np.array_equal(pixels(f"steps/3-scale-{scales - 1:02d}.png"), pixels("one/3.png"))
 
 
+@pytest.mark.parametrize("flags", ["--speed turbo", "--speed draft", "--guidance-stops-at 6 --prune-once 4:0.3,6:0.6"])
+def test_a_picture_s_metadata_draws_it_again(model: list[str], hart_tiny: Path, text_tiny: Path, flags: str) -> None:
+    assert main(["generate", "a cat", "--seed", "5", "-q", "-o", "a.png", *flags.split(), *model]) == 0
+    metadata = read_metadata("a.png") or {}
+    not_of_a_call = {"model", "use_ema", "device", "dtype", "software", "text_encoder"}
+    pipe = hart_infer.HartPipeline.from_pretrained(hart_tiny, text_encoder=text_tiny, torch_dtype=torch.float32, device="cpu")
+    again = pipe(**{name: value for name, value in metadata.items() if name not in not_of_a_call}).images[0]
+    assert np.array_equal(pixels("a.png"), np.asarray(again))
+    assert not np.array_equal(pixels("a.png"), np.asarray(pipe("a cat", seed=5).images[0]))
+
+
 def test_converted_checkpoint_paints_the_same(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     _, source, *text_encoder = model[:4]
     assert main(["convert", source, "own", *text_encoder, "--max-shard-size", "1MB", "-q"]) == 0
@@ -747,7 +823,7 @@ def test_info_counts_what_is_loaded(model: list[str], hart_tiny: Path, capsys: p
     assert report["parameters"]["total"] == sum(part.numel() for part in parts)
     assert report["memory"]["fp32"]["weights_bytes"] == sum(part.numel() * 4 for part in parts)
     assert report["schedule"]["picture_pixels"] == pipe.sizes[0]
-    assert report["defaults"] == {"guidance_scale": 4.5, "top_p": 0.0, "use_system_prompt": True}
+    assert report["defaults"] == {"guidance_scale": 4.5, "top_p": 0.0, "use_system_prompt": True, "late_temperature": 1.0}
     assert {"llm/ema_model.bin", "tokenizer/model.safetensors"} == set(report["files"])
     assert main(["info", str(hart_tiny), "--no-ema"]) == 0
     assert "llm/model.safetensors" in capsys.readouterr().out

@@ -144,6 +144,15 @@ def test_pictures_are_those_of_the_pipeline(named: Path, capsys: pytest.CaptureF
         ("--preset fid", {"guidance_scale": 1.5, "top_p": 0.96}),
         ("--preset fid --guidance-scale 2 --smooth", {"guidance_scale": 2.0, "top_p": 0.96, "more_smooth": True}),
         ("--top-k 3 --top-p 0", {"top_k": 3, "top_p": 0.0}),
+        (
+            "--speed fast",
+            {
+                "speed": "fast",
+                "guidance_stops_at": 16,
+                "late_temperature": 1.0,
+                "prune": {"at": [13, 16], "drop": [0.5, 0.75], "cache_at": 10, "once": False},
+            },
+        ),
     ],
 )
 def test_metadata_says_the_class_and_how_it_was_drawn(
@@ -153,7 +162,7 @@ def test_metadata_says_the_class_and_how_it_was_drawn(
     metadata = read_metadata("a.png")
     assert metadata
     assert metadata.pop("software").startswith("hart-infer ")
-    settings = {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95, "more_smooth": False} | changed
+    settings = {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95, "more_smooth": False, "speed": "exact"} | changed
     made_of = {"class_index": 7, "seed": 1, "size": 256}
     assert metadata == {**settings, **made_of, "model": "var-tiny", "device": "cpu", "dtype": "float32"}
     capsys.readouterr()
@@ -211,7 +220,7 @@ def test_info_counts_what_is_loaded(named: Path, capsys: pytest.CaptureFixture[s
     }
     cache = 2 * 2 * 2 * 680 * pipe.transformer.width * 4  # depth, keys and values, guidance
     assert report["memory"]["fp32"]["cache_bytes_per_picture"] == cache
-    assert report["defaults"] == {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95}
+    assert report["defaults"] == {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95, "late_temperature": 1.0}
     assert list(report["files"]) == ["var_d2.pth", "vae_ch32v1024z8.pth", "class names"]
     assert report["files"]["var_d2.pth"]["tensors_never_read"] in (3, 4)  # the subset lacks a dead one
     assert main(["info", str(named), "--variant", "d2"]) == 0

@@ -101,9 +101,21 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         ({"num_inference_steps": bad}, "num_inference_steps must be a whole number from 0 to 1000")
-        for bad in (-1, 1001, 8.0, "8", None, NAN, False)
+        for bad in (-1, 1001, 8.0, "8", NAN, False)
     ),
     ({"num_inference_steps": 1}, "num_inference_steps must be 0 .* or from 2 to 1000, not 1"),
+    *(({"speed": bad}, "speed must be one of exact, fast, turbo, draft, not") for bad in ("Fast", "", None, 1, ["fast"])),
+    *(({"guidance_stops_at": bad}, "guidance_stops_at must be the side of one of") for bad in (0, 5, "6", True, [6])),
+    *(({"stop_after": bad}, "stop_after must be the side of one of") for bad in (0, 5, "6", True, NAN)),
+    *(
+        ({"guidance_stops_at": 6, "late_temperature": bad}, "late_temperature must be a number from 0.01 to 100")
+        for bad in (0, -1, 101, NAN, "1", True)
+    ),
+    ({"late_temperature": 1.0}, "late_temperature is of scales that lost their guidance"),
+    ({"prune": 0.5}, "prune must be a Prune, or its fields by name, not float"),
+    ({"prune": {"share": 0.5}}, "prune takes at, drop, cache_at, once and score, not share"),
+    ({"prune": {"drop": 0.5}}, "prune.drop must list a share"),
+    ({"prune": {"at": (3, 5)}}, "prune.at must be the side of one of"),
     *(({"top_k": bad}, "top_k must be a whole number from 0 to 1024") for bad in (-1, VOCABULARY + 1, 5.0, "5", True, NAN)),
     *(({"top_p": bad}, "top_p must be a number from 0 to 1, not") for bad in (-0.1, 1.1, NAN, INF, "1", True)),
     *(

@@ -248,7 +248,6 @@ def test_defaults_and_the_preset(large: VarPipeline, asked: list[Settings], opti
     large(1, **options)
     (settings,) = asked
     assert (settings.guidance_scale, settings.top_k, settings.top_p, settings.more_smooth) == expected
-    assert settings.num_inference_steps == 0
 
 
 def test_a_checkpoint_s_defaults_are_those_of_a_call(own: VarPipeline, asked: list[Settings]) -> None:
