@@ -529,7 +529,7 @@ def test_the_folder_holds_what_it_should_and_nothing_else(released: Path, tmp_pa
     assert names == {"model_index.json", *(f"{part}/{name}" for part in parts for name in ("config.json", "model.safetensors"))}
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == "VarPipeline"
-    assert index["defaults"] == {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95}
+    assert index["defaults"] == {"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95, "late_temperature": 1.0}
     assert index["parts"] == list(parts)
 
 
@@ -575,6 +575,7 @@ def test_defaults_of_a_saved_checkpoint(released: Path, tmp_path: Path) -> None:
         ({"defaults": {"top_p": 1.5}}, "top_p must be from 0 to 1"),
         ({"defaults": {"top_k": -1}}, "top_k must be 0 or more"),
         ({"defaults": {"guidance_scale": 1e9}}, "guidance_scale must be from 0 to 1000"),
+        ({"defaults": {"late_temperature": 0.0}}, "late_temperature must be from 0.01 to 100"),
         ({"_class_name": "FluxPipeline"}, "is a checkpoint of 'FluxPipeline', not of VarPipeline"),
         ({"_class_name": None}, "not of VarPipeline"),
     ],
