@@ -76,6 +76,14 @@ def local_path(repo_or_path: str | Path) -> Path | None:
         return None
 
 
+def absolute(repo_or_path: str | None) -> str | None:
+    """Return a local folder's absolute path, which other processes find too; an id, the bundled name and None as they are."""
+    if repo_or_path is None or repo_or_path == BUNDLED_MODEL:
+        return repo_or_path
+    path = local_path(repo_or_path)
+    return repo_or_path if path is None else os.path.abspath(path)
+
+
 def hub_id(repo_or_path: str | Path) -> str:
     """Return `owner/name` of a Hub id, with or without a trailing /llm or /transformer. Raises CheckpointNotFoundError."""
     match = _HUB_ID.fullmatch(str(repo_or_path))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import HartError
 from ..version import __version__
-from . import answer, convert, doctor, edit, generate, info, reconstruct, video
+from . import answer, batch, convert, doctor, edit, generate, info, reconstruct, video
 from .console import PROGRAM, StdoutError, UsageError, library_messages, note
 from .options import HelpFormatter
 
@@ -25,6 +25,7 @@ EPILOG = """\
 examples:
   hart-infer generate "a lighthouse in the snow" -o lighthouse.png
   hart-infer generate "golden retriever" --model FoundationVision/var --variant d16
+  hart-infer batch prompts.csv --out pictures/
   hart-infer edit photo.png --mask mask.png "a cat" -o edited.png
   hart-infer video "fireworks" --model mit-han-lab/vila-u-7b-256 -o fireworks.webp
   hart-infer answer cat.png "What is this?" --model mit-han-lab/vila-u-7b-256
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, edit, video, answer, reconstruct, info, convert, doctor):
+    for module in (generate, batch, edit, video, answer, reconstruct, info, convert, doctor):
         module.add_parser(commands)
     return parser
 

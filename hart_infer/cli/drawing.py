@@ -160,7 +160,8 @@ def draw(
     settings = asked.sampling.completed(family, pipe)
     settings = {name: value for name, value in settings.items() if name not in task.lacks}
     writer.check_grid_size(options.side(asked.sampling.size, pipe.sizes))
-    writer.made_with({**settings, **(metadata or {}), **_made_with(family, pipe, asked)}, subjects)
+    facts = made_with(family, pipe, asked.model, asked.sampling)
+    writer.made_with({**settings, **(metadata or {}), **facts}, subjects)
     arguments = settings if make_edit is None else {**settings, "edit": make_edit(pipe)}
     if not asked.quiet and asked.seed is None:
         note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
@@ -195,11 +196,10 @@ def _subjects(family: Family, pipe: AnyPipeline, prompts: Sequence[str | None]) 
         raise UsageError(str(error)) from error
 
 
-def _made_with(family: Family, pipe: AnyPipeline, asked: DrawOptions) -> dict[str, Any]:
+def made_with(family: Family, pipe: AnyPipeline, model: ModelOptions, sampling: SamplingOptions) -> dict[str, Any]:
     """Return what the metadata of pictures says of the speed, the model and the machine."""
-    model = asked.model
     return {
-        "speed": asked.sampling.speed_name(family, pipe),
+        "speed": sampling.speed_name(family, pipe),
         "model": options.public_name(pipe.name),
         "revision": model.revision,
         "variant": model.variant,

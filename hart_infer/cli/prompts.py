@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..batch.reading import lines_of
 from ..errors import InputError
 from ..pipelines.checks import check_prompts
 from .console import UsageError
@@ -31,13 +32,10 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 def _read(name: str) -> list[str]:
     shown = "stdin" if name == "-" else name
     try:
-        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise InputError(f"{shown} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = lines_of(content, shown)
     if not prompts:
         raise InputError(f"{shown} holds no prompt.")
     return prompts

@@ -106,10 +106,10 @@ class SamplingOptions:
         return PRESETS[self.preset]
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of pictures: sampling, the seed and the batch size."""
+def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first picture (default: random)") -> None:
+    """Add the options of pictures: sampling, the batch size and the seed, whose help is `seed`."""
     add = _group(parser).add_argument
-    add("-s", "--seed", type=options.whole(0, MAX_SEED), help="seed of the first picture (default: random)")
+    add("-s", "--seed", type=options.whole(0, MAX_SEED), help=seed)
     add("--size", metavar="PIXELS", type=options.whole(1), help="side of the picture (default: largest)")
     add("--guidance-scale", **GUIDANCE_SCALE, help="guidance strength (HART 4.5, VAR 4, VILA-U 3, whose 1 is none)")
     add("--top-k", **TOP_K, help="codes kept, 0 for all (HART 600, then 300 from scale 7; VAR and VILA-U 900)")

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import warnings
@@ -32,6 +33,7 @@ EXIF_SOFTWARE = 0x0131
 MAX_EXIF_BYTES = 65000  # one JPEG segment
 MAX_NAME_BYTES = 255
 GRID_GAP = 4
+PARTIAL = re.compile(r"\.hart-[0-9a-f]{12}\.part")  # the name of a file that is being written
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
