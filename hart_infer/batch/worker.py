@@ -136,7 +136,7 @@ class Worker:
 
     def _write(self, picture: _Picture, add: AddPicture) -> Record:
         row = picture.row
-        made_of = {**picture.subject.metadata, "seed": row.seed, "size": picture.image.width}
+        made_of = {**picture.subject.metadata, "seed": row.seed, "size": picture.image.width, "model": self._model.name}
         settings = {**self._arguments(row), **self._model.made_with}
         metadata = {name: value for name, value in {**settings, **made_of}.items() if value is not None}
         written = add(row, picture.image, metadata)
