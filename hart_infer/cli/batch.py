@@ -65,8 +65,9 @@ Ray:
 
 examples:
   hart-infer batch prompts.txt --out pictures/
-  hart-infer batch prompts.csv --out pictures/ --batch-size 8 --chunk-size 64 --grid
-  hart-infer batch prompts.parquet --out s3://bucket/run --format webdataset --chunk-size 1000 --ray auto
+  hart-infer batch prompts.csv --out pictures/ --batch-size 8 --grid
+  hart-infer batch prompts.parquet --out s3://bucket/run --ray auto
+  hart-infer batch prompts.csv -o run/ --format webdataset --chunk-size 1000
 """
 
 

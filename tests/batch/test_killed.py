@@ -185,7 +185,6 @@ def kill_an_actor(driver: subprocess.Popen[Any]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.sample
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_500_prompts_on_two_actors_with_three_kills(tmp_path):
     """Two actors are killed on the way, then the driver, which is started again."""
