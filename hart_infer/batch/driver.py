@@ -94,6 +94,7 @@ def _write_errors(storage: Storage, name: str, failures: Iterable[tuple[Row, str
 
 def _claim(storage: Storage, described: Mapping[str, Any]) -> None:
     """Write down what the folder's pictures share, or compare it with what is there. Raises InputError."""
+    described = json.loads(json.dumps(described))  # tuples are lists there
     if RUN not in storage.names(""):
         with storage.whole(RUN) as file:
             file.write(json.dumps(described, indent=2).encode())

@@ -138,6 +138,8 @@ class Worker:
         row = picture.row
         made_of = {**picture.subject.metadata, "seed": row.seed, "size": picture.image.width, "model": self._model.name}
         settings = {**self._arguments(row), **self._model.made_with}
+        if row.settings:
+            settings.pop("speed", None)  # a name for the run's settings, which a row's own may belie
         metadata = {name: value for name, value in {**settings, **made_of}.items() if value is not None}
         written = add(row, picture.image, metadata)
         return Record(

@@ -14,6 +14,7 @@ from ..batch.manifest import MANIFEST, import_pyarrow
 from ..batch.reading import read_table
 from ..batch.worker import Model, WorkerOptions
 from ..checkpoints.layouts import absolute
+from ..errors import InputError
 from ..pipelines.checks import check_size
 from . import options
 from .console import UsageError, emit, emit_json, note
@@ -87,8 +88,11 @@ class Loader:
         pipe: Any = load_pipeline(self.family, self.model, self.machine, text_encoder=text_encoder, quiet=self.quiet)
         pipe.set_progress_bar_config(disable=True)
         check_size(self.sampling.size, pipe.sizes, "--size")
-        facts = made_with(self.family, pipe, self.model)
-        settings = self.sampling.completed(self.family, pipe)
+        try:
+            settings = self.sampling.completed(self.family, pipe)
+        except UsageError as error:
+            raise InputError(str(error)) from error
+        facts = made_with(self.family, pipe, self.model, self.sampling)
         return Model(pipe, facts.pop("model"), settings, facts, lambda text: TRAITS[self.family].subject(pipe, text))
 
 
@@ -152,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     loader = Loader(family, model, machine, sampling, args.quiet)
     meter = _Meter(quiet=args.quiet)
     asked = WorkerOptions(loader, args.out, args.batch_size, args.format, args.metadata, args.grid)
-    described = {**_described(model, machine), **sampling.given(), "seed": seed, "format": args.format}
+    described = {**_described(model, machine), **_given(sampling), "seed": seed, "format": args.format}
     try:
         end = run_batch(
             table.rows, asked, chunk_size=args.chunk_size, described=described, pool=cluster, on_progress=meter.show
@@ -193,6 +197,12 @@ def _described(model: ModelOptions, machine: MachineOptions) -> dict[str, Any]:
         "dtype": machine.dtype,
     }
     return {name: value for name, value in shared.items() if value is not None}
+
+
+def _given(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return the sampling arguments of the command line in JSON's types."""
+    pruned = {} if sampling.prune is None else {"prune": sampling.prune.to_dict()}
+    return {**sampling.given(), **pruned}
 
 
 class _Meter:

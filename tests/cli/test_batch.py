@@ -12,6 +12,7 @@ from PIL import Image
 
 from hart_infer.batch.rows import SETTINGS
 from hart_infer.cli import main
+from hart_infer.cli.families import SPEED_OPTIONS
 from hart_infer.cli.sampling import SamplingOptions
 from hart_infer.images.files import read_metadata
 from tests.released_vila_u import write_checkpoint
@@ -86,7 +87,23 @@ def test_vila_u_draws_prompts(tmp_path):
 
 
 def test_a_row_may_change_what_the_command_line_sets():
-    assert {*SETTINGS, "preset"} == set(SamplingOptions.__dataclass_fields__)
+    assert {*SETTINGS, *SPEED_OPTIONS, "preset"} == set(SamplingOptions.__dataclass_fields__)
+
+
+def test_speed_is_a_setting_of_the_run(capsys):
+    Path("p.csv").write_text("id,prompt,num_inference_steps\na,a cat,\nb,a cat,2\n")
+    command = ["batch", "p.csv", "-o", "out", "--quiet", "--prune"]
+    assert main([*command, "8:0.5"]) == 0
+    assert main([*command, "8:0.5"]) == 0
+    first, second = (json.loads(line["settings"]) for line in lines())
+    assert first["prune"] == second["prune"] == {"at": [8], "drop": [0.5], "cache_at": 5, "once": False}
+    assert (first["num_inference_steps"], second["num_inference_steps"]) == (8, 2)
+    assert main([*command, "8:0.25"]) == 1
+    assert "was begun with prune" in capsys.readouterr().err
+    assert main(["batch", "p.csv", "-o", "fast", "--quiet", "--speed", "fast"]) == 0
+    assert ["speed" in json.loads(line["settings"]) for line in lines("fast")] == [True, False]
+    assert main(["batch", "p.csv", "-o", "none", "--quiet", "--stop-after", "5000"]) == 1
+    assert "hart-infer batch: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
