@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..images.files import picture_format, save_picture
-from ..pipelines.checks import check_seeds
+from ..pipelines.checks import check_seeds, factored
 from ..version import __version__
 from . import options
 from .console import UsageError, note
@@ -167,7 +167,7 @@ def draw(
         note(f"seed {seed}" + (f" to {seed + count - 1}" if count > 1 else ""))
     for batch in _batches(pipe, plan.jobs, asked.batch_size, quiet=asked.quiet):
         callback = previews.callback(batch, TRAITS[family].step) if previews else None
-        repeated, repeats = _factored([subjects[job.prompt].argument for job in batch])
+        repeated, repeats = factored([subjects[job.prompt].argument for job in batch])
         drawn = task.draw(
             pipe,
             None if repeated == [None] else repeated,
@@ -220,14 +220,6 @@ def _batches(pipe: AnyPipeline, jobs: Sequence[Job], batch_size: int, *, quiet: 
             until = f"-{first + len(batch)}" if len(batch) > 1 else ""
             pipe.set_progress_bar_config(desc=f"{first + 1}{until} of {len(jobs)}")
         yield batch
-
-
-def _factored(prompts: list[str | int | None]) -> tuple[list[str | int | None], int]:
-    """Return distinct prompts and their repeat count if all repeat alike, in order; else (prompts, 1)."""
-    once = list(dict.fromkeys(prompts))
-    repeats = len(prompts) // len(once)
-    is_even = prompts == [prompt for prompt in once for _ in range(repeats)]
-    return (once, repeats) if is_even else (prompts, 1)
 
 
 def _columns(text: str) -> int:

@@ -63,6 +63,14 @@ def check_prompts(prompts: Any, name: str = "prompt") -> list[str]:
     return list(listed)
 
 
+def factored(prompts: Sequence[Any]) -> tuple[list[Any], int]:
+    """Return distinct prompts and their repeat count if all repeat alike, in order; else (prompts, 1)."""
+    once = list(dict.fromkeys(prompts))
+    repeats = len(prompts) // len(once)
+    is_even = list(prompts) == [prompt for prompt in once for _ in range(repeats)]
+    return (once, repeats) if is_even else (list(prompts), 1)
+
+
 def check_size(size: Any, sizes: Sequence[int], name: str = "size") -> None:
     """Raise InputError unless `size` is None or one of the checkpoint's."""
     if size is None:

@@ -1,0 +1,148 @@
+"""`hart-infer serve`: pictures over HTTP, by OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BackendError, InputError
+from . import options
+from .console import PROGRAM, UsageError, emit, note
+from .families import TRAITS, family_of
+from .loading import load_pipeline
+from .options import MachineOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from ..checkpoints.families import Family
+    from ..server.worker import Model
+
+DETAILS = """\
+Serves OpenAI's API of pictures: /v1/images/generations, with previews as a stream,
+/v1/images/edits, /v1/models, and for VILA-U /v1/chat/completions; beside them
+/healthz, /readyz and /metrics. Requests that come together are drawn together, and
+a seed draws the same picture either way.
+By default only this machine can reach it. Needs the extra: pip install
+'hart-infer[serve]'."""
+
+EPILOG = """\
+Each option may be given by an environment variable too: --max-queue is
+HART_INFER_SERVE_MAX_QUEUE. docs/serving.md says more.
+
+examples:
+  hart-infer serve
+  hart-infer serve -m mit-han-lab/hart-0.7b-1024px --port 8080
+  hart-infer serve --keys keys.txt --new-key alice
+  hart-infer serve --host 0.0.0.0 --keys keys.txt
+"""
+EXTRA = "hart-infer serve needs the extra packages of 'serve': pip install 'hart-infer[serve]'."
+
+
+def add_parser(commands: options.Commands) -> None:
+    """Add the subcommand."""
+    parser = options.add_command(
+        commands,
+        "serve",
+        usage="[options]",
+        summary="Serve pictures over HTTP, by OpenAI's API.",
+        details=DETAILS,
+        epilog=EPILOG,
+    )
+    parser.set_defaults(run=run)
+    _add_server(parser.add_argument_group("server"))
+    _add_limits(parser.add_argument_group("limits"))
+    parser.add_argument(
+        "--no-reproducible",
+        dest="reproducible",
+        action="store_false",
+        help="draw a batch's pictures together: faster on a GPU, and a seed's picture rounds otherwise from batch to batch",
+    )
+    options.add_text_encoder(options.add_model(parser))
+    options.add_machine(parser)
+
+
+def _add_server(group: Any) -> None:
+    group.add_argument("--host", metavar="ADDRESS", help="address to listen at (127.0.0.1: this machine alone)")
+    group.add_argument("--port", metavar="N", type=options.whole(0, 65535), help="port, 0 for a free one (8000)")
+    group.add_argument("--keys", metavar="FILE", type=Path, help="names and hashes of API keys, which clients then need")
+    group.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and end")
+    group.add_argument("--insecure", action="store_true", default=None, help="let other machines in without keys")
+    group.add_argument("--keep", metavar="DIR", type=Path, help="keep finished pictures there; needed for urls of pictures")
+    group.add_argument(
+        "--drain", metavar="SECONDS", type=options.number(0, 86400), help="what open requests get when the server ends (60)"
+    )
+
+
+def _add_limits(group: Any) -> None:
+    add, whole = group.add_argument, options.whole
+    add("--max-batch", metavar="N", type=whole(1, 4096), help="pictures drawn together (8)")
+    add("--max-wait-ms", metavar="MS", type=options.number(0, 60000), help="what a picture waits for others (10)")
+    add("--max-queue", metavar="N", type=whole(1, 1_000_000), help="pictures that may wait; more are told to come later (256)")
+    add("--timeout", metavar="SECONDS", type=options.number(0.001, 86400), help="of a request, its wait included (300)")
+    add("--rate", metavar="N", type=whole(0), help="pictures a minute for each key, 0 for no limit (600)")
+    add("--max-n", metavar="N", type=whole(1, 1000), help="pictures of a request (10)")
+    add("--max-prompt", metavar="N", type=whole(1), help="characters of a prompt (4000)")
+    add("--max-body-mb", metavar="MB", type=options.number(0.001, 1024), help="size of a request (20)")
+    add("--max-pixels", metavar="N", type=whole(1), help="of a picture that is sent (16777216)")
+
+
+SETTINGS = (
+    "host port keys insecure keep drain max_batch max_wait_ms max_queue timeout rate max_n max_prompt max_body_mb max_pixels"
+).split()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make a key, or serve until a signal. Raises HartError."""
+    if args.new_key is not None:
+        return _make_key(args.keys, args.new_key)
+    try:
+        from ..server.run import Server, bind
+        from ..server.settings import make_settings
+    except ImportError as error:
+        raise BackendError(f"{EXTRA} ({error})") from error
+    settings = make_settings(**{name: getattr(args, name) for name in SETTINGS})
+    listening = bind(settings.host, settings.port)
+    try:
+        model, machine = ModelOptions.of(args), MachineOptions.of(args)
+        name = options.public_name(model.name)
+        load = partial(load_model, model, machine, name=name, reproducible=args.reproducible)
+        Server({name: load}, settings).run(listening, partial(_announce, name))
+    finally:
+        listening.close()
+    return 0
+
+
+def _make_key(path: Path | None, name: str) -> int:
+    from ..server.keys import add_key
+
+    if path is None:
+        raise InputError("--new-key needs --keys FILE, to which it adds the key's hash.")
+    key = add_key(path, name)
+    note(f"{PROGRAM} serve: the key of {name}; it is shown this once, and {path} has its hash")
+    emit(key)
+    return 0
+
+
+def _announce(name: str, address: str) -> None:
+    note(f"{PROGRAM} serve: {name} at {address}, once it is loaded (Ctrl-C ends it)")
+
+
+def load_model(model: ModelOptions, machine: MachineOptions, *, name: str, reproducible: bool) -> Model:
+    """Load a pipeline in the worker's process. Raises HartError."""
+    from ..server import log
+    from ..server.worker import Model as Loaded
+
+    log.set_up()
+    try:
+        family = family_of(model)
+    except UsageError as error:
+        raise InputError(str(error)) from error
+    pipe = load_pipeline(family, model, machine, text_encoder=model.text_encoder, quiet=True)
+    return Loaded(pipe, name, family, _argument(family, pipe), reproducible)
+
+
+def _argument(family: Family, pipe: Any) -> Callable[[str], Any]:
+    """Return what makes a call's argument of a prompt."""
+    return lambda text: TRAITS[family].subject(pipe, text).argument

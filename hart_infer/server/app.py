@@ -1,0 +1,74 @@
+"""Put the parts of a server together into one ASGI app."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from ..version import __version__
+from .gate import Gate
+from .problems import add_handlers
+from .routes import chat, images, status
+from .service import Service
+
+Background = Callable[[], Coroutine[Any, Any, None]]
+
+
+def create_app(service: Service, *background: Background, ui: Path | None = None) -> FastAPI:
+    """Return the app; `background` runs beside it, and `ui` is a folder of static files to serve at /, index.html first."""
+    app = FastAPI(
+        title="hart-infer",
+        version=__version__,
+        description="Pictures by OpenAI's API, drawn by HART, VAR and VILA-U.",
+        docs_url=None,  # those pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_beside(background),
+    )
+    app.state.service = service
+    for router in (images.router, chat.router, status.router):
+        app.include_router(router)
+    if ui is not None:
+        app.mount("/", StaticFiles(directory=ui, html=True), name="ui")
+    add_handlers(app)
+    app.add_middleware(Gate, service=service)
+    _describe(app)
+    return app
+
+
+def _beside(background: tuple[Background, ...]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(run()) for run in background]
+        yield
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+    return lifespan
+
+
+def _describe(app: FastAPI) -> None:
+    """Say in the app's OpenAPI that keys are bearer tokens, and that what is invalid gets 400, not FastAPI's usual 422."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = make()
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, methods in schema["paths"].items():
+                for method in methods.values():
+                    method["responses"].pop("422", None)
+                    if path.startswith("/v1/") or path == "/metrics":
+                        method["security"] = [{"key": []}, {}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,155 @@
+"""What a client asks of an engine, and the stream of what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import HartError
+from .protocol import Answered, Drawn, Facts, Failed, Given, Options, Picture, Piece, Preview, RowId, Settings
+
+Event = Preview | Drawn | Piece
+_numbers = itertools.count(1)
+
+
+class JobError(HartError):
+    """A job ends without its result."""
+
+
+class RowFailedError(JobError):
+    """The worker could not draw or answer; `failed` says whose fault it is."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class BusyError(JobError):
+    """The queue is full; try again after so many seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(JobError):
+    """There is no worker for this job: it died, is not there yet, or the server is ending."""
+
+
+class DeadlineError(JobError):
+    """The job took longer than it may."""
+
+
+@dataclass(frozen=True)
+class DrawJob:
+    """Pictures of one prompt, a seed each; with `given`, of what is painted anew of it."""
+
+    prompt: str
+    seeds: tuple[int, ...]
+    settings: Settings
+    previews: int = 0
+    given: Given | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its given picture."""
+        return 0 if self.given is None else len(self.given.picture.pixels) + len(self.given.mask.pixels)
+
+
+@dataclass(frozen=True)
+class AskJob:
+    """A question after a conversation; questions are texts and pictures as they follow each other."""
+
+    question: tuple[str | Picture, ...]
+    history: tuple[tuple[tuple[str | Picture, ...], str], ...] = ()
+    options: Options = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its given pictures."""
+        parts = [*self.question, *(part for question, _ in self.history for part in question)]
+        return sum(len(part.pixels) for part in parts if isinstance(part, Picture))
+
+
+Job = DrawJob | AskJob
+
+
+class Engine(Protocol):
+    """What draws and answers with one model."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+    @property
+    def facts(self) -> Facts | None:
+        """What is known of the model; None until it is loaded for the first time."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker is there and jobs are taken."""
+        ...
+
+    async def loaded(self) -> Facts:
+        """Wait until the model is loaded for the first time; return what is known of it."""
+        ...
+
+    def submit(self, job: Job) -> Ticket:
+        """Queue a job. Raises BusyError or UnavailableError."""
+        ...
+
+
+class Ticket:
+    """A job in an engine: iterate over its events, which end when all is done, or raise JobError. Leave early by `cancel`."""
+
+    def __init__(self, count: int, leave: Callable[[Ticket], None]) -> None:
+        """`count`: rows of the job; `leave` is called once, when nobody waits for the job any more."""
+        self.number = next(_numbers)
+        self.rows = [RowId(self.number, place) for place in range(count)]
+        self._missing = set(self.rows)
+        self._leave: Callable[[Ticket], None] | None = leave
+        self._events: asyncio.Queue[Event | JobError | None] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield the events. Raises JobError."""
+        while (event := await self._events.get()) is not None:
+            if isinstance(event, JobError):
+                raise event
+            yield event
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is still to come."""
+        return self._leave is not None
+
+    def put(self, event: Preview | Piece | Drawn | Answered) -> None:
+        """Take what the worker says of one of the rows; the last row's result ends the stream."""
+        if not self.is_open:
+            return
+        if not isinstance(event, Answered):
+            self._events.put_nowait(event)
+        if isinstance(event, Drawn | Answered):
+            self._missing.discard(event.row)
+            if not self._missing:
+                self._close(None)
+
+    def fail(self, error: JobError) -> None:
+        """End the stream with an error."""
+        if self.is_open:
+            self._close(error)
+
+    def cancel(self) -> None:
+        """Leave: the rows that are not finished are dropped. Does nothing to a job that has ended."""
+        if self.is_open:
+            self._close(None)
+
+    def _close(self, error: JobError | None) -> None:
+        self._events.put_nowait(error)
+        if self._leave is not None:
+            leave, self._leave = self._leave, None
+            leave(self)

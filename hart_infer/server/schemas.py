@@ -1,0 +1,199 @@
+"""Requests and answers of OpenAI's API, and what this server has beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
+from .pictures import Encoding, Format
+
+SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+MAX_N = 1000
+Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
+
+
+class PictureRequest(BaseModel):
+    """What a request for pictures may say, drawn or edited. Those from `user` on are accepted and change nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    size: Annotated[str, Field(pattern=SIZE)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
+    negative_prompt: str | None = None
+    num_inference_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] | None = None
+    speed: str | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    quality: Quality | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """How to send the pictures."""
+        quality = 100 if self.output_compression is None else self.output_compression
+        return Encoding(self.output_format or "png", quality)
+
+
+class GenerationRequest(PictureRequest):
+    """POST /v1/images/generations."""
+
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["low", "auto"] | None = None
+
+
+class EditRequest(PictureRequest):
+    """POST /v1/images/edits, a form: values are texts."""
+
+    model_config = ConfigDict(strict=False)
+
+    image: UploadFile | None = None
+    image_list: Annotated[list[UploadFile], Field(alias="image[]")] = []
+    mask: UploadFile | None = None
+
+
+class TokenDetails(BaseModel):
+    """Of `Usage`."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens are not counted here: all zero."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+
+
+class ImageData(BaseModel):
+    """One picture, and the seed that draws it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesAnswer(BaseModel):
+    """Finished pictures."""
+
+    created: int
+    data: list[ImageData]
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    size: str
+    usage: Usage = Usage()
+
+
+class ImageEvent(BaseModel):
+    """What a stream of pictures sends; `index` tells the pictures of a request apart."""
+
+    type: str
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: Format
+    index: int
+    seed: int
+    partial_image_index: int | None = None
+    usage: Usage | None = None
+
+
+class ModelInfo(BaseModel):
+    """A model, with what it can do; the last ones are None until it is loaded."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["hart-infer"] = "hart-infer"
+    family: str | None = None
+    sizes: list[int] | None = None
+    options: list[str] | None = None  # fields of a request that it takes
+    edits: bool | None = None
+    answers: bool | None = None
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class ImageUrl(BaseModel):
+    """A picture in a data: URL."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(BaseModel):
+    """A text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(BaseModel):
+    """A picture."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[TextPart | ImagePart]
+    name: str | None = None
+
+
+class ChatRequest(BaseModel):
+    """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    n: Literal[1] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's description of answers that are errors."""
+    from .problems import ErrorAnswer
+
+    return {status: {"model": ErrorAnswer} for status in statuses}

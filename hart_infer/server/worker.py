@@ -1,0 +1,121 @@
+"""The worker's process: it owns a pipeline, draws what it is sent, and ends with the server."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HartError
+from . import drawing
+from .protocol import Ask, Draw, Drop, Facts, Finished, FromWorker, LoadFailed, Ready, RowId, Stop, ToWorker
+
+if TYPE_CHECKING:
+    from .safety import Judge
+
+CLIENT_OPTIONS = (  # arguments of a call that a client may give, where the model's pipeline has them
+    "guidance_scale",
+    "negative_prompt",
+    "num_inference_steps",
+    "speed",
+    "top_k",
+    "top_p",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded pipeline, and how it is called."""
+
+    pipe: Any
+    name: str  # that clients use
+    family: str
+    argument: Callable[[str], Any]  # a call's first argument of a prompt; raises InputError
+    reproducible: bool = True
+    judge: Judge | None = None
+
+    def facts(self) -> Facts:
+        """Return what the server has to know."""
+        taken = inspect.signature(self.pipe.__call__).parameters
+        return Facts(
+            name=self.name,
+            family=self.family,
+            sizes=tuple(self.pipe.sizes),
+            options=frozenset(taken).intersection(CLIENT_OPTIONS),
+            edits=hasattr(self.pipe, "edit"),
+            answers=hasattr(self.pipe, "answer"),
+            device=str(self.pipe.device),
+            dtype=str(self.pipe.dtype).removeprefix("torch."),
+        )
+
+
+class Inbox:
+    """Receives in a thread of its own, so that a Drop arrives while the model draws."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._jobs: queue.SimpleQueue[Draw | Ask | None] = queue.SimpleQueue()
+        self._dropped: set[RowId] = set()
+        threading.Thread(target=self._receive, name="inbox", daemon=True).start()
+
+    def __iter__(self) -> Iterator[Draw | Ask]:
+        """Yield the jobs; end after Stop."""
+        while (job := self._jobs.get()) is not None:
+            yield job
+
+    def is_dropped(self, row: RowId) -> bool:
+        """Return whether nobody waits for a row any more."""
+        return row in self._dropped
+
+    def forget(self, job: Draw | Ask) -> None:
+        """Forget the dropped rows of a finished job."""
+        rows = [row.id for row in job.rows] if isinstance(job, Draw) else [job.id]
+        self._dropped.difference_update(rows)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                message: ToWorker = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)  # the server is gone, and nobody else wants what is being drawn
+            if isinstance(message, Drop):
+                self._dropped.update(message.rows)
+            else:
+                self._jobs.put(None if isinstance(message, Stop) else message)
+
+
+def main(connection: Connection, load: Callable[[], Model]) -> None:
+    """Load the model, then draw until the server says Stop or is gone. `load` must be a function that a new process can import.
+
+    Ends with an exception where the device has failed for good: only a new process can draw then.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or a service; the server decides
+        signal.signal(name, signal.SIG_IGN)
+    inbox = Inbox(connection)
+
+    def send(message: FromWorker) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            os._exit(1)  # as in Inbox
+
+    try:
+        model = load()
+    except HartError as error:
+        return send(LoadFailed(str(error)))
+    send(Ready(model.facts()))
+    for job in inbox:
+        start = time.perf_counter()
+        if isinstance(job, Draw):
+            drawing.draw(model, job, send, inbox.is_dropped)
+        else:
+            drawing.answer(model, job, send, inbox.is_dropped)
+        inbox.forget(job)
+        send(Finished(time.perf_counter() - start))
