@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,7 +55,7 @@ def draw(model: Model, job: Draw, send: Send, is_dropped: IsDropped) -> None:
                 model.judge.check(row.prompt)
             arguments[row] = model.argument(row.prompt)
         except HartError as error:
-            send(failure(row.id, error))
+            send(failure(row.id, error, row.prompt))
     if arguments:
         _Batch(model, job, send, is_dropped, arguments).draw(list(arguments))
 
@@ -79,7 +80,7 @@ class _Batch:
             if is_broken(error):
                 raise
             if len(rows) == 1:
-                return self._send(failure(rows[0].id, error))
+                return self._send(failure(rows[0].id, error, rows[0].prompt))
         else:
             for row, image in zip(rows, images, strict=True):
                 self._send(Drawn(row.id, sent(image)))
@@ -129,7 +130,7 @@ def answer(model: Model, job: Ask, send: Send, is_dropped: IsDropped) -> None:
     """Answer a question piece by piece."""
     try:
         if model.judge is not None:
-            model.judge.check("\n".join(part for part in job.question if isinstance(part, str)))
+            model.judge.check("\n".join(_texts(job)))
         history = [(_message(question), reply) for question, reply in job.history]
         pieces = model.pipe.answer(None, _message(job.question), history=history, stream=True, **dict(job.options))
         for piece in pieces:
@@ -139,7 +140,7 @@ def answer(model: Model, job: Ask, send: Send, is_dropped: IsDropped) -> None:
     except Exception as error:
         if is_broken(error):
             raise
-        return send(failure(job.id, error))
+        return send(failure(job.id, error, *_texts(job)))
     send(Answered(job.id))
 
 
@@ -148,14 +149,22 @@ def is_broken(error: Exception) -> bool:
     return "CUDA error" in str(error)
 
 
-def failure(row: RowId, error: Exception) -> Failed:
-    """Return what to say of a row that raised `error`; log what nobody foresaw."""
+def failure(row: RowId, error: Exception, *texts: str) -> Failed:
+    """Return what to say of a row that raised `error`; log what nobody foresaw, without the client's `texts`."""
     if isinstance(error, HartError):
         reasons: dict[type[HartError], Reason] = {RefusedError: "refused", InputError: "input", OutOfMemoryError: "memory"}
         reason: Reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "failed")
         return Failed(row, reason, str(error))
-    LOG.error("a row failed", exc_info=error)
+    told = f"{type(error).__name__}: {error}"
+    for text in texts:
+        told = told.replace(text, "...").replace(repr(text)[1:-1], "...")
+    LOG.error("a row failed", extra={"error": told, "traceback": "".join(traceback.format_tb(error.__traceback__))})
     return Failed(row, "failed", f"The picture could not be drawn: {type(error).__name__}. The server's log says more.")
+
+
+def _texts(job: Ask) -> list[str]:
+    """Return all that a client wrote."""
+    return [part for message in (job.question, *(each for each, _ in job.history)) for part in message if isinstance(part, str)]
 
 
 def sent(image: Image) -> Picture:

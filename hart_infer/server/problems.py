@@ -109,7 +109,7 @@ def add_handlers(app: FastAPI) -> None:
 def _plain(request: Request, error: HTTPException) -> str:
     path = request.url.path[:100]
     texts = {404: f"There is nothing at {path}.", 405: f"{request.method} is not a method of {path}."}
-    return texts.get(error.status_code, str(error.detail))
+    return texts.get(error.status_code, f"{str(error.detail).rstrip('.')}.")
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

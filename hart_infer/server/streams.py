@@ -37,4 +37,4 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
 def event_stream(events: AsyncIterator[ServerSentEvent], drain: float) -> EventSourceResponse:
     """Return the answer that sends events; when the server ends it goes on for `drain` seconds."""
     grace = drain + GRACE_SECONDS
-    return EventSourceResponse(events, sep="\n", send_timeout=SEND_TIMEOUT, shutdown_grace_period=grace)
+    return EventSourceResponse(events, send_timeout=SEND_TIMEOUT, shutdown_grace_period=grace)

@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, Response
 from sse_starlette import JSONServerSentEvent, ServerSentEvent
 
 from ...errors import InputError, OutputError
-from ...pipelines.checks import check_int, check_seeds, check_size
+from ...pipelines.checks import check_int, check_seeds
 from ..jobs import DrawJob, Event, JobError, Ticket
 from ..pictures import encode, read_given
 from ..problems import ApiError, as_api_error
@@ -207,14 +207,12 @@ def _job(body: PictureRequest, service: Service, facts: Facts, given: Given | No
 
 def _side(size: str | None, facts: Facts) -> int:
     """Return the side that a size means, by default the largest. Raises InputError."""
-    if size in (None, "auto"):
+    if size is None or size == "auto":
         return max(facts.sizes)
-    width, height = map(int, str(size).split("x"))
-    if width != height:
-        listed = ", ".join(f"{side}x{side}" for side in sorted(facts.sizes))
-        raise InputError(f"{facts.name} draws squares: size must be {listed}, not {size}.")
-    check_size(width, facts.sizes)
-    return width
+    sizes = {f"{side}x{side}": side for side in sorted(facts.sizes)}
+    if size not in sizes:
+        raise InputError(f"{facts.name} draws {' or '.join(sizes)}, not {size}.")
+    return sizes[size]
 
 
 def _base64(content: bytes) -> str:
