@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,15 @@ examples:
 EXTRA = "hart-infer serve needs the extra packages of 'serve': pip install 'hart-infer[serve]'."
 
 
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How a worker draws."""
+
+    reproducible: bool
+    safety: str | None  # folder or id of a safety model
+    safety_threshold: float
+
+
 def add_parser(commands: options.Commands) -> None:
     """Add the subcommand."""
     parser = options.add_command(
@@ -58,6 +68,15 @@ def add_parser(commands: options.Commands) -> None:
         dest="reproducible",
         action="store_false",
         help="draw a batch's pictures together: faster on a GPU, and a seed's picture rounds otherwise from batch to batch",
+    )
+    parser.add_argument(
+        "--safety",
+        metavar="PATH|ID",
+        type=options.named,
+        help="refuse prompts that a ShieldGemma of texts objects to, such as google/shieldgemma-2b (default: none)",
+    )
+    parser.add_argument(
+        "--safety-threshold", metavar="X", type=options.number(0, 1), default=0.5, help="score from which on it refuses (0.5)"
     )
     options.add_text_encoder(options.add_model(parser))
     options.add_machine(parser)
@@ -107,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         model, machine = ModelOptions.of(args), MachineOptions.of(args)
         name = options.public_name(model.name)
-        load = partial(load_model, model, machine, name=name, reproducible=args.reproducible)
+        drawing = DrawingOptions(args.reproducible, args.safety, args.safety_threshold)
+        load = partial(load_model, model, machine, drawing, name)
         Server({name: load}, settings).run(listening, partial(_announce, name))
     finally:
         listening.close()
@@ -129,9 +149,10 @@ def _announce(name: str, address: str) -> None:
     note(f"{PROGRAM} serve: {name} at {address}, once it is loaded (Ctrl-C ends it)")
 
 
-def load_model(model: ModelOptions, machine: MachineOptions, *, name: str, reproducible: bool) -> Model:
-    """Load a pipeline in the worker's process. Raises HartError."""
+def load_model(model: ModelOptions, machine: MachineOptions, drawing: DrawingOptions, name: str) -> Model:
+    """Load a pipeline, and the safety model, in the worker's process. Raises HartError."""
     from ..server import log
+    from ..server.safety import Judge
     from ..server.worker import Model as Loaded
 
     log.set_up()
@@ -140,7 +161,13 @@ def load_model(model: ModelOptions, machine: MachineOptions, *, name: str, repro
     except UsageError as error:
         raise InputError(str(error)) from error
     pipe = load_pipeline(family, model, machine, text_encoder=model.text_encoder, quiet=True)
-    return Loaded(pipe, name, family, _argument(family, pipe), reproducible)
+    judge = None
+    if drawing.safety is not None:
+        offline = model.local_files_only
+        judge = Judge.load(
+            drawing.safety, device=pipe.device, threshold=drawing.safety_threshold, local_files_only=offline
+        )
+    return Loaded(pipe, name, family, _argument(family, pipe), drawing.reproducible, judge)
 
 
 def _argument(family: Family, pipe: Any) -> Callable[[str], Any]:
