@@ -12,11 +12,7 @@ PACKAGE = ROOT / "hart_infer"
 
 # From the top floor down, as CONTRIBUTING.md draws it.
 FLOORS = (
-<<<<<<< HEAD
-    "__main__ cli batch __init__ moved pipelines checkpoints engine generation models ops kernels images errors version"
-=======
-    "__main__ cli server __init__ moved pipelines checkpoints engine generation models ops kernels images errors version"
->>>>>>> dfc6eae (Serve pictures over HTTP by OpenAI's API)
+    "__main__ cli server batch __init__ moved pipelines checkpoints engine generation models ops kernels images errors version"
 ).split()
 LATE = ("MOVED", "_LAZY")  # tables of modules that are imported by name
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

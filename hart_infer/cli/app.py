@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, edit, video, answer, reconstruct, batch, serve, info, convert, doctor):
+    for module in (generate, batch, edit, video, answer, reconstruct, serve, info, convert, doctor):
         module.add_parser(commands)
     return parser
 

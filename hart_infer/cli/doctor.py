@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "pillow")
-EXTRAS = {"sentencepiece": "vila-u", "av": "video"}  # packages, and the extra that installs each
+EXTRAS = {"sentencepiece": "vila-u", "av": "video", "fastapi": "serve"}  # packages, and the extra that installs each
 GIB = 2**30
 NO = "no"
 

@@ -164,9 +164,7 @@ def load_model(model: ModelOptions, machine: MachineOptions, drawing: DrawingOpt
     judge = None
     if drawing.safety is not None:
         offline = model.local_files_only
-        judge = Judge.load(
-            drawing.safety, device=pipe.device, threshold=drawing.safety_threshold, local_files_only=offline
-        )
+        judge = Judge.load(drawing.safety, device=pipe.device, threshold=drawing.safety_threshold, local_files_only=offline)
     return Loaded(pipe, name, family, _argument(family, pipe), drawing.reproducible, judge)
 
 

@@ -40,7 +40,7 @@ class Judge:
     """A language model that says of a text whether it violates a guideline."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, threshold: float = 0.5) -> None:
-        """`threshold`: the share of "Yes" from which on a text is refused. Raises ConfigError for a model that is no such one."""
+        """`threshold`: the share of "Yes" from which on a text is refused. Raises ConfigError for another kind of model."""
         vocabulary = tokenizer.get_vocab()
         if tokenizer.chat_template is None or "guideline" not in str(tokenizer.chat_template):
             raise ConfigError(f"{name} is not a ShieldGemma of texts: its chat template takes no guideline.")
@@ -50,9 +50,7 @@ class Judge:
         self._answers = [vocabulary[answer] for answer in ANSWERS]
 
     @classmethod
-    def load(
-        cls, name: str, *, device: torch.device | str, threshold: float = 0.5, local_files_only: bool = False
-    ) -> Judge:
+    def load(cls, name: str, *, device: torch.device | str, threshold: float = 0.5, local_files_only: bool = False) -> Judge:
         """Load a folder or a Hub id such as google/shieldgemma-2b, in bf16. Raises CheckpointNotFoundError and ConfigError."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -501,7 +501,10 @@ CAT = "data:image/png;base64," + base64.b64encode(png(Image.new("RGB", (8, 4), "
 async def test_a_question_about_a_picture() -> None:
     engine = FakeEngine()
     messages = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": CAT}}, {"type": "text", "text": "What is it?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": CAT}}, {"type": "text", "text": "What is it?"}],
+        },
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "Are you sure?"},
     ]
@@ -512,7 +515,7 @@ async def test_a_question_about_a_picture() -> None:
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "It is a cat.", "refusal": None}
     picture = Picture(8, 4, Image.new("RGB", (8, 4), "red").tobytes())
     options = (("do_sample", False), ("max_new_tokens", 9), ("seed", 2))
-    assert engine.jobs == [AskJob(("Are you sure?",), (((picture, "What is it?"), "A cat."),), options)]
+    assert engine.jobs == [AskJob(("Are you sure?",), (((picture, "What?"), "A cat."),), options)]
 
 
 async def test_an_answer_as_a_stream() -> None:
