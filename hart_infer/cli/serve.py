@@ -18,7 +18,7 @@ from .options import MachineOptions, ModelOptions
 
 if TYPE_CHECKING:
     from ..checkpoints.families import Family
-    from ..server.worker import Model
+    from ..server.model import Model
 
 DETAILS = """\
 Serves OpenAI's API of pictures: /v1/images/generations, with previews as a stream,
@@ -152,8 +152,8 @@ def _announce(name: str, address: str) -> None:
 def load_model(model: ModelOptions, machine: MachineOptions, drawing: DrawingOptions, name: str) -> Model:
     """Load a pipeline, and the safety model, in the worker's process. Raises HartError."""
     from ..server import log
+    from ..server.model import Model as Loaded
     from ..server.safety import Judge
-    from ..server.worker import Model as Loaded
 
     log.set_up()
     try:

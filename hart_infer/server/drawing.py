@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..pipelines.outputs import Step
-    from .worker import Model
+    from .model import Model
 
 LOG = logging.getLogger(__name__)
 Send = Callable[[FromWorker], None]

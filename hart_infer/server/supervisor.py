@@ -13,12 +13,13 @@ from multiprocessing.connection import Connection
 
 from . import worker
 from .metrics import EngineMetrics
+from .model import Model
 from .protocol import Facts, FromWorker, LoadFailed, Ready, Stop, ToWorker
 
 LOG = logging.getLogger(__name__)
 MAX_PAUSE = 30.0  # seconds between two starts of a worker that dies at once
 LIVED_LONG = 60.0  # seconds after which a death counts as the first
-Load = Callable[[], worker.Model]
+Load = Callable[[], Model]
 
 
 class WorkerDiedError(Exception):
@@ -81,8 +82,8 @@ class Process:
         self._process.join()
         self._outbox.put(None)
         connection.close()
-        _call(loop, self._inbox.put_nowait, None)
         _call(loop, self.died.set)
+        _call(loop, self._inbox.put_nowait, None)
 
     def _send(self, connection: Connection) -> None:
         while (message := self._outbox.get()) is not None:

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
 
 from ..errors import HartError
 from . import drawing
-from .protocol import Ask, Draw, Drop, Facts, Finished, FromWorker, LoadFailed, Ready, RowId, Stop, ToWorker
-
-if TYPE_CHECKING:
-    from .safety import Judge
-
-CLIENT_OPTIONS = (  # arguments of a call that a client may give, where the model's pipeline has them
-    "guidance_scale",
-    "negative_prompt",
-    "num_inference_steps",
-    "speed",
-    "top_k",
-    "top_p",
-)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded pipeline, and how it is called."""
-
-    pipe: Any
-    name: str  # that clients use
-    family: str
-    argument: Callable[[str], Any]  # a call's first argument of a prompt; raises InputError
-    reproducible: bool = True
-    judge: Judge | None = None
-
-    def facts(self) -> Facts:
-        """Return what the server has to know."""
-        taken = inspect.signature(self.pipe.__call__).parameters
-        return Facts(
-            name=self.name,
-            family=self.family,
-            sizes=tuple(self.pipe.sizes),
-            options=frozenset(taken).intersection(CLIENT_OPTIONS),
-            edits=hasattr(self.pipe, "edit"),
-            answers=hasattr(self.pipe, "answer"),
-            device=str(self.pipe.device),
-            dtype=str(self.pipe.dtype).removeprefix("torch."),
-        )
+from .model import Model
+from .protocol import Ask, Draw, Drop, Finished, FromWorker, LoadFailed, Ready, RowId, Stop, ToWorker
 
 
 class Inbox:

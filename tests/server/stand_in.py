@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hart_infer.errors import InputError, OutOfMemoryError
-from hart_infer.server.worker import Model
+from hart_infer.server.model import Model
 
 SIDE = 16
 STEPS = 6

@@ -503,7 +503,7 @@ async def test_a_question_about_a_picture() -> None:
     messages = [
         {
             "role": "user",
-            "content": [{"type": "image_url", "image_url": {"url": CAT}}, {"type": "text", "text": "What is it?"}],
+            "content": [{"type": "image_url", "image_url": {"url": CAT}}, {"type": "text", "text": "What?"}],
         },
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "Are you sure?"},

@@ -12,8 +12,8 @@ from hart_infer import HartPipeline, Step
 from hart_infer.server import drawing
 from hart_infer.server.drawing import draw, preview_steps
 from hart_infer.server.log import JsonFormatter
+from hart_infer.server.model import Model
 from hart_infer.server.protocol import Draw, Drawn, Failed, FromWorker, Given, Picture, Preview, Row, RowId, Settings
-from hart_infer.server.worker import Model
 from tests.server import stand_in
 from tests.server.stand_in import SIDE, StandIn, load
 

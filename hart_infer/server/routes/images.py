@@ -18,13 +18,13 @@ from sse_starlette import JSONServerSentEvent, ServerSentEvent
 from ...errors import InputError, OutputError
 from ...pipelines.checks import check_int, check_seeds
 from ..jobs import DrawJob, Event, JobError, Ticket
+from ..model import CLIENT_OPTIONS
 from ..pictures import encode, read_given
 from ..problems import ApiError, as_api_error
 from ..protocol import Drawn, Facts, Given, Picture, Preview, Settings
 from ..schemas import EditRequest, GenerationRequest, ImageData, ImageEvent, ImagesAnswer, PictureRequest, Usage, documented
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
-from ..worker import CLIENT_OPTIONS
 
 LOG = logging.getLogger(__name__)
 FRESH_SEEDS = 2**32
