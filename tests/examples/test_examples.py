@@ -1,0 +1,45 @@
+"""The examples run as they stand, offline, from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hart_infer import HartPipeline
+from tests.golden.data import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started finds this package, and no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(EXAMPLES / "hart_infer.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the notebook's outputs before it is committed"
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in shown) == 5
+    assert any("<figcaption>seed 7</figcaption>" in data.get("text/html", "") for data in shown)
+
+
+def test_the_script_draws_what_the_pipeline_draws(tmp_path: Path):
+    command = [sys.executable, str(EXAMPLES / "like_diffusers.py"), "a cat", "a dog", "--seed", "5", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.splitlines()[-1] == str(tmp_path / "1.png")
+    assert "scale 5: latents (2, 16, 12, 12)" in run.stdout
+    expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(["a cat", "a dog"], seed=5).images
+    assert [Image.open(tmp_path / f"{i}.png").tobytes() for i in range(2)] == [image.tobytes() for image in expected]
