@@ -220,9 +220,8 @@ class _Meter:
             return
         if self._first is None:
             self._begin(progress)
-        if self._bar is not None:
-            self._bar.n = progress.total - progress.left
-            self._bar.set_postfix_str(f"{progress.failed} failed" if progress.failed else "")
+        elif sys.stderr.isatty():
+            self._draw_bar(progress)
         elif progress.left and time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             note(self._line(progress))
@@ -233,15 +232,22 @@ class _Meter:
             self._bar.close()
 
     def _begin(self, progress: Progress) -> None:
-        from tqdm import tqdm
-
         self._first = progress
         self._begun = self._told = time.monotonic()
         parts = [f"{progress.before:,} drawn before"] if progress.before else []
         parts += [f"{progress.failed:,} refused"] if progress.failed else []
         note(f"{progress.total:,} rows: {', '.join([*parts, f'{progress.left:,} to draw'])}")
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=progress.total, initial=progress.total - progress.left, unit="row", dynamic_ncols=True)
+
+    def _draw_bar(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:  # not before, as the notes of loading would stand in its line
+            assert self._first is not None
+            before = progress.total - self._first.left
+            self._bar = tqdm(total=progress.total, initial=before, unit="row", dynamic_ncols=True)
+            self._bar.start_t -= time.monotonic() - self._begun
+        self._bar.n = progress.total - progress.left
+        self._bar.set_postfix_str(f"{progress.failed} failed" if progress.failed else "")
 
     def _line(self, progress: Progress) -> str:
         from tqdm import tqdm

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hart_infer.batch.rows import SETTINGS
-from hart_infer.cli import main
+from hart_infer.cli import batch, main
 from hart_infer.cli.families import SPEED_OPTIONS
 from hart_infer.cli.sampling import SamplingOptions
 from hart_infer.images.files import read_metadata
@@ -65,6 +67,27 @@ def test_hart_mini_draws_a_table(capsys):
     assert "loading" not in printed.err
     assert main(["batch", "p.csv", "-o", "out", "--guidance-scale", "3"]) == 1
     assert "out was begun with guidance_scale left out, not 3.0. Give the same again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_how_far_it_is_and_what_is_left(monkeypatch, terminal):
+    class Stderr(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    Path("p.csv").write_text("id,prompt\na,a cat\nb,a dog\nc,\n")
+    monkeypatch.setattr(batch, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    assert main(["batch", "p.csv", "-o", "out", "--chunk-size", "1"]) == 1
+    shown = sys.stderr.getvalue()
+    assert "3 rows: 1 refused, 2 to draw\n" in shown
+    if terminal:
+        assert re.search(r"2/3 \[00:\d\d<00:\d\d, .*1 failed\]", shown)
+        assert "3/3" in shown
+        assert "\nhart-mini draws" in shown  # on a line of its own
+    else:
+        assert re.search(r"\n2 of 3 rows, 1 failed; 00:\d\d left\n", shown)
+        assert "row/s" not in shown
 
 
 def test_var_draws_classes(whole_var_tiny, capsys):
