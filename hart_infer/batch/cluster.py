@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from platform import node
 from typing import Any
 
 from ..errors import HartError, InputError, OutputError
-from .driver import RUN, record_deaths
+from .claim import is_claimed
+from .driver import record_deaths
 from .plan import Chunk
 from .storage import open_storage
 from .worker import BrokenWorkerError, Done, Worker, WorkerOptions
@@ -78,10 +80,8 @@ class RayWorker:
 
     def start(self, options: WorkerOptions) -> None:
         """Load the model. Raises HartError."""
-        if RUN not in open_storage(options.out).names(""):
-            raise OutputError(
-                f"{options.out} is not the same folder on {os.uname().nodename}; give a shared one, or an object store's URL."
-            )
+        if not is_claimed(open_storage(options.out)):
+            raise OutputError(f"{options.out} is not the same folder on {node()}; give a shared one, or an object store's URL.")
         self._worker = Worker(options)
 
     def finish(self, chunk: Chunk) -> Done:

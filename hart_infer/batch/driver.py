@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError
+from .claim import claim
 from .manifest import Record, compact, finished_ids, import_pyarrow, write_part
 from .plan import Chunk, make_chunks
 from .rows import Row
@@ -15,7 +14,6 @@ from .storage import Storage, open_storage
 from .worker import Done, Worker, WorkerOptions
 from .writers import IMAGES, SHARDS, SHEETS
 
-RUN = "batch.json"  # what all pictures of a folder have in common
 Pool = Callable[[WorkerOptions, Sequence[Chunk]], Iterable[Done]]  # finishes all chunks, and yields as each is finished
 
 
@@ -51,7 +49,7 @@ def run_batch(
     """
     import_pyarrow()
     storage = open_storage(options.out)
-    _claim(storage, described)
+    claim(storage, described)
     finished = finished_ids(storage)
     good = [row for row in rows if row.error is None]
     bad = [row for row in rows if row.error is not None]
@@ -90,25 +88,3 @@ def _record(storage: Storage, bad: Sequence[Row]) -> None:
 
 def _write_errors(storage: Storage, name: str, failures: Iterable[tuple[Row, str]]) -> None:
     write_part(storage, name, [Record(row.id, row.prompt, row.seed, error=error) for row, error in failures])
-
-
-def _claim(storage: Storage, described: Mapping[str, Any]) -> None:
-    """Write down what the folder's pictures share, or compare it with what is there. Raises InputError."""
-    described = json.loads(json.dumps(described))  # tuples are lists there
-    if RUN not in storage.names(""):
-        with storage.whole(RUN) as file:
-            file.write(json.dumps(described, indent=2).encode())
-        return
-    try:
-        there = json.loads(storage.read([RUN])[0])
-        before = {name: there.get(name) for name in {**described, **there}}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{storage.title}/{RUN} is not what batch writes; give another folder.") from error
-    changed = [name for name, value in before.items() if value != described.get(name)]
-    if changed:
-        named = "; ".join(f"{name} {_said(before[name])}, not {_said(described.get(name))}" for name in changed)
-        raise InputError(f"{storage.title} was begun with {named}. Give the same again to go on, or another folder.")
-
-
-def _said(value: Any) -> str:
-    return "left out" if value is None else json.dumps(value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import HartError, InputError
+from .claim import claim_weights
 from .manifest import Record, write_part
 from .plan import Chunk
 from .rows import Row
@@ -46,6 +47,7 @@ class Model:
     settings: Mapping[str, Any]  # all arguments that a row may change, by name
     made_with: Mapping[str, Any]  # what metadata says of model and machine
     subject: Callable[[str], Subject]  # of a row's prompt; raises InputError
+    weights: str  # a hash of all weights as they lie in memory
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,11 @@ class Worker:
     """Draws one chunk after the other."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        """Load the model. Raises HartError."""
+        """Load the model. Raises HartError, also where the folder's pictures are drawn with other weights."""
         self._options = options
         self._storage = open_storage(options.out)
         self._model = options.load()
+        claim_weights(self._storage, self._model.weights)
 
     def finish(self, chunk: Chunk) -> Done:
         """Draw a chunk, write its pictures, then its part of the manifest.
@@ -109,23 +112,32 @@ class Worker:
 
     def _draw(self, rows: Sequence[Row]) -> list[_Picture | Record]:
         """Draw rows of equal settings together; if that fails, one by one, to find which of them can't be drawn."""
+        ready: list[tuple[Row, Subject]] = []
+        outcomes: list[_Picture | Record] = []
+        for row in rows:
+            try:
+                self._arguments(row)
+                ready.append((row, self._model.subject(row.prompt or "")))
+            except InputError as error:
+                outcomes.append(self._failure(row, error))
+        return outcomes + (self._draw_ready(ready) if ready else [])
+
+    def _draw_ready(self, ready: Sequence[tuple[Row, Subject]]) -> list[_Picture | Record]:
         try:
-            return list(self._call(rows))
+            return list(self._call(ready))
         except Exception as error:  # whatever it is, it is recorded, and the next row is drawn
             if "CUDA error" in str(error):
                 raise BrokenWorkerError(f"the device failed: {error}") from error
-            if len(rows) == 1:
-                return [self._failure(rows[0], error)]
-        return [outcome for row in rows for outcome in self._draw([row])]
+            if len(ready) == 1:
+                return [self._failure(ready[0][0], error)]
+        return [outcome for each in ready for outcome in self._draw_ready([each])]
 
-    def _call(self, rows: Sequence[Row]) -> list[_Picture]:
+    def _call(self, ready: Sequence[tuple[Row, Subject]]) -> list[_Picture]:
         start = time.perf_counter()
-        subjects = [self._model.subject(row.prompt or "") for row in rows]
-        images = self._model.pipe(
-            [subject.argument for subject in subjects], seed=[row.seed for row in rows], **self._arguments(rows[0])
-        ).images
-        seconds = (time.perf_counter() - start) / len(rows)
-        return [_Picture(*each, seconds) for each in zip(rows, subjects, images, strict=True)]
+        prompts, seeds = [subject.argument for _, subject in ready], [row.seed for row, _ in ready]
+        images = self._model.pipe(prompts, seed=seeds, **self._arguments(ready[0][0])).images
+        seconds = (time.perf_counter() - start) / len(ready)
+        return [_Picture(row, subject, image, seconds) for (row, subject), image in zip(ready, images, strict=True)]
 
     def _arguments(self, row: Row) -> dict[str, Any]:
         """Return the settings of a row's call. Raises InputError for one that the model does not have."""

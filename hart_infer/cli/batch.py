@@ -84,6 +84,8 @@ class Loader:
 
     def __call__(self) -> Model:
         """Load it. Raises HartError."""
+        from ..pipelines.describe import weights_digest
+
         text_encoder = self.model.text_encoder
         pipe: Any = load_pipeline(self.family, self.model, self.machine, text_encoder=text_encoder, quiet=self.quiet)
         pipe.set_progress_bar_config(disable=True)
@@ -93,7 +95,14 @@ class Loader:
         except UsageError as error:
             raise InputError(str(error)) from error
         facts = made_with(self.family, pipe, self.model, self.sampling)
-        return Model(pipe, facts.pop("model"), settings, facts, lambda text: TRAITS[self.family].subject(pipe, text))
+        return Model(
+            pipe,
+            name=facts.pop("model"),
+            settings=settings,
+            made_with=facts,
+            subject=lambda text: TRAITS[self.family].subject(pipe, text),
+            weights=weights_digest(pipe.components),
+        )
 
 
 def add_parser(commands: options.Commands) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -48,11 +49,27 @@ def operations(where: Where) -> dict[str, str]:
     return told
 
 
+def weights_digest(components: Mapping[str, Any]) -> str:
+    """Return a hash of all weights as they lie in memory, 16 hexadecimal digits; another dtype gives another."""
+    digest = hashlib.sha256()
+    for name, part in sorted(components.items()):
+        for key, tensor in ({} if part is None else _module(part).state_dict()).items():
+            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _module(part: Any) -> nn.Module:
+    """Return a component's module: itself, or that of the text encoder around it."""
+    module: nn.Module = part if isinstance(part, nn.Module) else part.model
+    return module
+
+
 def _part(part: Any) -> str:
-    """Return the size of a module, or of `part.model`, in words; a note for None."""
+    """Return the size of a component in words; a note for None."""
     if part is None:
         return "none (calls need prompt_embeds)"
-    module: nn.Module = part if isinstance(part, nn.Module) else part.model
+    module = _module(part)
     weights = [*module.parameters(), *module.buffers()]
     count = sum(tensor.numel() for tensor in weights)
     size = sum(tensor.nbytes for tensor in weights)

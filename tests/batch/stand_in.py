@@ -53,4 +53,4 @@ def colour(seed: int) -> Image.Image:
 
 
 def load() -> Model:
-    return Model(draw, "stand-in", {"guidance_scale": 2.0, "top_k": None}, {"dtype": "float32"}, subject)
+    return Model(draw, "stand-in", {"guidance_scale": 2.0, "top_k": None}, {"dtype": "float32"}, subject, "0123")

@@ -113,6 +113,12 @@ def replace_seconds(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, "seconds": 0}
 
 
+def test_a_row_without_a_subject_leaves_its_batch_together(tmp_path, calls):
+    rows = make_rows(tmp_path, "a", "nonsense", {"prompt": "b", "top_k": 3}, {"prompt": "c", "top_p": 0.5}, "d")
+    run(rows, tmp_path / "out", chunk_size=5, batch_size=5)
+    assert [call["prompts"] for call in calls] == [["a", "d"], ["b"]]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_bad_row_is_recorded_and_the_others_are_drawn(tmp_path, batch_size):
     rows = make_rows(
@@ -231,6 +237,19 @@ def test_other_settings_are_refused(tmp_path):
     run(rows, tmp_path / "out", described={"top_k": 3, "model": "m"})
     with pytest.raises(InputError, match=r"was begun with seed left out, not 1; top_k 3, not left out\. Give"):
         run(rows, tmp_path / "out", described={"model": "m", "seed": 1})
+
+
+def test_other_weights_are_refused(tmp_path):
+    rows = make_rows(tmp_path, "a", "b")
+    run(rows[:1], tmp_path / "out")
+
+    def other() -> Any:
+        return replace(stand_in.load(), weights="4567")
+
+    asked = WorkerOptions(other, str(tmp_path / "out"))
+    with pytest.raises(InputError, match="was begun with other weights, or with the same in another dtype"):
+        run_batch(rows, asked, chunk_size=2, described={})
+    assert run(rows, tmp_path / "out").drawn == 2
 
 
 @pytest.mark.parametrize(("name", "content"), [("batch.json", b"[1]"), ("batch.json", b"x"), ("manifest.parquet", b"x")])

@@ -36,7 +36,7 @@ def draw(prompts, **arguments):
     time.sleep(0.02)
     return stand_in.draw(prompts, **arguments)
 
-load = lambda: Model(draw, "stand-in", {}, {}, stand_in.subject)
+load = lambda: Model(draw, "stand-in", {}, {}, stand_in.subject, "0123")
 rows = read_table(sys.argv[1]).rows
 run_batch(rows, WorkerOptions(load, sys.argv[2], format=sys.argv[3]), chunk_size=4, described={})
 """

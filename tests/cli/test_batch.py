@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from hart_infer import HartPipeline
 from hart_infer.batch.rows import SETTINGS
 from hart_infer.cli import batch, main
 from hart_infer.cli.families import SPEED_OPTIONS
@@ -107,6 +108,23 @@ def test_vila_u_draws_prompts(tmp_path):
     Path("p.jsonl").write_text('{"prompt": "a cat", "id": 1}\n{"prompt": "a dog", "id": 2, "negative_prompt": "a sofa"}\n')
     assert main(["batch", "p.jsonl", "-o", "out", "-m", str(model), "--quiet"]) == 0
     assert sorted(path.name for path in Path("out/images").iterdir()) == ["1.png", "2.png"]
+
+
+def test_a_folder_takes_no_pictures_of_other_weights(capsys, tmp_path):
+    """Two checkpoints of one name, and one in two dtypes."""
+    Path("p.txt").write_text("a cat\n")
+    Path("q.txt").write_text("a cat\na dog\n")
+    pipe = HartPipeline.from_pretrained("hart-mini", device="cpu")
+    pipe.save_pretrained(tmp_path / "one" / "model")
+    pipe.transformer.load_state_dict({name: -each for name, each in pipe.transformer.state_dict().items()})
+    pipe.save_pretrained(tmp_path / "two" / "model")
+    assert main(["batch", "p.txt", "-o", "out", "-m", "one/model", "--quiet"]) == 0
+    for other in (["-m", "two/model"], ["-m", "one/model", "--dtype", "fp32"]):
+        assert main(["batch", "q.txt", "-o", "out", "--quiet", *other]) == 1
+    told = capsys.readouterr().err
+    assert "was begun with other weights" in told
+    assert 'was begun with dtype left out, not "fp32"' in told
+    assert len(lines()) == 1
 
 
 def test_a_row_may_change_what_the_command_line_sets():
