@@ -97,7 +97,7 @@ def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int |
     encoder.tokenizer.save_pretrained(path)
 
 
-def _dtype_argument(version: str) -> str:
+def dtype_argument(version: str) -> str:
     """Return transformers' name of the dtype argument, which was renamed in 4.56."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
@@ -107,7 +107,7 @@ def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel,
     """Load the model; return it and transformers' report on what didn't fit."""
     import transformers
 
-    options: dict[str, Any] = {_dtype_argument(transformers.__version__): dtype or "auto"}
+    options: dict[str, Any] = {dtype_argument(transformers.__version__): dtype or "auto"}
     return transformers.AutoModel.from_pretrained(
         str(path),
         output_loading_info=True,

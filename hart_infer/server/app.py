@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.formparsers import MultiPartParser
 
 from ..version import __version__
 from .gate import Gate
@@ -31,6 +32,7 @@ def create_app(service: Service, *background: Background, ui: Path | None = None
         lifespan=_beside(background),
     )
     app.state.service = service
+    MultiPartParser.spool_max_size = service.settings.max_body  # what is uploaded stays in memory, which the limit bounds
     for router in (images.router, chat.router, status.router):
         app.include_router(router)
     if ui is not None:

@@ -53,13 +53,15 @@ class Judge:
     def load(cls, name: str, *, device: torch.device | str, threshold: float = 0.5, local_files_only: bool = False) -> Judge:
         """Load a folder or a Hub id such as google/shieldgemma-2b, in bf16. Raises CheckpointNotFoundError and ConfigError."""
         import torch
+        import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from ..checkpoints.text_encoder import dtype_argument
+
+        options: dict[str, Any] = {dtype_argument(transformers.__version__): torch.bfloat16, "use_safetensors": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, torch_dtype=torch.bfloat16, local_files_only=local_files_only, use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local_files_only, **options)
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise CheckpointNotFoundError(f"The safety model {name} can't be loaded: {reason}.") from error
