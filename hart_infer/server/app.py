@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.formparsers import MultiPartParser
 
 from ..version import __version__
-from .gate import Gate
+from .gate import Gate, needs_key
 from .problems import add_handlers
 from .routes import chat, images, status
 from .service import Service
@@ -39,7 +39,7 @@ def create_app(service: Service, *background: Background, ui: Path | None = None
         app.mount("/", StaticFiles(directory=ui, html=True), name="ui")
     add_handlers(app)
     app.add_middleware(Gate, service=service)
-    _describe(app)
+    _describe(app, has_keys=service.keys is not None)
     return app
 
 
@@ -57,19 +57,20 @@ def _beside(background: tuple[Background, ...]) -> Callable[[FastAPI], AbstractA
     return lifespan
 
 
-def _describe(app: FastAPI) -> None:
-    """Say in the app's OpenAPI that keys are bearer tokens, and that what is invalid gets 400, not FastAPI's usual 422."""
+def _describe(app: FastAPI, *, has_keys: bool) -> None:
+    """Say in the app's OpenAPI which paths want a key, and that what is invalid gets 400, not FastAPI's usual 422."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = make()
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            if has_keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, methods in schema["paths"].items():
                 for method in methods.values():
                     method["responses"].pop("422", None)
-                    if path.startswith("/v1/") or path == "/metrics":
-                        method["security"] = [{"key": []}, {}]
+                    if has_keys and needs_key(path):
+                        method["security"] = [{"key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -123,8 +124,6 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"There is no parameter {param!r} here; leave it out.", code="unknown_parameter", param=param)
     if first["type"] == "missing":
         return ApiError(400, f"The parameter {param or 'body'!r} is missing.", code="missing_parameter", param=param)
-    told = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    told = re.sub(r"^\w+ should ", "it should ", first["msg"].removeprefix("Value error, ")).rstrip(".")
     wrong = f"The parameter {param!r} is wrong" if param else "The body is wrong"
-    return ApiError(
-        400, f"{wrong}: {'it should be ' if 'should' in first['msg'] else ''}{told}.", code="invalid_value", param=param
-    )
+    return ApiError(400, f"{wrong}: {told}.", code="invalid_value", param=param)

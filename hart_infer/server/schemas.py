@@ -20,7 +20,7 @@ class PictureRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     size: Annotated[str, Field(pattern=SIZE)] | None = None
@@ -190,6 +190,22 @@ class ChatRequest(BaseModel):
     n: Literal[1] | None = None
     user: str | None = None
     safety_identifier: str | None = None
+
+
+# FastAPI's description of an answer that may be a stream of events; `data` is JSON.
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                    "required": ["data"],
+                }
+            }
+        }
+    }
+}
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -258,7 +258,8 @@ async def test_a_model_that_does_not_edit_says_so() -> None:
     ("body", "message"),
     [
         ({}, "The parameter 'prompt' is missing."),
-        ({"prompt": ""}, "prompt is empty; describe the picture you want."),
+        ({"prompt": ""}, "The parameter 'prompt' is wrong: it should have at least 1 character."),
+        ({"prompt": " "}, "prompt is empty; describe the picture you want."),
         ({"prompt": "a" * 101}, "prompt has 101 characters; at most 100 are taken."),
         ({"prompt": "a", "negative_prompt": "a" * 101}, "negative_prompt has 101 characters"),
         ({"prompt": ["a"]}, "The parameter 'prompt' is wrong: it should be a valid string."),

@@ -19,16 +19,13 @@ from ..jobs import AskJob, Event, JobError, Ticket
 from ..pictures import read_picture
 from ..problems import ApiError, as_api_error
 from ..protocol import Picture, Piece
-from ..schemas import ChatRequest, Message, documented
+from ..schemas import STREAM, ChatRequest, Message, documented
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
 
 router = APIRouter()
 Question = tuple[str | Picture, ...]
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "A chat.completion, or its chunks", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
-    **documented(400, 401, 404, 408, 413, 429, 500, 503, 504),
-}
+ANSWERS = STREAM | documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
 @router.post("/v1/chat/completions", responses=ANSWERS)

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Form, Request
@@ -22,7 +22,17 @@ from ..model import CLIENT_OPTIONS
 from ..pictures import encode, read_given
 from ..problems import ApiError, as_api_error
 from ..protocol import Drawn, Facts, Given, Picture, Preview, Settings
-from ..schemas import EditRequest, GenerationRequest, ImageData, ImageEvent, ImagesAnswer, PictureRequest, Usage, documented
+from ..schemas import (
+    STREAM,
+    EditRequest,
+    GenerationRequest,
+    ImageData,
+    ImageEvent,
+    ImagesAnswer,
+    PictureRequest,
+    Usage,
+    documented,
+)
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
 
@@ -30,7 +40,6 @@ LOG = logging.getLogger(__name__)
 FRESH_SEEDS = 2**32
 router = APIRouter()
 ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504, 507)
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 Kind = Literal["image_generation", "image_edit"]
 
 

@@ -28,7 +28,7 @@ async def readyz(service: TheService) -> Response:
     return JSONResponse(ready, 200 if all(ready.values()) else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=documented(401))
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **documented(401)})
 async def metrics(service: TheService) -> Response:
     """Return what Prometheus reads."""
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
