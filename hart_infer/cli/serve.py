@@ -29,8 +29,8 @@ By default only this machine can reach it. Needs the extra: pip install
 'hart-infer[serve]'."""
 
 EPILOG = """\
-Each option may be given by an environment variable too: --max-queue is
-HART_INFER_SERVE_MAX_QUEUE. docs/serving.md says more.
+Options of the server and its limits may be given by environment variables too:
+--max-queue is HART_INFER_SERVE_MAX_QUEUE. docs/serving.md says more.
 
 examples:
   hart-infer serve
