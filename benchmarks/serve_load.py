@@ -2,10 +2,11 @@
 
     python benchmarks/serve_load.py --clients 200 --seconds 60 --out benchmarks/results/serve_load.json
 
-Each client asks for a picture, waits for it, and asks for the next (a closed loop), over loopback; after --seconds all wait for
-their last answers, which belong to the figures. The server runs twice, with batches and with `--max-batch 1`; before, between and
-after, the bare pipeline draws batches of the same pictures in a process of its own, as a worker does. Every answer is compared
-with the bare pipeline's picture of its prompt and seed. Server, worker and clients share this machine's cores.
+Each client asks for a picture, waits for it, and asks for the next (a closed loop), over loopback; after --seconds all wait
+for their last answers, which belong to the figures. The server runs twice, with batches and with `--max-batch 1`; before,
+between and after, the bare pipeline draws batches of the same pictures in a process of its own, as a worker does. Every
+answer is compared with the bare pipeline's picture of its prompt and seed. Server, worker and clients share this machine's
+cores.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ def test_the_pipeline_arrives_on_first_use_and_without_transformers() -> None:
     assert "transformers" not in loaded
 
 
+def test_the_server_s_own_process_needs_no_torch() -> None:
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    assert "torch" not in modules_loaded_by("import hart_infer.server.run")
+
+
 @pytest.mark.parametrize("name", hart_infer.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     assert getattr(hart_infer, name) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,7 +157,7 @@ def failure(row: RowId, error: Exception, *texts: str) -> Failed:
     told = f"{type(error).__name__}: {error}"
     for text in texts:
         told = told.replace(text, "...").replace(repr(text)[1:-1], "...")
-    LOG.error("a row failed", extra={"error": told, "traceback": "".join(traceback.format_tb(error.__traceback__))})
+    LOG.error("a row failed", exc_info=error, extra={"error": told})
     return Failed(row, "failed", f"The picture could not be drawn: {type(error).__name__}. The server's log says more.")
 
 

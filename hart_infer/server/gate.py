@@ -56,10 +56,14 @@ class Gate:
             self._note(scope, request_id, status or CLIENT_LEFT, time.perf_counter() - start)
 
     def _check_host(self, headers: Headers) -> None:
-        """Refuse a local server's use under a foreign name, which a web page could give it (DNS rebinding). Raises ApiError."""
+        """Keep web pages from using a local server, under a name of theirs (DNS rebinding) or across sites. Raises ApiError."""
+        if not self._service.settings.is_local:
+            return
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
-        if self._service.settings.is_local and host not in LOCAL_HOSTS:
+        if host not in LOCAL_HOSTS:
             raise ApiError(403, f"This server is for {LOCAL_HOSTS[0]} alone, not for {host[:100]!r}.", code="wrong_host")
+        if headers.get("sec-fetch-site") == "cross-site":
+            raise ApiError(403, "This server is not for pages of other sites.", code="cross_site")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         """Find the caller's name. Raises ApiError for a wrong key, and for none where one is needed."""

@@ -34,10 +34,9 @@ class Inbox:
         """Return whether nobody waits for a row any more."""
         return row in self._dropped
 
-    def forget(self, job: Draw | Ask) -> None:
-        """Forget the dropped rows of a finished job."""
-        rows = [row.id for row in job.rows] if isinstance(job, Draw) else [job.id]
-        self._dropped.difference_update(rows)
+    def forget(self) -> None:
+        """Forget who left, when a job is finished: the next one is sent only when the server knows that."""
+        self._dropped.clear()
 
     def _receive(self) -> None:
         while True:
@@ -77,5 +76,5 @@ def main(connection: Connection, load: Callable[[], Model]) -> None:
             drawing.draw(model, job, send, inbox.is_dropped)
         else:
             drawing.answer(model, job, send, inbox.is_dropped)
-        inbox.forget(job)
+        inbox.forget()
         send(Finished(time.perf_counter() - start))

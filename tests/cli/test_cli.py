@@ -37,7 +37,7 @@ from hart_infer.ops.cuda.library import FILE
 from hart_infer.ops.precision import widens
 from tests.hub import HubServer
 
-COMMANDS = ("generate", "batch", "edit", "video", "answer", "reconstruct", "info", "convert", "doctor")
+COMMANDS = ("generate", "batch", "edit", "video", "answer", "reconstruct", "serve", "info", "convert", "doctor")
 SIDE = 32
 
 

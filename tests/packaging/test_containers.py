@@ -32,8 +32,6 @@ def test_the_services_are_built_from_stages_and_are_closed() -> None:
 
 
 def test_no_stage_runs_as_root() -> None:
-    last = {
-        stage: text for stage, text in re.findall(r"^FROM base AS (\w+)$(.*?)(?=^FROM|\Z)", FILES["Dockerfile"], re.M | re.S)
-    }
+    last = dict(re.findall(r"^FROM base AS (\w+)$(.*?)(?=^FROM|\Z)", FILES["Dockerfile"], re.MULTILINE | re.DOTALL))
     assert set(last) == {"cpu", "cuda"}
     assert all("USER 10001" in text for text in last.values())

@@ -423,6 +423,13 @@ async def test_a_local_server_s_own_names(host: str) -> None:
         assert (await http.get("/v1/models", headers={"Host": host})).status_code == 200
 
 
+async def test_a_local_server_is_not_used_by_pages_of_other_sites() -> None:
+    async with client() as http:
+        told(await http.post(GENERATIONS, json={"prompt": "a"}, headers={"Sec-Fetch-Site": "cross-site"}), 403)
+        assert (await http.get("/v1/models", headers={"Sec-Fetch-Site": "same-origin"})).status_code == 200
+        told(await http.post(GENERATIONS, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"}), 400)
+
+
 async def test_other_servers_have_any_name_and_no_server_has_cors(keys: tuple[Keys, str, str]) -> None:
     async with client(keys=keys[0], host="0.0.0.0", insecure=True) as http:
         headers = {"Host": "pictures.example", "Origin": "https://pictures.example", "Authorization": f"Bearer {keys[1]}"}
@@ -615,6 +622,20 @@ async def test_requests_are_logged_with_their_id_and_never_with_their_words(capl
     assert [(line["id"], line["status"]) for line in ours[:4]] == [("given-1", status) for status in (200, 400, 400, 400)]
     assert {"time", "level", "method", "route", "seconds", "caller"} <= set(ours[0])
     assert "unicorn" not in json.dumps(ours)
+
+
+def test_exceptions_are_logged_without_what_they_say() -> None:
+    try:
+        try:
+            raise ValueError("unicorn")
+        except ValueError as error:
+            raise RuntimeError("unicorn again") from error
+    except RuntimeError as error:
+        record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "it failed", (), (type(error), error, None))
+    line = json.loads(JsonFormatter().format(record))
+    assert "RuntimeError" in line["traceback"] and "ValueError" in line["traceback"]
+    assert "test_exceptions_are_logged" in line["traceback"]
+    assert "unicorn" not in line["traceback"].replace('"unicorn"', "").replace('"unicorn again"', "")  # but for the source
 
 
 async def test_a_page_may_be_served_beside_the_api(tmp_path: Path) -> None:
