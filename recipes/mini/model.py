@@ -1,10 +1,12 @@
-"""What hart-mini is: every size of its parts."""
+"""What hart-mini and var-mini are: every size of their parts."""
 
 from __future__ import annotations
 
 from hart_infer.checkpoints.hart import Defaults
+from hart_infer.checkpoints.var import VarDefaults
 from hart_infer.models.hart import HartConfig
 from hart_infer.models.parts.autoencoder import AutoencoderConfig
+from hart_infer.models.var import VarConfig
 
 PATCH_NUMS = (1, 2, 4, 6, 10, 16)
 CONTEXT_TOKENS = 24
@@ -35,3 +37,10 @@ TRANSFORMER = HartConfig(
 )
 
 DEFAULTS = Defaults(guidance_scale=1.0, top_p=0.8, use_system_prompt=False)
+VAR_DEFAULTS = VarDefaults(guidance_scale=1.0, top_k=0, top_p=0.8)
+VAR_STYLES = ("noto", "twemoji")  # a class is a subject in any of these
+
+
+def var_config(num_classes: int) -> VarConfig:
+    """var-mini, on the same scales."""
+    return VarConfig(patch_nums=PATCH_NUMS, num_classes=num_classes, embed_dim=192, num_heads=6, depth=6, shared_aln=True)

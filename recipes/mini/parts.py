@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from model import AUTOENCODER, DEFAULTS, TRANSFORMER
+from model import AUTOENCODER, DEFAULTS, TRANSFORMER, VAR_DEFAULTS, var_config
 from text_encoder import build_text_encoder
 from training import save
 from transformers import PreTrainedTokenizerFast
 
-from hart_infer import HartPipeline
+from hart_infer import HartPipeline, VarPipeline
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.var import VarTransformer
+from hart_infer.pipelines.labels import Labels
 
-TOKENIZER, TEXT, TRANSFORMER_STATE, WORDS = "tokenizer-final.pt", "text-final.pt", "transformer.pt", "text_tokenizer"
+TOKENIZER, TEXT, WORDS = "tokenizer-final.pt", "text-final.pt", "text_tokenizer"
+STATE = {"hart": "transformer.pt", "var": "var.pt"}  # of a training, to go on from
+
+
+def _autoencoder(out: Path) -> Autoencoder:
+    autoencoder = Autoencoder(AUTOENCODER)
+    autoencoder.load_state_dict(torch.load(out / TOKENIZER, weights_only=True))
+    return autoencoder.eval().requires_grad_(False)
 
 
 def assemble(out: Path) -> HartPipeline:
     """The trained tokenizer and text encoder in `out` with a transformer of random weights, fp32."""
-    autoencoder = Autoencoder(AUTOENCODER)
-    autoencoder.load_state_dict(torch.load(out / TOKENIZER, weights_only=True))
     transformer = HartTransformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
     text_encoder = build_text_encoder(PreTrainedTokenizerFast.from_pretrained(out / WORDS))
     text_encoder.model.load_state_dict(torch.load(out / TEXT, weights_only=True))
-    pipe = HartPipeline(
-        transformer, autoencoder.eval().requires_grad_(False), text_encoder, name="hart-mini", defaults=DEFAULTS
-    )
+    pipe = HartPipeline(transformer, _autoencoder(out), text_encoder, name="hart-mini", defaults=DEFAULTS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def parts_hash(out: Path) -> str:
-    """Tells the trained tokenizer and text encoder in `out` from others: a transformer knows those of one pair alone."""
-    return hashlib.sha256((out / TOKENIZER).read_bytes() + (out / TEXT).read_bytes()).hexdigest()[:12]
+def assemble_var(out: Path, names: Sequence[str]) -> VarPipeline:
+    """The trained tokenizer in `out` with a transformer of random weights and a class for each name, fp32."""
+    transformer = VarTransformer(var_config(len(names)), vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    labels = Labels(len(names), tuple((name,) for name in names))
+    pipe = VarPipeline(transformer, _autoencoder(out), name="var-mini", labels=labels, defaults=VAR_DEFAULTS)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def trained(out: Path) -> dict[str, Any]:
+def parts_hash(out: Path, model: str) -> str:
+    """Tells the trained tokenizer in `out`, and hart-mini's text encoder, from others: a transformer knows one pair alone."""
+    files = (TOKENIZER, TEXT) if model == "hart" else (TOKENIZER,)
+    return hashlib.sha256(b"".join((out / name).read_bytes() for name in files)).hexdigest()[:12]
+
+
+def trained(out: Path, model: str) -> dict[str, Any]:
     """What train_transformer.py wrote to `out`; SystemExit where the tokenizer or the text encoder there is another by now."""
-    state: dict[str, Any] = torch.load(out / TRANSFORMER_STATE, weights_only=True)
-    if state["parts"] != parts_hash(out):
-        raise SystemExit(
-            f"{out / TRANSFORMER_STATE} was trained on other parts than {TOKENIZER} and {TEXT}: give each its own folder."
-        )
+    path = out / STATE[model]
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["parts"] != parts_hash(out, model):
+        raise SystemExit(f"{path} was trained on other parts than {TOKENIZER} and {TEXT}: give each its own folder.")
     return state
 
 
@@ -61,4 +76,12 @@ def take_over(model: str, out: Path) -> HartPipeline:
             raise SystemExit(f"{out} has a {name} already, which {model}'s would take the place of: give an empty folder.")
         save(out / name, state)
     pipe.text_encoder.tokenizer.save_pretrained(out / WORDS)
+    return pipe
+
+
+def finished(out: Path, model: str) -> HartPipeline | VarPipeline:
+    """The pipeline of the averaged weights that the training in `out` reached."""
+    state = trained(out, model)
+    pipe = assemble(out) if model == "hart" else assemble_var(out, state["classes"])
+    pipe.transformer.load_state_dict(state["average"])
     return pipe

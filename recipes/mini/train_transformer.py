@@ -1,42 +1,40 @@
-"""Train the transformer and its residual diffusion (paper sections 3.2, 3.3) on a trained tokenizer and text encoder.
+"""Train a transformer on a trained tokenizer: hart-mini's, with its residual diffusion, or var-mini's.
 
-    python recipes/mini/train_transformer.py DATA OUT
+    python recipes/mini/train_transformer.py DATA OUT [--model var]
 
-Teacher forcing: every scale sees the codes of the scales before, and all are predicted in one step, scale by scale through the
-modules that generate. A tenth of the captions is dropped for guidance. The last scale, more than half of all tokens, takes part
-in every third step (--full-every): nothing before depends on it. A fifth of the pictures are composed ones. Resumes from
-OUT/transformer.pt; without one, --start-from continues a saved pipeline's weights, such as hart-mini's own.
+hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
+subject. A tenth of the conditions is dropped for guidance. The last scale, more than half of all tokens, takes part in every
+third step (--full-every): nothing before depends on it. Resumes from OUT/transformer.pt (OUT/var.pt); without one,
+--start-from goes on from a saved pipeline's weights, such as hart-mini's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from captions import caption, wanted_of
-from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER
-from parts import TRANSFORMER_STATE, assemble, parts_hash, take_over, trained
-from residual import diffusion_loss
+from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_STYLES
+from parts import STATE, assemble, assemble_var, parts_hash, take_over, trained
+from teacher import losses, tokenize
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
-from hart_infer import HartPipeline
-from hart_infer.generation.schedule import Stage, hart_schedule
+from hart_infer import HartPipeline, VarPipeline
+from hart_infer.generation.schedule import Schedule, Settings, hart_schedule, var_schedule
 from hart_infer.models.hart import HartTransformer
-from hart_infer.models.parts.autoencoder import Autoencoder
-from hart_infer.models.parts.modulation import Modulation
-from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.next_scale import Condition, NextScaleTransformer
+from hart_infer.models.parts.layers import SwiGLU
 from hart_infer.models.text import TextEncoder
+from hart_infer.models.var import VarTransformer
 
-DROPPED = 0.1  # share of captions replaced by the unconditional context
-LOGITS_AT_ONCE = 1500  # rows of 4096
-CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
+DROPPED = 0.1  # share of conditions replaced by the unconditional one
 COMPOSED = 5  # every so many-th batch is of composed pictures
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -46,144 +44,146 @@ SAMPLES = (
 )  # fmt: skip
 
 
-class TeacherCache:
-    """Keys and values of all scales so far, kept for the backward pass; a `KVCache` writes over its memory instead."""
+class Learned(Protocol):
+    """What is learned: a pipeline, the pictures it is shown, and what says which one is meant."""
 
-    def __init__(self, rows: int) -> None:
-        """Empty; `rows` of the batch."""
-        self.rows = rows
-        self.stored: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    pipe: HartPipeline | VarPipeline
+    pictures: list[int]
+    schedule: Schedule
+    classes: list[str]  # var-mini's names
 
-    def at(self, stage: Stage) -> TeacherPlace:
-        """The place of a stage, behind all that were asked for before."""
-        return TeacherPlace(self, stage.length)
+    def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
+        """Endless batches of pictures from step `start` on."""
+        ...
 
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
+        """The condition of these pictures, some of them dropped."""
+        ...
 
-class TeacherPlace:
-    """As a `Place`: where a scale's keys and values go, and what it attends to."""
-
-    def __init__(self, cache: TeacherCache, length: int) -> None:
-        """Of a scale of `length` tokens."""
-        self.cache, self.length = cache, length
-
-    def slot(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Fresh memory for the scale's keys and values of a block."""
-        shape = (self.cache.rows, TRANSFORMER.num_heads, self.length, TRANSFORMER.head_dim)
-        pair = torch.empty(shape), torch.empty(shape)
-        self.cache.stored.setdefault(layer, []).append(pair)
-        return pair
-
-    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All scales' until and with this one."""
-        keys, values = zip(*self.cache.stored[layer], strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+    def draw(self) -> Tensor:
+        """Samples to look at, [N, 3, h, w] in -1..1."""
+        ...
 
 
-def forward(
-    transformer: HartTransformer, stages: Sequence[Stage], context: Tensor, mask: Tensor, position_ids: Tensor,
-    inputs: list[Tensor],
-) -> tuple[list[Tensor], Modulation]:  # fmt: skip
-    """Hidden states [B, p * p, D] of the given `stages`, the first ones, from the teacher-forced inputs [B, C, p, p] of all
-    but the first."""
-    cache = TeacherCache(len(context))
-    condition = transformer.condition(context, mask, position_ids)
-    assert condition.copies == 1, "a batch has rows enough"
-    place: Any = cache.at(stages[0])
-    hidden = [transformer(condition.inputs, condition.modulation, condition.table, place)[:, -1:]]
-    for stage, latent in zip(stages[1:], inputs, strict=True):
-        (table,), place = transformer.image_tables([stage.side], condition.last_position), cache.at(stage)
-        hidden.append(transformer(transformer.embed_tokens(latent, stage.index), condition.modulation, table, place))
-    return hidden, condition.modulation
+class Prompts:
+    """hart-mini: pictures by captions; every COMPOSED-th batch is of composed ones."""
 
-
-def losses(
-    transformer: HartTransformer, quantizer: Quantizer, stages: Sequence[Stage], context: Tensor, mask: Tensor,
-    codes: list[Tensor], latent: Tensor, generator: torch.Generator,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The loss, and its parts: the codes' cross-entropy by scale and, where the last scale takes part, the residual's.
-
-    Half of the loss weighs tokens alike, half weighs scales alike: the first ones have few tokens and decide what is drawn.
-    """
-    dropped = torch.rand(len(context), generator=generator) < DROPPED
-    position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
-    context = torch.where(dropped[:, None, None], 0.0, context)
-    mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
-    with torch.no_grad():
-        embeddings = [quantizer.embed(c) for c in codes]
-        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
-    entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
-    found = {f"scale {stage.side}": value.mean() for stage, value in zip(stages, entropy, strict=True)}
-    found["loss"] = 0.5 * torch.cat(entropy, dim=1).mean() + 0.5 * torch.stack(list(found.values())).mean()
-    if stages[-1].num_inference_steps:
-        with torch.no_grad():
-            residual = latent - sum(quantizer.contribution(e, s.phi) for e, s in zip(embeddings, stages, strict=True))
-        condition = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
-        found["diffusion"] = diffusion_loss(
-            transformer.diffusion, _tokens(residual).flatten(0, 1), condition.flatten(0, 1), generator
+    def __init__(self, pictures: Pictures, out: Path, start_from: str | None) -> None:
+        """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is."""
+        begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
+        self.about, self.pipe = pictures.about, assemble(out)
+        self.single, self.several = pictures.split("train"), pictures.split("composed")
+        self.pictures, self.classes = self.single + self.several, []
+        self.schedule = hart_schedule(
+            TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
         )
-        found["loss"] = found["loss"] + found["diffusion"]
-    return found
+        initialise(self.pipe.transformer)
+        if begun is not None:
+            self.pipe.transformer.load_state_dict(begun.transformer.state_dict())
+
+    def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
+        """As `Learned`."""
+        single = shuffled(self.single, batch, seed, start - start // COMPOSED)
+        several = shuffled(self.several, batch, seed, start // COMPOSED)
+        for step in itertools.count(start):
+            yield next(several if step % COMPOSED == COMPOSED - 1 else single)
+
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
+        """As `Learned`."""
+        encoder = self.pipe.text_encoder
+        assert encoder is not None
+        captions = [fitting(encoder, self.about[i], random) for i in chosen]
+        with torch.no_grad():
+            tokens, mask = encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
+            context = encoder.hidden_states(tokens, mask)
+        dropped = torch.rand(len(context), generator=generator) < DROPPED
+        position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
+        context = torch.where(dropped[:, None, None], 0.0, context)
+        mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
+        return self.pipe.transformer.condition(context, mask, position_ids)
+
+    def draw(self) -> Tensor:
+        """As `Learned`."""
+        return self.pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
 
 
-def code_entropy(transformer: HartTransformer, hidden: Tensor, modulation: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy [B, p * p] of one scale's codes, few pictures at a time, so that logits take little memory."""
-    at_once = max(1, LOGITS_AT_ONCE // codes.shape[1])
-    parts = zip(*(x.split(at_once) for x in (hidden, modulation, codes)), strict=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        flat = [F.cross_entropy(transformer.head(h, m).flatten(0, 1), c.flatten(), reduction="none") for h, m, c in parts]
-    return torch.cat(flat).view(codes.shape)
+class Classes:
+    """var-mini: pictures in some styles by the number of their subject."""
+
+    def __init__(self, pictures: Pictures, out: Path, start_from: str | None) -> None:
+        """New, on the tokenizer in `out`, or as a saved pipeline is."""
+        if start_from:
+            raise SystemExit("--start-from goes with hart-mini alone.")
+        about = pictures.about
+        self.pictures = [i for i in pictures.split("train") if about[i].style in VAR_STYLES]
+        self.classes = sorted({about[i].name for i in self.pictures})
+        self.number = {i: self.classes.index(about[i].name) for i in self.pictures}
+        self.pipe = assemble_var(out, self.classes)
+        self.schedule = var_schedule(
+            TRANSFORMER.patch_nums, share_quant_resi=AUTOENCODER.share_quant_resi, settings=Settings(guidance_scale=0.0)
+        )
+        initialise(self.pipe.transformer)
+
+    def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
+        """As `Learned`."""
+        return shuffled(self.pictures, batch, seed, start)
+
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
+        """As `Learned`."""
+        classes = torch.tensor([self.number[i] for i in chosen])
+        dropped = torch.rand(len(classes), generator=generator) < DROPPED
+        return self.pipe.transformer.condition(torch.where(dropped, self.pipe.transformer.config.num_classes, classes))
+
+    def draw(self) -> Tensor:
+        """As `Learned`."""
+        some = Random(0).sample(range(self.pipe.transformer.config.num_classes), 24)
+        return self.pipe(some, seed=0, output_type="pt").images * 2 - 1
 
 
-def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace a share of the codes by random ones."""
-    others = torch.randint(AUTOENCODER.vocab_size, codes.shape, generator=generator)
-    return torch.where(torch.rand(codes.shape, generator=generator) < CORRUPTED, others, codes)
+def initialise(transformer: NextScaleTransformer) -> None:
+    """Modulations start at none, the sublayers' outputs small; the rest depends on the family."""
+    nn.init.zeros_(transformer.head.modulation.weight)
+    nn.init.zeros_(transformer.head.modulation.bias)
+    nn.init.normal_(transformer.head.linear.weight, std=0.02)
+    for block in transformer.blocks:
+        block.attn.qkv.bias.data.zero_()
+        for last in (block.attn.proj, block.mlp.down if isinstance(block.mlp, SwiGLU) else block.mlp.fc2):
+            last.weight.data *= transformer.depth**-0.5
+    if isinstance(transformer, HartTransformer):
+        _initialise_hart(transformer)
+    elif isinstance(transformer, VarTransformer):
+        _initialise_var(transformer)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
-
-
-@torch.no_grad()
-def tokenize(autoencoder: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """All codes [N, tokens] int16 and latents [N, C, P, P] of pictures."""
-    codes, latents = [], []
-    for part in pixels.split(16):
-        latent = autoencoder.encode_latent(part)
-        codes.append(torch.cat(autoencoder.quantizer.encode(latent).indices, dim=1).short())
-        latents.append(latent)
-    return torch.cat(codes), torch.cat(latents)
-
-
-def initialise(transformer: HartTransformer) -> None:
-    """Modulations start at none, queries and keys larger than PyTorch's: the softmax scale is a quarter of the usual one."""
-    for module in (
-        transformer.head.modulation,
-        transformer.diffusion.out_modulation,
-        *(b.modulation for b in transformer.diffusion.blocks),
-    ):
+def _initialise_hart(transformer: HartTransformer) -> None:
+    """Queries and keys larger than PyTorch's: the softmax scale is a quarter of the usual one."""
+    diffusion = transformer.diffusion
+    for module in (diffusion.out_modulation, *(block.modulation for block in diffusion.blocks)):
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
-    nn.init.zeros_(transformer.diffusion.out_proj.weight)
+    nn.init.zeros_(diffusion.out_proj.weight)
     # The variance hardly shows in a loss over 1000 steps, but decides how noisy 8 steps end: begin at the smallest.
-    transformer.diffusion.out_proj.bias.data[transformer.diffusion.channels :] = -1.0
+    diffusion.out_proj.bias.data[diffusion.channels :] = -1.0
     for block in transformer.blocks:
-        width = TRANSFORMER.embed_dim
-        block.attn.qkv.weight.data[: 2 * width] *= 2.5
-        block.attn.qkv.bias.data.zero_()
-        for last in (block.attn.proj, block.mlp.down):
-            last.weight.data *= TRANSFORMER.depth**-0.5
-    nn.init.normal_(transformer.head.linear.weight, std=0.02)
+        block.attn.qkv.weight.data[: 2 * transformer.width] *= 2.5
 
 
-def optimizers(modules: Sequence[nn.Module], embeddings: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+def _initialise_var(transformer: VarTransformer) -> None:
+    """Gates start open, and classes far apart."""
+    nn.init.normal_(transformer.shared_modulation.weight, std=0.01)
+    nn.init.zeros_(transformer.shared_modulation.bias)
+    for embedding, std in ((transformer.class_embed, 0.3), (transformer.position_embed, 0.1), (transformer.level_embed, 0.1)):
+        nn.init.normal_(embedding.weight, std=std)
+    for block in transformer.blocks:
+        block.modulation.table.data[:2] = 1.0
+        nn.init.constant_(block.attn.log_scale, math.log(4))
+
+
+def optimizers(transformer: NextScaleTransformer, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the rest: embeddings, the code head, biases and norms."""
-    apart = {id(p) for p in embeddings}
-    parameters = [p for module in modules for p in module.parameters()]
-    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in apart]
-    others = [p for p in parameters if p.ndim != 2 or id(p) in apart]
+    matrices = [m.weight for m in transformer.modules() if isinstance(m, nn.Linear) and m is not transformer.head.linear]
+    apart = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in transformer.parameters() if id(parameter) not in apart]
     return [
         Muon(matrices, rate, weight_decay=0.05),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
@@ -198,20 +198,13 @@ def fitting(encoder: TextEncoder, about: Entry, random: Random) -> str:
             return text
 
 
-def batches(pictures: Pictures, batch: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Batches of pictures, every COMPOSED-th of composed ones, from step `start` on."""
-    single = shuffled(pictures.split("train"), batch, seed, start - start // COMPOSED)
-    several = shuffled(pictures.split("composed"), batch, seed, start // COMPOSED)
-    for step in itertools.count(start):
-        yield next(several if step % COMPOSED == COMPOSED - 1 else single)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("data", type=Path)
-    result.add_argument("out", type=Path, help="has what train_tokenizer.py wrote")
-    result.add_argument("--steps", type=int, default=8000)
+    result.add_argument("out", type=Path, help="has what train_tokenizer.py and train_text.py wrote")
+    result.add_argument("--model", choices=("hart", "var"), default="hart")
+    result.add_argument("--steps", type=int, default=30000)
     result.add_argument("--batch", type=int, default=16)
     result.add_argument("--lr", type=float, default=8e-4)
     result.add_argument("--seed", type=int, default=0)
@@ -224,53 +217,37 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def begin(out: Path, start_from: str | None) -> HartPipeline:
-    """The pipeline to train: new, on the tokenizer and the text encoder in `out`, or as a saved one is."""
-    begun = take_over(start_from, out) if start_from and not (out / TRANSFORMER_STATE).exists() else None
-    pipe = assemble(out)
-    initialise(pipe.transformer)
-    if begun is not None:
-        pipe.transformer.load_state_dict(begun.transformer.state_dict())
-    return pipe
-
-
 def main() -> None:
     """Train, with a checkpoint and a grid of samples every so often."""
     args = parser().parse_args()
-    pictures, log = Pictures(args.data, args.subjects), Log(args.out / "transformer.jsonl")
-    train = pictures.split("train", "composed")
+    pictures, log = Pictures(args.data, args.subjects), Log(args.out / f"{args.model}.jsonl")
     torch.manual_seed(args.seed)
-    pipe = begin(args.out, args.start_from)
-    transformer, text_encoder, quantizer = pipe.transformer.requires_grad_(True), pipe.text_encoder, pipe.autoencoder.quantizer
-    both = optimizers([transformer], [transformer.head.linear.weight], args.lr)
+    learned: Learned = {"hart": Prompts, "var": Classes}[args.model](pictures, args.out, args.start_from)
+    transformer, quantizer = learned.pipe.transformer.requires_grad_(True), learned.pipe.autoencoder.quantizer
+    both = optimizers(transformer, args.lr)
     average = Average(transformer, 0.998)
-    path, start = args.out / TRANSFORMER_STATE, 0
+    path, start = args.out / STATE[args.model], 0
     if path.exists():
-        state = trained(args.out)
+        state = trained(args.out, args.model)
         transformer.load_state_dict(state["model"])
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     log(step=start, options={name: str(value) for name, value in vars(args).items() if value is not None})
-    codes, latents = tokenize(pipe.autoencoder, pictures.tensor(train))
-    place = {picture: row for row, picture in enumerate(train)}
-    stages = hart_schedule(
-        TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
-    ).stages
-    drawn_from = batches(pictures, args.batch, args.seed, start)
+    codes, latents = tokenize(learned.pipe.autoencoder, pictures.tensor(learned.pictures))
+    place = {picture: row for row, picture in enumerate(learned.pictures)}
+    stages, drawn_from = learned.schedule.stages, learned.batches(args.batch, args.seed, start)
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
         chosen, random, generator = next(drawn_from), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
-        captions = [fitting(text_encoder, pictures.about[i], random) for i in chosen]
         rows = torch.tensor([place[i] for i in chosen])
         part = stages if step % args.full_every == 0 else stages[:-1]
         split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
-        with torch.no_grad():
-            tokens, mask = text_encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
-            context = text_encoder.hidden_states(tokens, mask)
-        found = losses(transformer, quantizer, part, context, mask, split, latents[rows], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            condition = learned.condition(chosen, random, generator)
+        found = losses(transformer, quantizer, part, condition, split, latents[rows], generator)
         transformer.zero_grad()
         found["loss"].backward()
         norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
@@ -280,12 +257,12 @@ def main() -> None:
         if step % 20 == 0:
             log(step=step, norm=norm.item(), rate=rate, **{name: value.item() for name, value in found.items()})
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            state = {"model": transformer.state_dict(), "average": average.values, "step": step + 1}
-            state["parts"] = parts_hash(args.out)
-            save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
+            state = {"average": average.values, "step": step + 1, "parts": parts_hash(args.out, args.model)}
+            state["classes"] = learned.classes
+            optimizing = [optimizer.state_dict() for optimizer in both]
+            save(path, state | {"model": transformer.state_dict(), "optimizers": optimizing})
             average.swap()
-            drawn = pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
-            write_grid(args.out / f"samples-{step + 1:05d}.png", list(drawn.split(6)))
+            write_grid(args.out / f"{args.model}-{step + 1:05d}.png", list(learned.draw().split(6)))
             average.swap()
 
 

@@ -7,16 +7,19 @@ import re
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hart_infer.generation.next_scale import new_cache
+from hart_infer import VarPipeline
+from hart_infer.generation.next_scale import new_cache, prefill
 from hart_infer.generation.residual import LATENT_SCALE
-from hart_infer.generation.schedule import hart_schedule
+from hart_infer.generation.schedule import Settings, hart_schedule, var_schedule
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
+from hart_infer.models.var import VarTransformer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
 
@@ -41,67 +44,129 @@ def parts(recipe):
     return transformer, autoencoder, stages
 
 
-def test_teacher_forcing_is_the_cached_generation(parts):
-    from model import CONTEXT_TOKENS, TRANSFORMER
-    from train_transformer import forward
+@pytest.fixture(scope="module")
+def of_classes(recipe):
+    """var-mini's transformer, with weights as its training begins, and its stages."""
+    from model import AUTOENCODER, PATCH_NUMS, var_config
+    from train_transformer import initialise
 
-    transformer, _, stages = parts
+    torch.manual_seed(0)
+    transformer = VarTransformer(var_config(12), vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
+    initialise(transformer)
+    stages = var_schedule(
+        PATCH_NUMS, share_quant_resi=AUTOENCODER.share_quant_resi, settings=Settings(guidance_scale=0.0)
+    ).stages
+    return transformer, stages
+
+
+def prompted(transformer):
+    """A condition of two prompts, and the same as generation prefills it."""
+    from model import CONTEXT_TOKENS, TRANSFORMER
+
     context = torch.randn(2, CONTEXT_TOKENS, TRANSFORMER.context_dim)
     mask = torch.arange(CONTEXT_TOKENS) < torch.tensor([[7], [24]])
-    position_ids = mask.long().cumsum(dim=1) - 1
-    inputs = [torch.randn(2, transformer.diffusion.channels, s.side, s.side) for s in stages[1:]]
-    with torch.no_grad():
-        found, modulation = forward(transformer, stages, context, mask, position_ids, inputs)
-        condition = transformer.condition(context, mask, position_ids)
-        length = sum(stage.length for stage in stages)
-        cache = new_cache(transformer, rows=2, length=length)
-        places = [cache.at(stage.offset, stage.length) for stage in stages]
-        expected = [transformer(condition.inputs, condition.modulation, condition.table, places[0])[:, -1:]]
-        for stage, latent, place in zip(stages[1:], inputs, places[1:], strict=True):
-            (table,) = transformer.image_tables([stage.side], condition.last_position)
-            x = transformer.embed_tokens(latent, stage.index)
-            expected.append(transformer(x, condition.modulation, table, place))
+    return transformer.condition(context, mask, mask.long().cumsum(dim=1) - 1)
+
+
+def generated(transformer, stages, condition, inputs):
+    """Hidden states of all stages by the modules that generate, one scale after the other over their cache."""
+    cache = new_cache(transformer, rows=2, length=sum(stage.length for stage in stages))
+    places = [cache.at(stage.offset, stage.length) for stage in stages]
+    prefix = prefill(transformer, condition, cache, slice(0, 2))
+    found = [prefix.hidden_states]
+    for stage, latent, place in zip(stages[1:], inputs, places[1:], strict=True):
+        (table,) = transformer.image_tables([stage.side], prefix.last_position)
+        found.append(transformer(transformer.embed_tokens(latent, stage.index), prefix.modulation, table, place))
+    return found, prefix.modulation
+
+
+def assert_teacher_forcing_is_generation(transformer, stages, condition):
+    from teacher import forward
+
+    inputs = [torch.randn(2, transformer.word_embed.in_features, s.side, s.side) for s in stages[1:]]
+    found, modulation = forward(transformer, stages, condition, inputs)
+    expected, of_generation = generated(transformer, stages, condition, inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(modulation.head, condition.modulation.head)
+    torch.testing.assert_close(modulation.head, of_generation.head)
+
+
+@torch.no_grad()
+def test_teacher_forcing_is_the_cached_generation(parts):
+    transformer, _, stages = parts
+    assert_teacher_forcing_is_generation(transformer, stages, prompted(transformer))
+
+
+@torch.no_grad()
+def test_teacher_forcing_of_classes_is_the_cached_generation(of_classes):
+    transformer, stages = of_classes
+    assert_teacher_forcing_is_generation(transformer, stages, transformer.condition(torch.tensor([3, 12])))
+
+
+def targets(autoencoder, stages):
+    codes = [torch.randint(autoencoder.config.vocab_size, (2, s.tokens)) for s in stages]
+    return codes, torch.randn(2, autoencoder.config.z_channels, stages[-1].side, stages[-1].side)
+
+
+def silent(transformer):
+    return [name for name, p in transformer.named_parameters() if p.grad is None or not p.grad.abs().sum()]
 
 
 def test_every_parameter_learns(parts):
-    from model import CONTEXT_TOKENS, TRANSFORMER
-    from train_transformer import losses
+    from teacher import losses
 
     transformer, autoencoder, stages = parts
-    codes = [torch.randint(autoencoder.config.vocab_size, (2, s.tokens)) for s in stages]
-    side = stages[-1].side
-    latent = torch.randn(2, transformer.diffusion.channels, side, side)
-    context = torch.randn(2, CONTEXT_TOKENS, TRANSFORMER.context_dim, requires_grad=True)
-    mask = torch.ones(2, CONTEXT_TOKENS, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(1)  # one that drops no caption
-    found = losses(transformer, autoencoder.quantizer, stages, context, mask, codes, latent, generator)
+    transformer.zero_grad()
+    found = losses(
+        transformer, autoencoder.quantizer, stages, prompted(transformer), *targets(autoencoder, stages), torch.Generator()
+    )
     assert set(found) == {*(f"scale {s.side}" for s in stages), "diffusion", "loss"}
     found["loss"].backward()
-    assert context.grad is not None and context.grad.abs().amax(dim=(1, 2)).min() > 0
-    silent = [name for name, p in transformer.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    assert silent == []
+    assert silent(transformer) == []
+
+
+def test_every_parameter_of_classes_learns(parts, of_classes):
+    from teacher import losses
+
+    (transformer, stages), (_, autoencoder, _) = of_classes, parts
+    transformer.zero_grad()
+    condition = transformer.condition(torch.tensor([3, 12]))
+    found = losses(transformer, autoencoder.quantizer, stages, condition, *targets(autoencoder, stages), torch.Generator())
+    assert set(found) == {*(f"scale {s.side}" for s in stages), "loss"}
+    found["loss"].backward()
+    assert silent(transformer) == []
 
 
 def test_the_last_scale_can_be_left_out(parts):
-    from model import CONTEXT_TOKENS, TRANSFORMER
-    from train_transformer import losses
+    from teacher import losses
 
     transformer, autoencoder, stages = parts
-    torch.manual_seed(0)
-    codes = [torch.randint(autoencoder.config.vocab_size, (2, s.tokens)) for s in stages]
-    latent = torch.randn(2, transformer.diffusion.channels, stages[-1].side, stages[-1].side)
-    context, mask = torch.randn(2, CONTEXT_TOKENS, TRANSFORMER.context_dim), torch.ones(2, CONTEXT_TOKENS, dtype=torch.bool)
+    (codes, latent), condition = targets(autoencoder, stages), prompted(transformer)
     with torch.no_grad():
         whole, part = (
-            losses(transformer, autoencoder.quantizer, s, context, mask, codes, latent, torch.Generator().manual_seed(1))
+            losses(transformer, autoencoder.quantizer, s, condition, codes, latent, torch.Generator().manual_seed(1))
             for s in (stages, stages[:-1])
         )
     assert "diffusion" not in part
     for stage in stages[:-1]:
         torch.testing.assert_close(whole[f"scale {stage.side}"], part[f"scale {stage.side}"])
+
+
+def test_a_tenth_of_the_conditions_is_dropped_whole(parts, of_classes, monkeypatch):
+    """What a dropped picture is conditioned on is what generation has for its unconditional half."""
+    import train_transformer
+    from train_transformer import Classes
+
+    transformer, _ = of_classes
+    learned = Classes.__new__(Classes)
+    learned.pipe, learned.number = SimpleNamespace(transformer=transformer), dict(enumerate(range(12)))
+    monkeypatch.setattr(train_transformer, "DROPPED", 1.0)
+    found = learned.condition(range(12), Random(0), torch.Generator())
+    expected = transformer.unconditional()
+    torch.testing.assert_close(found.inputs, expected.inputs[:1].expand_as(found.inputs))
+    monkeypatch.setattr(train_transformer, "DROPPED", 0.0)
+    kept = learned.condition(range(12), Random(0), torch.Generator())
+    torch.testing.assert_close(kept.inputs, transformer.condition(torch.arange(12)).inputs)
 
 
 def test_true_noise_has_the_least_diffusion_loss(parts, monkeypatch):
@@ -338,13 +403,30 @@ def test_what_is_held_out_is_decided_by_name():
     assert sorted(found["sun"]) == ["style", "style", "train"]
 
 
-def test_a_transformer_is_not_taken_to_another_tokenizer_or_text_encoder(tmp_path):
-    from parts import TEXT, TOKENIZER, TRANSFORMER_STATE, parts_hash, trained
+@pytest.mark.parametrize("model", ["hart", "var"])
+def test_a_transformer_is_not_taken_to_another_tokenizer_or_text_encoder(tmp_path, model):
+    from parts import STATE, TEXT, TOKENIZER, parts_hash, trained
 
     for name in (TOKENIZER, TEXT):
         (tmp_path / name).write_bytes(b"one")
-    torch.save({"step": 3, "parts": parts_hash(tmp_path)}, tmp_path / TRANSFORMER_STATE)
-    assert trained(tmp_path)["step"] == 3
-    (tmp_path / TEXT).write_bytes(b"another")
+    torch.save({"step": 3, "parts": parts_hash(tmp_path, model)}, tmp_path / STATE[model])
+    assert trained(tmp_path, model)["step"] == 3
+    (tmp_path / (TEXT if model == "hart" else TOKENIZER)).write_bytes(b"another")
     with pytest.raises(SystemExit, match="trained on other parts"):
-        trained(tmp_path)
+        trained(tmp_path, model)
+
+
+def test_a_model_of_classes_is_written_with_its_names(tmp_path, monkeypatch):
+    from export import main
+    from model import AUTOENCODER
+    from parts import STATE, TOKENIZER, assemble_var, parts_hash
+
+    names = ["bus", "cat", "sun with face"]
+    torch.save(Autoencoder(AUTOENCODER).state_dict(), tmp_path / TOKENIZER)
+    weights = assemble_var(tmp_path, names).transformer.state_dict()
+    torch.save({"average": weights, "classes": names, "parts": parts_hash(tmp_path, "var")}, tmp_path / STATE["var"])
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), str(tmp_path / "made"), "--model", "var"])
+    main()
+    pipe = VarPipeline.from_pretrained(tmp_path / "made")
+    assert pipe.labels.index("sun with face") == 2
+    torch.testing.assert_close(pipe.transformer.class_embed.weight, weights["class_embed.weight"].bfloat16())
