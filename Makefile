@@ -27,14 +27,14 @@ demo: $(VENV)/.installed
 	@echo "The released model paints 1024 px pictures of anything (a download of several GB on first use):"
 	@echo "    $(BIN)/hart-infer generate \"a cat on a red sofa\" -o cat.png --model mit-han-lab/hart-0.7b-1024px"
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not packaging" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  # a process a core: each computes with one thread
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu and not packaging" $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: there are none
 
 sample: $(VENV)/.installed-dev  # some of the slow ones, for every CI run
-	$(BIN)/python -m pytest -m "sample and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto -m "sample and not gpu" $(PYTEST_ARGS)
 
 # On a machine with a CUDA device; figures go to $HART_INFER_RESULTS or benchmarks/results. GPU_PYTHON=python3 takes an
 # environment that has the package already (pip install --no-deps --no-build-isolation -e .), such as one without a network.

@@ -43,4 +43,4 @@ VAR_STYLES = ("noto", "twemoji")  # a class is a subject in any of these
 
 def var_config(num_classes: int) -> VarConfig:
     """var-mini, on the same scales."""
-    return VarConfig(patch_nums=PATCH_NUMS, num_classes=num_classes, embed_dim=192, num_heads=6, depth=6, shared_aln=True)
+    return VarConfig(patch_nums=PATCH_NUMS, num_classes=num_classes, embed_dim=160, num_heads=5, depth=4, shared_aln=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from model import AUTOENCODER, DEFAULTS, TRANSFORMER, VAR_DEFAULTS, var_config
 from text_encoder import build_text_encoder
-from training import save
+from torch import Tensor
+from training import Pictures, save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer import HartPipeline, VarPipeline
@@ -19,14 +20,31 @@ from hart_infer.models.parts.autoencoder import Autoencoder
 from hart_infer.models.var import VarTransformer
 from hart_infer.pipelines.labels import Labels
 
-TOKENIZER, TEXT, WORDS = "tokenizer-final.pt", "text-final.pt", "text_tokenizer"
+TOKENIZER, TEXT, WORDS, LATENTS = "tokenizer-final.pt", "text-final.pt", "text_tokenizer", "latents.pt"
 STATE = {"hart": "transformer.pt", "var": "var.pt"}  # of a training, to go on from
 
 
-def _autoencoder(out: Path) -> Autoencoder:
+def load_autoencoder(out: Path) -> Autoencoder:
+    """The trained tokenizer in `out`, fp32."""
     autoencoder = Autoencoder(AUTOENCODER)
     autoencoder.load_state_dict(torch.load(out / TOKENIZER, weights_only=True))
     return autoencoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def latents_of(out: Path, pictures: Pictures) -> tuple[dict[int, int], Tensor]:
+    """The latents of all pictures to learn from: picture -> row, and [N, C, P, P]; kept in OUT/latents.pt."""
+    shown = [i for i, about in enumerate(pictures.about) if about.split in ("train", "composed")]
+    path, key = out / LATENTS, [parts_hash(out, "var"), len(shown)]
+    kept = torch.load(path, weights_only=True) if path.exists() else {}
+    if kept.get("key") != key:
+        autoencoder, parts = load_autoencoder(out), []
+        for first in range(0, len(shown), 32):
+            with torch.autocast("cpu", torch.bfloat16):
+                parts.append(autoencoder.encode_latent(pictures.tensor(shown[first : first + 32])).float())
+        kept = {"key": key, "latents": torch.cat(parts)}
+        save(path, kept)
+    return {picture: row for row, picture in enumerate(shown)}, kept["latents"]
 
 
 def assemble(out: Path) -> HartPipeline:
@@ -34,7 +52,7 @@ def assemble(out: Path) -> HartPipeline:
     transformer = HartTransformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
     text_encoder = build_text_encoder(PreTrainedTokenizerFast.from_pretrained(out / WORDS))
     text_encoder.model.load_state_dict(torch.load(out / TEXT, weights_only=True))
-    pipe = HartPipeline(transformer, _autoencoder(out), text_encoder, name="hart-mini", defaults=DEFAULTS)
+    pipe = HartPipeline(transformer, load_autoencoder(out), text_encoder, name="hart-mini", defaults=DEFAULTS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,7 +61,7 @@ def assemble_var(out: Path, names: Sequence[str]) -> VarPipeline:
     """The trained tokenizer in `out` with a transformer of random weights and a class for each name, fp32."""
     transformer = VarTransformer(var_config(len(names)), vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
     labels = Labels(len(names), tuple((name,) for name in names))
-    pipe = VarPipeline(transformer, _autoencoder(out), name="var-mini", labels=labels, defaults=VAR_DEFAULTS)
+    pipe = VarPipeline(transformer, load_autoencoder(out), name="var-mini", labels=labels, defaults=VAR_DEFAULTS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

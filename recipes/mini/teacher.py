@@ -17,7 +17,6 @@ from torch import Tensor
 from hart_infer.generation.schedule import Stage
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
-from hart_infer.models.parts.autoencoder import Autoencoder
 from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
 
@@ -131,14 +130,3 @@ def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
 
 def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
-
-
-@torch.no_grad()
-def tokenize(autoencoder: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """All codes [N, tokens] int16 and latents [N, C, P, P] of pictures."""
-    codes, latents = [], []
-    for part in pixels.split(16):
-        latent = autoencoder.encode_latent(part)
-        codes.append(torch.cat(autoencoder.quantizer.encode(latent).indices, dim=1).short())
-        latents.append(latent)
-    return torch.cat(codes), torch.cat(latents)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
 from hart_infer.models.text import TextEncoder
 
-VOCABULARY, WIDTH, DEPTH = 6144, 256, 2
+VOCABULARY, WIDTH, DEPTH = 6144, 256, 3
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -32,7 +32,7 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=768,
+        intermediate_size=1536,
         num_hidden_layers=DEPTH,
         num_attention_heads=4,
         num_key_value_heads=4,

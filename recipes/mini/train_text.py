@@ -1,10 +1,11 @@
-"""Train the text encoder: what a caption's last tokens say of subject, style, colour and number.
+"""Train the text encoder to say what a caption means, and to foresee the picture that it means.
 
     python recipes/mini/train_text.py DATA OUT
 
-Needs OUT/words.json (associate.py). The transformer is trained on the finished encoder, so that pictures are spent on pictures:
-captions cost nothing, and the encoder sees a million of them. Four linear maps read the labels from the hidden states of a
-caption's last token and of the last position; they are thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
+Needs OUT/words.json (associate.py) and the tokenizer. The transformer is trained on the finished encoder: captions cost little,
+and it need not learn by heart what the encoder foresees. Linear maps read subject, style, colour and number from the hidden
+states of a caption's last token and of the last position, and the picture from the last positions (foreseen.py); the maps are
+thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
 """
 
 from __future__ import annotations
@@ -33,17 +34,20 @@ from captions import (
 )
 from classifier import STYLE_NAMES, subjects_of
 from compose import COLOURS
+from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
-from parts import TEXT, WORDS
+from parts import TEXT, WORDS, latents_of
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
-from training import Average, Log, Muon, Pictures, learning_rate, save
+from training import Average, Entry, Log, Muon, Pictures, learning_rate, save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer.models.text import TextEncoder
 
 OF_PICTURES, OF_WORDS, OF_ANY = 0.45, 0.3, 0.15  # shares of captions; the rest has another thing beside the wanted one
 COLOUR_NAMES = [None, *COLOURS]
+LABELS = ("subject", "style", "colour", "number")
+PICTURE = 8.0  # weight of the share of the picture that is missed
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class Labelled:
     subject: str
     wanted: Wanted
     style: str
+    made: bool = False  # of a composed picture: `wanted.colour` is not just the colour that it has anyway
+
+    @property
+    def thing(self) -> Thing:
+        """Which picture it means, if there is one."""
+        return self.subject, self.style, self.wanted.colour if self.made else None, self.wanted.number
 
 
 class Captions:
@@ -79,29 +89,32 @@ class Captions:
         if kind < OF_PICTURES:
             about = self.pictures.about[random.choice(self.shown)]
             wanted = wanted_of(about, random)
-            return Labelled(caption(wanted, random), about.name, wanted, about.style)
+            return Labelled(caption(wanted, random), about.name, wanted, about.style, about.made)
         if kind < OF_PICTURES + OF_WORDS:
             word, name = random.choice(self.words)
             plain = Wanted(word, random.choice((None, None, *STYLE_NAMES)))
             wanted = plain if random.random() < 0.7 else any_wanted(word, random, STYLE_NAMES)
             text = word if wanted == Wanted(word) and random.random() < 0.5 else caption(wanted, random)
-            return Labelled(text, name, wanted, wanted.style or self.style[name])
+            return Labelled(text, name, wanted, wanted.style or self.style[name], wanted.colour is not None)
         name = random.choice(self.names)
         wanted = any_wanted(spoken(name), random, STYLE_NAMES)
         if kind < OF_PICTURES + OF_WORDS + OF_ANY:
-            return Labelled(caption(wanted, random), name, wanted, wanted.style or self.style[name])
-        other, _ = random.choice(self.words)
-        return Labelled(beside(wanted, other, random), name, wanted, wanted.style or self.style[name])
+            text = caption(wanted, random)
+        else:
+            text = beside(wanted, random.choice(self.words)[0], random)
+        return Labelled(text, name, wanted, wanted.style or self.style[name], wanted.colour is not None)
 
 
 class Reader(nn.Module):
-    """Linear maps from hidden states to labels."""
+    """Linear maps from hidden states to labels, and to the picture's coordinates."""
 
     def __init__(self, subjects: Sequence[str]) -> None:
         super().__init__()
         self.names = {name: i for i, name in enumerate(subjects)}
         sizes = (len(subjects), len(STYLE_NAMES), len(COLOUR_NAMES), 3)
         self.maps = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, BLOCK) for _ in range(PLACES))
+        self.place = nn.Linear(WIDTH, PLACES)
 
     def labels(self, captions: Sequence[Labelled]) -> list[Tensor]:
         """Subject, style, colour and number, [N] int64 each."""
@@ -117,6 +130,18 @@ class Reader(nn.Module):
         both = torch.cat([last, hidden[:, -1]])
         return [linear(both) for linear in self.maps]
 
+    def picture(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [N, T, WIDTH] -> coordinates [N, PLACES * BLOCK] from the last PLACES positions, and the loss of telling which
+        position is which, without which their contents could not be told apart."""
+        places = [hidden[:, -1 - i] for i in range(PLACES)]
+        which = torch.arange(PLACES).repeat_interleave(len(hidden))
+        coordinates = [read(x) for read, x in zip(self.blocks, places, strict=True)]
+        return torch.cat(coordinates, dim=1), F.cross_entropy(self.place(torch.cat(places)), which)
+
+
+def _thing(about: Entry) -> Thing:
+    return about.name, about.style, about.colour if about.made else None, about.number
+
 
 def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
     """Hidden states [N, T, WIDTH] and mask [N, T] of captions."""
@@ -126,14 +151,16 @@ def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def score(encoder: TextEncoder, reader: Reader, captions: Sequence[Labelled]) -> list[float]:
-    """How often the last position tells subject, style, colour and number."""
-    right = []
+def score(encoder: TextEncoder, reader: Reader, captions: Sequence[Labelled], foreseen: Foreseen) -> list[float]:
+    """How often the last position tells subject, style, colour and number; and the share of the picture that is missed."""
+    right, missed = [], []
     for first in range(0, len(captions), 256):
         part = captions[first : first + 256]
-        logits, labels = reader(*encode(encoder, part)), reader.labels(part)
+        hidden, mask = encode(encoder, part)
+        logits, labels = reader(hidden, mask), reader.labels(part)
         right.append(torch.stack([(x[len(part) :].argmax(1) == y).float() for x, y in zip(logits, labels, strict=True)], dim=1))
-    return [round(x, 4) for x in torch.cat(right).mean(dim=0).tolist()]
+        missed.append(foreseen.missed(reader.picture(hidden)[0], [c.thing for c in part]))
+    return [round(x, 4) for x in (*torch.cat(right).mean(dim=0).tolist(), torch.stack(missed).mean().item())]
 
 
 def held_out(pictures: Pictures, templates: Sequence[str]) -> list[Labelled]:
@@ -168,6 +195,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     encoder = build_text_encoder(PreTrainedTokenizerFast.from_pretrained(args.out / WORDS))
     reader, captions = Reader(subjects_of(pictures)), Captions(pictures, words, encoder.tokenizer)
+    rows, latents = latents_of(args.out, pictures)
+    foreseen = Foreseen(principal(latents), {_thing(pictures.about[i]): row for i, row in rows.items()})
     whole = nn.ModuleDict({"encoder": encoder.model.requires_grad_(True), "reader": reader})
     inside = [p for p in encoder.model.layers.parameters() if p.ndim == 2]
     others = [p for p in whole.parameters() if all(p is not q for q in inside)]
@@ -184,8 +213,12 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = learning_rate(step, peak=args.lr, warmup=100, steps=args.steps, decay=0.5)
         random = Random(args.seed + step)
         drawn = [captions.draw(random) for _ in range(args.batch)]
-        logits, labels = reader(*encode(encoder, drawn)), reader.labels(drawn)
+        hidden, mask = encode(encoder, drawn)
+        logits, labels = reader(hidden, mask), reader.labels(drawn)
         losses = [F.cross_entropy(x, y.repeat(2)) for x, y in zip(logits, labels, strict=True)]
+        coordinates, place = reader.picture(hidden)
+        missed = foreseen.missed(coordinates, [c.thing for c in drawn])
+        losses += [PICTURE * missed, place]
         whole.zero_grad()
         sum(losses).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
@@ -193,7 +226,7 @@ def main() -> None:
             optimizer.step()
         average.update(step)
         if step % 50 == 0:
-            log(step=step, **{name: x.item() for name, x in zip(("subject", "style", "colour", "number"), losses, strict=True)})
+            log(step=step, missed=missed.item(), **{name: x.item() for name, x in zip(LABELS, losses[:4], strict=True)})
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             state = {"model": whole.state_dict(), "average": average.values, "step": step + 1}
             save(path, state | {"optimizers": [optimizer.state_dict() for optimizer in both]})
@@ -204,7 +237,7 @@ def main() -> None:
                 "held out": held_out(pictures, HELD_OUT_TEMPLATES),
                 "fresh": held_out(pictures, FRESH_TEMPLATES),
             }
-            log(step=step + 1, **{name: score(encoder, reader, case) for name, case in cases.items()})
+            log(step=step + 1, **{name: score(encoder, reader, case, foreseen) for name, case in cases.items()})
             average.swap()
     average.swap()
     save(args.out / TEXT, encoder.model.state_dict())

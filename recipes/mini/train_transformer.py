@@ -20,9 +20,10 @@ from typing import Protocol
 
 import torch
 from captions import caption, wanted_of
+from foreseen import principal
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_STYLES
-from parts import STATE, assemble, assemble_var, parts_hash, take_over, trained
-from teacher import losses, tokenize
+from parts import STATE, assemble, assemble_var, latents_of, parts_hash, take_over, trained
+from teacher import losses
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
@@ -45,10 +46,9 @@ SAMPLES = (
 
 
 class Learned(Protocol):
-    """What is learned: a pipeline, the pictures it is shown, and what says which one is meant."""
+    """What is learned: a pipeline, and what says which picture is meant."""
 
     pipe: HartPipeline | VarPipeline
-    pictures: list[int]
     schedule: Schedule
     classes: list[str]  # var-mini's names
 
@@ -73,7 +73,7 @@ class Prompts:
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
         self.single, self.several = pictures.split("train"), pictures.split("composed")
-        self.pictures, self.classes = self.single + self.several, []
+        self.classes: list[str] = []
         self.schedule = hart_schedule(
             TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
         )
@@ -117,12 +117,26 @@ class Classes:
         about = pictures.about
         self.pictures = [i for i in pictures.split("train") if about[i].style in VAR_STYLES]
         self.classes = sorted({about[i].name for i in self.pictures})
-        self.number = {i: self.classes.index(about[i].name) for i in self.pictures}
+        number = {name: place for place, name in enumerate(self.classes)}
+        self.number = {i: number[about[i].name] for i in self.pictures}
         self.pipe = assemble_var(out, self.classes)
         self.schedule = var_schedule(
             TRANSFORMER.patch_nums, share_quant_resi=AUTOENCODER.share_quant_resi, settings=Settings(guidance_scale=0.0)
         )
         initialise(self.pipe.transformer)
+        self.foresee(out, pictures)
+
+    @torch.no_grad()
+    def foresee(self, out: Path, pictures: Pictures) -> None:
+        """Begin the embedding of every class with the first principal coordinates of its pictures, a part for each style."""
+        rows, latents = latents_of(out, pictures)
+        embedding = self.pipe.transformer.class_embed.weight
+        part = embedding.shape[1] // len(VAR_STYLES)
+        coordinates = principal(latents)[:, :part]
+        coordinates *= embedding.std() / coordinates.std()
+        for picture, number in self.number.items():
+            first = VAR_STYLES.index(pictures.about[picture].style) * part
+            embedding[number, first : first + part] = coordinates[rows[picture]]
 
     def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
         """As `Learned`."""
@@ -234,8 +248,8 @@ def main() -> None:
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     log(step=start, options={name: str(value) for name, value in vars(args).items() if value is not None})
-    codes, latents = tokenize(learned.pipe.autoencoder, pictures.tensor(learned.pictures))
-    place = {picture: row for row, picture in enumerate(learned.pictures)}
+    place, latents = latents_of(args.out, pictures)
+    codes = torch.cat([torch.cat(quantizer.encode(part).indices, dim=1).short() for part in latents.split(64)])
     stages, drawn_from = learned.schedule.stages, learned.batches(args.batch, args.seed, start)
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)

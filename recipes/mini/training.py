@@ -41,8 +41,7 @@ class Average:
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (Jordan et al. 2024), for matrices and, flattened to [out, rest], for convolutions.
 
-    `torch.optim.Muon` takes matrices only and works in bf16. The update's size is
-    AdamW's (arXiv:2502.16982), so rates carry over.
+    `torch.optim.Muon` takes matrices only. The update's size is AdamW's (arXiv:2502.16982), so rates carry over.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -67,11 +66,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """The orthogonal matrix nearest to [m, n], roughly: singular values go to 0.7..1.2 by a quintic Newton-Schulz iteration."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).float()
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay: float = 0.25) -> float:
