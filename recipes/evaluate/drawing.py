@@ -18,6 +18,7 @@ from hart_infer.batch.storage import open_storage
 
 ROWS = "rows.csv"
 DRAWN = "drawn"
+BATCH = (sys.executable, "-m", "hart_infer", "batch")
 
 
 class DrawingError(HartError, RuntimeError):
@@ -37,14 +38,14 @@ def draw(rows: Sequence[Mapping[str, str]], out: Path, options: Sequence[str], f
     else:
         with storage.whole(ROWS) as file:
             file.write(table)
-    command = [sys.executable, "-m", "hart_infer", "batch", str(out / ROWS), "--out", str(out / folder), *options]
+    command = [*BATCH, str(out / ROWS), "--out", str(out / folder), *options]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise DrawingError(f"hart-infer batch ended with exit code {code}; the same command goes on where it was.")
     return open_set(out / folder)
 
 
 def place(picture: Path, target: Path) -> None:
-    """Give a picture a second name, by a link where the file system has links. Whoever calls renames the folder when it is whole."""
+    """Give a picture a second name, by a link where the file system has links."""
     try:
         os.link(picture, target)
     except OSError:

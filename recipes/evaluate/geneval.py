@@ -33,7 +33,9 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [(line, json.loads(line)["prompt"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not GenEval's evaluation_metadata.jsonl: a JSON object with a prompt in each line.") from error
+        raise InputError(
+            f"{path} is not GenEval's evaluation_metadata.jsonl: a JSON object with a prompt in each line."
+        ) from error
 
 
 def lay_out(lines: Sequence[str], pictures: dict[str, Path], images: Path, per_prompt: int) -> None:

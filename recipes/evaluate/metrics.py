@@ -1,12 +1,13 @@
 """FID, KID and CLIP score by torchmetrics, of features that lie in memory, each with an uncertainty.
 
-FID (Heusel et al. 2017): the Fréchet distance of two Gaussians fitted to the features. KID (Binkowski et al. 2018): the unbiased
-squared MMD with the kernel (x.y / D + 1)^3, mean and standard deviation over random subsets. CLIP score (Hessel et al. 2021):
-100 times the cosine of picture and caption, at least 0.
+FID (Heusel et al. 2017): the Fréchet distance of two Gaussians fitted to the features. KID (Binkowski et al. 2018): the
+unbiased squared MMD with the kernel (x.y / D + 1)^3, mean and standard deviation over random subsets. CLIP score (Hessel et
+al. 2021): 100 times the cosine of picture and caption, at least 0.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -91,10 +92,12 @@ def fid(real: Tensor | Gaussian, drawn: Tensor, *, cuts: int = 2, seed: int = 0)
 def kid(real: Tensor, drawn: Tensor, *, seed: int = 0) -> Kid:
     """Return the KID. Fewer than 2,000 pictures give subsets of half of them, as equal subsets would have no spread."""
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(drawn) // 2)
-    metric = KernelInceptionDistance(_Given(drawn.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")  # they lie in memory already
+        metric = KernelInceptionDistance(_Given(drawn.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # it draws its subsets from the global generator
         torch.manual_seed(seed)
         mean, std = metric.compute()
     return Kid(float(mean), float(std), KID_SUBSETS, size)

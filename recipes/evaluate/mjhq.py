@@ -20,8 +20,19 @@ from drawing import draw, split_options
 from networks import clip_score, extract, load_clip
 from pictures import PictureSet, open_set, read_json
 from score import (
-    Results, Score, Scoring, add_scoring, check_comparable, guarded, record, results_of, score_features, scoring_of, table, write_json
-)  # fmt: skip
+    Results,
+    Score,
+    Scoring,
+    add_scoring,
+    check_comparable,
+    guarded,
+    record,
+    results_of,
+    score_features,
+    scoring_of,
+    table,
+    write_json,
+)
 
 from hart_infer import InputError
 

@@ -88,7 +88,12 @@ def _script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
 
 def _clip(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     clip = load_clip(path, device)
-    return lambda images: clip.get_image_features(clip.processor(images=list(images.cpu().byte())).pixel_values.to(device))
+
+    def features(images: Tensor) -> Tensor:
+        pixels = clip(images=list(images.round().byte().cpu()), return_tensors="pt").pixel_values
+        return clip.get_image_features(pixels.to(device))
+
+    return features
 
 
 def _judge(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -112,12 +117,14 @@ def load_network(kind: str, weights: Path, device: torch.device) -> Network:
 
 
 def load_judge(path: Path) -> nn.Module:
-    """Load the classifier that `recipes/mini/classifier.py` trained: maps [N, 3, h, w] in -1..1 to logits of subject and style."""
+    """Load what `recipes/mini/classifier.py` trained: maps [N, 3, h, w] in -1..1 to logits of subject and style."""
     sys.path.insert(0, str(MINI))
     try:
         from classifier import Classifier
     except ImportError as error:
-        raise InputError(f"the judge needs what recipes/mini needs ({error}): pip install -r {MINI}/requirements.txt.") from error
+        raise InputError(
+            f"the judge needs what recipes/mini needs ({error}): pip install -r {MINI}/requirements.txt."
+        ) from error
     finally:
         sys.path.remove(str(MINI))
     try:

@@ -101,7 +101,7 @@ class Reader:
 
 
 def to_tensor(image: Image.Image, size: int | None) -> Tensor:
-    """Return [3, h, w] fp32 in 0..255; resized to `size` by Pillow's bicubic filter in fp32, as clean-fid does (arXiv:2104.11222)."""
+    """Return [3, h, w] fp32 in 0..255; resized by Pillow's bicubic filter in fp32, as clean-fid does (arXiv:2104.11222)."""
     if size is None:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     channels = [Image.fromarray(np.asarray(channel, dtype=np.float32)) for channel in image.split()]

@@ -108,9 +108,7 @@ def score(real: PictureSet | Gaussian, drawn: PictureSet, scoring: Scoring, refe
     return results_of(scoring, network, drawn, found, reference, whole)
 
 
-def score_features(
-    real: torch.Tensor | Gaussian, drawn: torch.Tensor, scoring: Scoring, clip: Mean | None = None
-) -> Score:
+def score_features(real: torch.Tensor | Gaussian, drawn: torch.Tensor, scoring: Scoring, clip: Mean | None = None) -> Score:
     """Score features. Raises InputError where there are too few."""
     counts = (len(drawn),) if isinstance(real, Gaussian) else (len(real), len(drawn))
     if min(counts) < 4:
@@ -122,7 +120,9 @@ def score_features(
 def check_comparable(real: PictureSet, of_real: Features, drawn: PictureSet, found: Features, size: int | None) -> None:
     """Refuse pictures of different sizes, unless both are resized. Raises InputError."""
     if size is None and of_real.read.side != found.read.side:
-        sides = [f"{name} {side[0]} x {side[1]} px" for name, side in ((real.name, of_real.read.side), (drawn.name, found.read.side))]
+        sides = [
+            f"{name} {side[0]} x {side[1]} px" for name, side in ((real.name, of_real.read.side), (drawn.name, found.read.side))
+        ]
         raise InputError(f"the pictures differ in size ({', '.join(sides)}); --size resizes both alike.")
 
 
@@ -198,7 +198,9 @@ def _plain(value: object) -> object:
 
 def table(results: Results) -> str:
     """The figures for people."""
-    lines = [f"{'':24s} {'pictures':>8s} {'FID':>9s} {'of halves':>16s} {'real halves':>11s} {'KID x 1000':>16s} {'CLIP score':>14s}"]
+    lines = [
+        f"{'':24s} {'pictures':>8s} {'FID':>9s} {'of halves':>16s} {'real halves':>11s} {'KID x 1000':>16s} {'CLIP score':>14s}"
+    ]
     lines += [_line(name, each) for name, each in {results.drawn.name: results.score, **results.parts}.items()]
     if results.drawn.failed:
         lines.append(f"{results.drawn.failed} rows could not be drawn and are not among them.")
@@ -208,7 +210,9 @@ def table(results: Results) -> str:
         lines.append(f"Features are those of {results.features['file']}: the FID and KID compare with no published ones.")
     if len({*results.drawn.formats, *results.reference.formats}) > 1:
         stored = (results.reference.formats, results.drawn.formats)
-        lines.append(f"Real pictures are {', '.join(stored[0])}, drawn ones {', '.join(stored[1])}; compression is part of the distance.")
+        lines.append(
+            f"Real pictures are {', '.join(stored[0])}, drawn ones {', '.join(stored[1])}; compression is part of the distance."
+        )
     return "\n".join(lines)
 
 
@@ -241,9 +245,7 @@ def scoring_of(args: argparse.Namespace) -> Scoring:
         raise InputError("a score takes --features and --weights.")
     if args.batch_size < 1 or (args.size is not None and args.size < 1):
         raise InputError("--batch-size and --size are 1 or more.")
-    return Scoring(
-        args.features, args.weights, args.size, args.clip, args.seed, batch_size=args.batch_size, device=args.device
-    )
+    return Scoring(args.features, args.weights, args.size, args.clip, args.seed, batch_size=args.batch_size, device=args.device)
 
 
 def guarded(run: Callable[[], None]) -> int:
