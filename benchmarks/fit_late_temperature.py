@@ -113,12 +113,12 @@ def shown(fitted: float | None) -> str:
     return f"not fitted: codes are certain to {CERTAIN} nats, so 1" if fitted is None else f"{fitted:.3f}"
 
 
-def load(model: str, variant: str | None, device: str | None) -> Any:
-    """The pipeline of a model of either family, fp32."""
+def load(model: str, variant: str | None, device: str | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of a model of either family."""
     if find_family(model, HUB) == "VAR":
-        pipe: Any = VarPipeline.from_pretrained(model, variant=variant, dtype=torch.float32, device=device)
+        pipe: Any = VarPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
     else:
-        pipe = HartPipeline.from_pretrained(model, variant=variant, dtype=torch.float32, device=device)
+        pipe = HartPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

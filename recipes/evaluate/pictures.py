@@ -206,10 +206,11 @@ def _batch(path: Path) -> PictureSet:
         raise InputError(f"{path} holds shards; unpack shards/*.tar into a folder and give that.")
     if not (path / MANIFEST).exists() or any((path / PARTS).glob("*.parquet")):
         raise InputError(f"{path} is a batch that is not finished; the same `hart-infer batch` goes on.")
-    import_pyarrow()
+    pyarrow = import_pyarrow()
     from pyarrow import parquet
 
-    lines = parquet.read_table(path / MANIFEST, columns=["id", "prompt", "file", "error"]).to_pylist()
+    file = parquet.ParquetFile(pyarrow.BufferReader((path / MANIFEST).read_bytes()))
+    lines = file.read(["id", "prompt", "file", "error"], use_threads=False).to_pylist()
     drawn = [line for line in lines if line["error"] is None]
     if not drawn:
         raise InputError(f"{path} holds no pictures: no row of the batch could be drawn.")
