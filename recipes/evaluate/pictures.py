@@ -22,7 +22,7 @@ from hart_infer.batch.manifest import MANIFEST, PARTS, import_pyarrow
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SAMPLED = "settings.json"  # what benchmarks/sample_for_fid.py writes beside its pictures
-Settings = dict[str, str | int | float | bool | None]
+Settings = dict[str, object]  # as JSON has them
 
 
 class Source(Protocol):
