@@ -38,7 +38,7 @@ from hart_infer.pipelines.describe import weights_digest
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = "exact"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHOWN = 8  # pictures side by side, the first ones
+SHOWN = 8  # pictures side by side, evenly spread over all
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,9 @@ class Judge:
 
 
 def side_by_side(drawn: dict[str, list[Drawn]]) -> Image.Image:
-    """The first pictures, a row for each mode."""
-    rows = [np.concatenate([np.asarray(one.image) for one in each[:SHOWN]], axis=1) for each in drawn.values()]
+    """Some of the pictures, a row for each mode."""
+    step = max(1, len(next(iter(drawn.values()))) // SHOWN)
+    rows = [np.concatenate([np.asarray(one.image) for one in each[::step][:SHOWN]], axis=1) for each in drawn.values()]
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
             "weights": weights_digest(pipe.components),
             "dtype": args.dtype,
         }
-        settings |= {"pictures": len(subjects), "seed": args.seed, "threads": torch.get_num_threads(), **asdict(pipe.defaults)}
+        settings |= {"pictures": len(subjects), "seed": args.seed, "threads": pipe.num_threads or torch.get_num_threads(), **asdict(pipe.defaults)}
         settings |= {"judge": judge.network.sha256 if judge else None}
         results = {"settings": settings, "modes": {mode: asdict(c) for mode, c in costs.items()}}
         plain = json.loads(json.dumps({"machine": measure.machine(args.device or "cpu"), **results}, default=str))
@@ -284,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--pictures", type=Path, help=f"PNG: the first {SHOWN} side by side, a row for each mode")
+    parser.add_argument("--pictures", type=Path, help=f"PNG: {SHOWN} side by side, a row for each mode")
     args = parser.parse_args(arguments)
     if (args.judge is None) != (args.data is None) or args.count < (4 if args.judge else 1):
         parser.error("--judge and --data go together; --count is 1 or more, with a judge 4.")
