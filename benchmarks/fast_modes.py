@@ -262,8 +262,8 @@ def run(args: argparse.Namespace) -> None:
             "weights": weights_digest(pipe.components),
             "dtype": args.dtype,
         }
-        settings |= {"pictures": len(subjects), "seed": args.seed, "threads": pipe.num_threads or torch.get_num_threads(), **asdict(pipe.defaults)}
-        settings |= {"judge": judge.network.sha256 if judge else None}
+        settings |= {"threads": pipe.num_threads or torch.get_num_threads(), **asdict(pipe.defaults)}
+        settings |= {"pictures": len(subjects), "seed": args.seed, "judge": judge.network.sha256 if judge else None}
         results = {"settings": settings, "modes": {mode: asdict(c) for mode, c in costs.items()}}
         plain = json.loads(json.dumps({"machine": measure.machine(args.device or "cpu"), **results}, default=str))
         measure.write_json(args.out, plain)
