@@ -33,7 +33,7 @@ class Fid:
 
     value: float
     halves: tuple[float, ...]  # random halves of the drawn pictures against the whole reference; half as many, so larger
-    reference_halves: tuple[float, ...]  # one half of the reference against the other: what no model can be below
+    reference_halves: tuple[float, ...]  # one half of the reference against the other: what independent pictures have
     rank_deficient: bool  # fewer pictures than features: biased upwards by much
 
 
