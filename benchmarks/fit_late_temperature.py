@@ -113,18 +113,18 @@ def shown(fitted: float | None) -> str:
     return f"not fitted: codes are certain to {CERTAIN} nats, so 1" if fitted is None else f"{fitted:.3f}"
 
 
-def load(model: str, variant: str | None, device: str | None) -> Any:
-    """The pipeline of a model of either family, fp32."""
+def load(model: str, variant: str | None, device: str | None, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of a model of either family."""
     if find_family(model, HUB) == "VAR":
-        pipe: Any = VarPipeline.from_pretrained(model, variant=variant, dtype=torch.float32, device=device)
+        pipe: Any = VarPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
     else:
-        pipe = HartPipeline.from_pretrained(model, variant=variant, dtype=torch.float32, device=device)
+        pipe = HartPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def subjects_of(pipe: Any, prompts: Path | None, count: int) -> list[Any]:
-    """`count` prompts of a file, repeated where it has fewer, or for VAR classes spread over all."""
+    """`count` prompts spread over a file, repeated where it has fewer, or for VAR classes spread over all."""
     if isinstance(pipe, VarPipeline):
         classes = pipe.transformer.config.num_classes
         return [index * classes // count % classes for index in range(count)]
@@ -132,7 +132,8 @@ def subjects_of(pipe: Any, prompts: Path | None, count: int) -> list[Any]:
         raise SystemExit("A HART model needs --prompts FILE, one prompt per line.")
     lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
     texts = [line for line in lines if line and not line.startswith("#")]
-    return [texts[index % len(texts)] for index in range(count)]
+    step = max(1, len(texts) // count)
+    return [texts[index * step % len(texts)] for index in range(count)]
 
 
 def write(folder: Path, value: float) -> None:

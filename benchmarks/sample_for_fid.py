@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from hart_infer import HartError, VarPipeline
 from hart_infer.images.files import save_picture
+from hart_infer.pipelines.describe import weights_digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTINGS = "settings.json"  # in OUT: what must be the same in every run
@@ -157,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     dtype = str(pipe.dtype).removeprefix("torch.")
     out.mkdir(parents=True, exist_ok=True)
-    check_settings(out, {"model": args.model, "variant": args.variant, "preset": args.preset, "dtype": dtype})
+    settings = {"model": args.model, "variant": args.variant, "preset": args.preset, "dtype": dtype}
+    check_settings(out, settings | {"weights": weights_digest(pipe.components)})
 
     samples = all_samples(pipe.transformer.config.num_classes, args.per_class)
     batches = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]

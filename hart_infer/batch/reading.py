@@ -118,7 +118,7 @@ def _from_parquet(content: bytes, name: str) -> tuple[list[str], Iterable[Found]
     try:
         file = parquet.ParquetFile(BufferReader(content))
         columns = list(file.schema_arrow.names)
-        values = file.read([column for column in columns if column in COLUMNS]).to_pylist()
+        values = file.read([column for column in columns if column in COLUMNS], use_threads=False).to_pylist()
     except (ArrowException, OSError) as error:
         raise InputError(f"{name} is not a Parquet file that can be read ({shown(str(error))}).") from error
     return columns, ((f"row {number}", row) for number, row in enumerate(values, 1))
