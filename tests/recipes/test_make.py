@@ -13,7 +13,10 @@ import pytest
 from hart_infer import HartPipeline, VarPipeline
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
-SUBJECTS = "apple ball cat dog egg fish goat hat ink jar kite lamp moon nut owl pen queen rose sun tree urn van wolf xray yak zebra arrow bell cup".split()
+SUBJECTS = (
+    "apple ball cat dog egg fish goat hat ink jar kite lamp moon nut owl pen queen rose sun tree urn van wolf xray yak zebra "
+    "arrow bell cup"
+).split()
 
 
 def make(out: Path) -> subprocess.CompletedProcess[str]:
