@@ -310,11 +310,11 @@ MUTATIONS = [
         "tests/engine/test_graphs.py::test_replayed_pictures_are_the_eager_ones",
     ),
     Mutation(
-        "graphs of guidance used without it",
+        "graphs without top-p used with it",
         "hart_infer/engine/graphs.py",
-        'return replace(stage, guidance=float(stage.guided), **filters)',
-        'return replace(stage, guidance=0.0, guided=True, **filters)',
-        "tests/engine/test_graphs.py::test_another_kind_of_call_has_graphs_of_its_own[{'guidance_scale': 0.0}]",
+        '"top_p": float(stage.top_p > 0)',
+        '"top_p": 0.0',
+        "tests/engine/test_graphs.py::test_another_kind_of_call_has_graphs_of_its_own[{'top_p': 0.8}]",
     ),
     triton(
         "noise that steps share",
