@@ -26,8 +26,8 @@ TIMED: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = ()
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     *TIMED,
     # 5.4/195 with all 255 registers and two blocks a multiprocessor; with 8 warps 5.6/322, 64 x 64 takes 6.1/354. A fourth
-    # stage saves nothing. On sm_120 4 warps spill.
-    ((80, 86, 89), 2, 64, 64, Config(128, 64, warps=4, stages=3)),
+    # stage saves nothing. On sm_86, 89 and 120, whose matrix units are half as fast, 322 is no bound, and 4 warps spill.
+    ((80,), 2, 64, 64, Config(128, 64, warps=4, stages=3)),
     # On sm_90 301 instructions of a warp for 64 keys and two blocks a multiprocessor; 128 x 128 takes 323, and leaves one.
     ((), 2, 64, 64, Config(128, 64, warps=8, stages=3)),
     # 379 instructions for 64 keys. 128 x 128 takes 297, but spills 8 bytes over ranges, which are what it is the default for.
@@ -35,6 +35,7 @@ CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     # 4.1/323, no spill; 128 x 32 takes 4.9/358, and with 4 warps every tile spills.
     ((80, 86, 89), 2, 128, 64, Config(128, 64, warps=8, stages=2)),
     ((), 2, 128, 64, Config(128, 32, warps=8, stages=1)),  # sm_120: 4.9/352; with two stages, or 64 keys, it spills
+    ((120,), 2, 128, 0, Config(16, 32, warps=4, stages=3)),  # 16 x 64 spills over ranges
     ((), 2, 128, 0, Config(16, 64, warps=4, stages=3)),
     ((), 4, 64, 64, Config(64, 32, warps=8, stages=2)),
     ((), 4, 128, 64, Config(32, 16, warps=8, stages=2)),
@@ -100,7 +101,7 @@ def attention_kernel(
     score and its sum of weights: maxima, sums [splits, R * H, L] fp32.
     RANGED: the keys are one or two ranges of k and v. Key n is token n if n < first_keys, else token n + jump. `bonus`,
     log(multiplicity) / scale, is added to the raw scores of the first range.
-    Only the last block of keys, where it is not whole, is masked.
+    In half precision only the last block of keys, where it is not whole, is masked.
     """
     row_head = tl.program_id(1)
     row = (row_head // heads).to(tl.int64)
@@ -117,15 +118,17 @@ def attention_kernel(
     sum_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     first = split * keys_per_split
     last = tl.minimum(first + keys_per_split, keys)
-    whole = first + (last - first) // BLOCK_K * BLOCK_K
+    whole = first  # in fp32, where a second copy of the loop's body spills, every block is masked
+    if PRECISION != "ieee":
+        whole = first + (last - first) // BLOCK_K * BLOCK_K
     for start in range(first, whole, BLOCK_K):
         largest, total, sum_v = _attend(
             query, k, v, start, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
             HEAD_DIM, WIDTH, BLOCK_K, False, RANGED, PRECISION,
         )  # fmt: skip
-    if whole < last:
+    for start in range(whole, last, BLOCK_K):  # at most one, but in fp32
         largest, total, sum_v = _attend(
-            query, k, v, whole, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
+            query, k, v, start, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
             HEAD_DIM, WIDTH, BLOCK_K, True, RANGED, PRECISION,
         )  # fmt: skip
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
