@@ -47,13 +47,15 @@ class Device:
     launch: float  # what a launch takes at least, as in a graph
     host: float  # what the host takes to launch one, eagerly
     kernels: bool = True  # the library's run
+    weights: float | None = None  # bytes/s of a linear map of few rows, which reading its weights dominates; None: memory's
 
     def seconds(self, launch: Launch) -> float:
         """Of one launch on the device."""
         if launch.kind == "sampling":
             return max(launch.flops / self.codes, launch.nbytes / self.memory) + self.launch
         rate = getattr(self, launch.kind.replace(" ", "_"), None)
-        return max(launch.flops / rate if rate else 0.0, launch.nbytes / self.memory) + self.launch
+        memory = self.weights or self.memory if launch.kind == "linear" else self.memory
+        return max(launch.flops / rate if rate else 0.0, launch.nbytes / memory) + self.launch
 
 
 # Attainable, not peak: bf16 products of a library at large sizes, memory by copies, PyTorch's attention at head width 64.
@@ -74,9 +76,11 @@ def cpu_device(dtype: torch.dtype, threads: int) -> Device:
             rate[name] = operations / products.best_seconds(lambda f=function, g=given: f(*g), 2)
         wide = [torch.randn(1, 1, 1024, 640).to(dtype) for _ in range(3)]
         seconds = products.best_seconds(lambda: torch.nn.functional.scaled_dot_product_attention(*wide), 3)
-        large, other, small = torch.randn(1 << 25), torch.randn(1 << 25), torch.ones(16)
+        large, other = torch.randn(1 << 25), torch.randn(1 << 25)
         added = products.best_seconds(lambda: large.add_(other), 3)
-        once = products.best_seconds(lambda: [small.add_(1) for _ in range(1000)], 3) / 1000
+        matrices = [torch.randn(4096, 1536).to(dtype) for _ in range(24)]  # more than a cache holds
+        few = torch.randn(8, 1536).to(dtype)
+        read = products.best_seconds(lambda: [torch.nn.functional.linear(few, matrix) for matrix in matrices], 3)
     return Device(
         name=f"{measure.machine()['cpu']}, {threads} thread(s)",
         assumed=False,
@@ -86,10 +90,22 @@ def cpu_device(dtype: torch.dtype, threads: int) -> Device:
         wide_attention=4 * 1024 * 1024 * 640 / seconds,
         convolution=rate["conv2d"],
         codes=codes_drawn(),
-        launch=once,
+        launch=launch_seconds(dtype),
         host=0.0,
         kernels=False,
+        weights=len(matrices) * matrices[0].nbytes / read,
     )
+
+
+def launch_seconds(dtype: torch.dtype) -> float:
+    """Seconds that an operator takes on a few numbers, Python's share included: of a norm's."""
+    from hart_infer import ops
+
+    x, weight = torch.randn(2, 4, 64).to(dtype), torch.ones(64, dtype=dtype)
+    with counting.counting(kernels=False) as counter:
+        ops.rms_norm(x, weight, 1e-6)
+    seconds = products.best_seconds(lambda: [ops.rms_norm(x, weight, 1e-6) for _ in range(200)], 3) / 200
+    return seconds / len(counter.launches)
 
 
 def codes_drawn() -> float:

@@ -147,14 +147,15 @@ def merged(
     return sorted([*rows, *kept], key=lambda row: row["source"] != "triton")
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Registers, shared memory, occupancy and matrix instructions, for the table."""
+def cell(row: dict[str, Any] | None, warps: int) -> str:
+    """Registers, shared memory, occupancy and matrix instructions, for the table; its warps where they are not `warps`."""
     if row is None:
         return ""
+    own = [] if row["warps"] == warps else [f"{row['warps']} warps"]
     spilled = [f"spills {row['spilled_bytes']} B"] if row["spilled_bytes"] else []
     shared = f"{row['shared_bytes'] / 1024:.0f} K"
     matrix = [f"{op} {row['per_matrix']:.1f}/{row['shared_per_matrix']:.0f}" if loops(row) else op for op in row["matrix"]]
-    return ", ".join([str(row["registers"]), shared, f"{row['occupancy']:.0%}", *matrix, *spilled])
+    return ", ".join([*own, str(row["registers"]), shared, f"{row['occupancy']:.0%}", *matrix, *spilled])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -167,7 +168,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     for name, on in by_kernel.items():
         last = on[max(target for target in on if target <= 90)]
-        cells = " | ".join(cell(on.get(target)) for target in targets)
+        cells = " | ".join(cell(on.get(target), last["warps"]) for target in targets)
         lines.append(
             f"| {name} | {last['warps']} | {last['instructions']} | {last['loads_128']} of {last['loads']} | {cells} |"
         )

@@ -52,6 +52,7 @@ def test_the_counts_are_those_of_the_published_shapes(released: Any) -> None:
     assert stages[0] == "scale 0 (1x1)" and stages[-3:] == ["scale 13 (64x64)", "diffusion", "decode"] and len(stages) == 16
 
 
+@pytest.mark.slow
 def test_kernels_save_launches_and_bytes_but_no_product(scripts: dict[str, ModuleType], released: Any) -> None:
     counting = scripts["counting"]
     plain = counting.launches(counting.Work(scripts["architecture"].PRESETS["1024"]), kernels=False)
@@ -60,6 +61,7 @@ def test_kernels_save_launches_and_bytes_but_no_product(scripts: dict[str, Modul
     assert products[0] == products[1]
 
 
+@pytest.mark.slow
 def test_fast_modes_and_batches_are_counted(scripts: dict[str, ModuleType], released: Any) -> None:
     counting, preset = scripts["counting"], scripts["architecture"].PRESETS["1024"]
 
