@@ -50,11 +50,15 @@ class CudaRecorder:
         self._device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # PyTorch's own for captures is of the first device that captured
 
     def record(self, run: Callable[[], object]) -> Graph:
         """As `Recorder.record`. Other threads may go on to use the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             run()
         return graph
 
@@ -272,6 +276,5 @@ class Graphs:
         """Do nothing, as the owner of a captured generation's cache: the graphs write to it in the next call."""
 
     def clear(self) -> None:
-        """Free what was captured, once nothing runs."""
-        with self._busy:
-            self._plans.clear()
+        """Forget what was captured; a plan that runs is freed when it ends."""
+        self._plans = OrderedDict()

@@ -213,6 +213,12 @@ def test_an_error_in_a_capture_or_a_callback_leaves_the_next_call_whole(
         assert torch.equal(latents(by_graphs, "a cat", seed=seed), eagerly(by_graphs, "a cat", seed=seed))
 
 
+def test_a_callback_may_clear_the_engine(by_graphs: HartPipeline) -> None:
+    for seed in (1, 2, 3, 4):
+        call: dict[str, Any] = {"seed": seed, "callback_on_step_end": lambda step: by_graphs.engine.clear()}
+        assert torch.equal(latents(by_graphs, "a cat", **call), eagerly(by_graphs, "a cat", seed=seed))
+
+
 def test_an_edit_runs_without(by_graphs: HartPipeline, recorder: TapeRecorder) -> None:
     picture = torch.rand(1, 3, *by_graphs.sizes * 2)
     for seed in (1, 2, 3):
