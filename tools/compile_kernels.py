@@ -167,7 +167,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     for name, on in by_kernel.items():
-        last = on[max(target for target in on if target <= 90)]
+        last = on[max((target for target in on if target <= 90), default=min(on))]
         cells = " | ".join(cell(on.get(target), last["warps"]) for target in targets)
         lines.append(
             f"| {name} | {last['warps']} | {last['instructions']} | {last['loads_128']} of {last['loads']} | {cells} |"
