@@ -3,8 +3,9 @@
     python benchmarks/plot.py --roofline results/roofline_256.json --against results/against_official_{256,1024}.json \\
         --latency results/latency.json --out docs/pictures/time_and_memory.png
 
-Points are measurements of one CPU or GPU, which the title names; the dashed line is `roofline.py`'s model from the rates in its
-record, for every size and batch. Records of other machines than the roofline's are refused.
+Points are measurements of one CPU or GPU, which the title names, of whatever day their records are; the dashed line is
+`roofline.py`'s model from the rates in its record, for every size and batch. Records of other CPUs than the roofline's are
+refused.
 """
 
 from __future__ import annotations
@@ -62,8 +63,15 @@ def against(paths: list[Path], cpu: str) -> dict[int, dict[str, tuple[float, flo
     return found
 
 
-def draw(model: dict[str, Any], both: dict[int, Any], latency: dict[str, Any] | None, title: str, out: Path) -> None:
-    """Write the picture, whole or not at all."""
+def draw(
+    model: dict[str, Any],
+    both: dict[int, Any],
+    latency: dict[str, Any] | None,
+    beside: tuple[int, float] | None,
+    title: str,
+    out: Path,
+) -> None:
+    """Write the picture, whole or not at all; `beside`: size and seconds of pictures drawn in the run that gave the rates."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -80,6 +88,8 @@ def draw(model: dict[str, Any], both: dict[int, Any], latency: dict[str, Any] | 
         for side, color, label in (("ours", OURS, "hart_infer"), ("theirs", THEIRS, "the released code")):
             measured = {size: sides[side][row] / unit for size, sides in sorted(both.items())}
             by_size.plot(list(measured), list(measured.values()), "o-", color=color, label=f"{label} (measured)")
+        if beside and row == 0:
+            by_size.plot(*beside, "x", color=OURS, markersize=9, label="hart_infer (measured in the run that gave the rates)")
         if latency:
             rows = [r for r in latency["rows"] if r["speed"] == "exact" and not r["graphs"] and "error" not in r]
             values = [r["seconds"]["p50"] if row == 0 else r["peak_bytes"] / 1e9 for r in rows]
@@ -119,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
         if latency and latency["machine"]["cpu"] != cpu:
             raise measure.BenchmarkError(f"{args.latency} is of {latency['machine']['cpu']}, not of {cpu}")
         model = modelled(device, sorted(args.size), BATCHES, latency["size"] if latency else max(args.size))
-        draw(model, both, latency, f"HART, bf16, random weights: {device.name}", args.out)
+        beside = (record["settings"]["size"], record["measured"]["whole"]) if record["measured"] else None
+        draw(model, both, latency, beside, f"HART, bf16, random weights: {device.name}", args.out)
     except (measure.BenchmarkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
