@@ -15,7 +15,7 @@ OLDEST := "transformers==4.45.*" "huggingface_hub==0.25.*" "numpy==1.26.*" safet
 BESIDE := tests/packaging/test_versions.py tests/models/test_text.py tests/golden/test_text.py tests/checkpoints tests/images \
 	tests/pipelines tests/test_mini.py tests/cli tests/models/vila_u tests/generation
 
-.PHONY: demo test slow sample gpu kernels torches newest oldest package lint format types clean
+.PHONY: demo test slow sample gpu gpu-figures kernels torches newest oldest package lint format types clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
@@ -40,6 +40,11 @@ sample: $(VENV)/.installed-dev  # some of the slow ones, for every CI run
 # environment that has the package already (pip install --no-deps --no-build-isolation -e .), such as one without a network.
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.installed-dev)
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu tests/ops tests/csrc/test_norms.py $(PYTEST_ARGS)
+
+gpu-figures: $(if $(GPU_PYTHON),,$(VENV)/.installed-dev)  # after `make gpu`: times attention's tiles, writes the winners, then all latencies
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/attention_tiles.py --write --out benchmarks/results/attention_tiles.json
+	$(or $(GPU_PYTHON),$(BIN)/python) tools/compile_kernels.py --source triton --only attention --out tools/compiled_kernels.json
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/latency.py --out benchmarks/results/latency.json
 
 kernels: $(VENV)/.installed-dev  # compiles them, without a GPU, and fails where one is worse than on record
 	$(BIN)/python tools/compile_kernels.py --capability 80 90 --compare tools/compiled_kernels.json

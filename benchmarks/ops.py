@@ -185,6 +185,13 @@ def gated_layer_norm_modulate(x: Inputs) -> Call:
     return (rows, update, gate, weight, bias, scale, shift, EPS), {}
 
 
+def _settings(x: Inputs) -> Tensor:
+    """The last scale's."""
+    from hart_infer.ops import draw_settings
+
+    return draw_settings(guidance=4.5, logit_gain=1.9, temperature=0.03, top_k=300).to(x.device)
+
+
 def diffusion_step(x: Inputs) -> Call:
     """One step behind its network, guided."""
     from hart_infer.generation.residual import diffusion_schedule
@@ -194,7 +201,7 @@ def diffusion_step(x: Inputs) -> Call:
     count, channels = x.shapes.tokens, x.shapes.channels
     now, noise = (x(count, channels, dtype=torch.float32) for _ in range(2))
     eps, variance = (x(2 * count, channels, dtype=torch.float32) for _ in range(2))
-    return (now, eps, variance, noise), {"guidance": 4.5, **step}
+    return (now, eps, variance, noise, _settings(x)), step
 
 
 def guided_sample(x: Inputs) -> Call:
@@ -202,8 +209,13 @@ def guided_sample(x: Inputs) -> Call:
     s = x.shapes
     logits, codebook = x(2, s.tokens, s.codes, dtype=torch.float32), x(s.codes, s.channels, dtype=torch.float32)
     seeds, offset = (torch.tensor([n], device=x.device) for n in (7, 0))
-    options = {"guidance": 4.5, "top_k": 300, "top_p": 0.0, "logit_gain": 1.9, "temperature": 0.03, "more_smooth": True}
-    return (logits, codebook, seeds, offset), options
+    return (logits, codebook, seeds, offset, _settings(x)), {"top_k": True, "top_p": False, "more_smooth": True}
+
+
+def normal_noise(x: Inputs) -> Call:
+    """The residual diffusion's of one step."""
+    seeds = torch.tensor([7], device=x.device)
+    return (seeds,), {"step": 1, "tokens": x.shapes.tokens, "channels": x.shapes.channels}
 
 
 def group_norm_silu(x: Inputs) -> Call:
@@ -218,7 +230,7 @@ CASES: dict[str, Callable[[Inputs], Call]] = {
     case.__name__: case
     for case in (
         attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
-        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, group_norm_silu,
+        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu,
     )
 }  # fmt: skip
 

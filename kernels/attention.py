@@ -16,23 +16,73 @@ from .launch import Config, capability, multiprocessors
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128
-LIMIT = f"head_dim up to {MAX_HEAD_DIM}"
+LIMIT = f"head_dim up to {MAX_HEAD_DIM} and a scale above 0"
 # (capabilities, () for all; largest element size in bytes; largest head dim; fewest queries) -> tile; the first match is taken.
-# Chosen by the compiled code (tools/compile_kernels.py): no tile spills registers on sm_80 to sm_90. Not timed on a GPU yet.
+# Chosen by the compiled code (tools/compiled_kernels.json), never timed on a GPU; benchmarks/attention_tiles.py times them, and
+# writes the rows in TIMED, which come first. "a/b" below: instructions and bytes of shared memory for each matrix instruction
+# of the inner loop, in bf16. On sm_80 an HMMA takes 2 cycles and 128 bytes of shared memory one, so over 256 bytes the shared
+# memory is the bound.
+TIMED: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = ()
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
+    *TIMED,
+    # 5.4/195 with all 255 registers and two blocks a multiprocessor; with 8 warps 5.6/322, 64 x 64 takes 6.1/354. A fourth
+    # stage saves nothing. On sm_86, 89 and 120, whose matrix units are half as fast, 322 is no bound, and 4 warps spill.
+    ((80,), 2, 64, 64, Config(128, 64, warps=4, stages=3)),
+    # On sm_90 301 instructions of a warp for 64 keys and two blocks a multiprocessor; 128 x 128 takes 323, and leaves one.
     ((), 2, 64, 64, Config(128, 64, warps=8, stages=3)),
-    # Hopper and data-centre Blackwell: on sm_90 the loop takes 30 instructions of a warp per 64 scores. With 4 warps 64 x 64
-    # takes 35, and 128 x 32 takes 40; 64 x 128 and 128 x 128 spill. A third stage costs 32 KB and saves no instruction.
+    # 379 instructions for 64 keys. 128 x 128 takes 297, but spills 8 bytes over ranges, which are what it is the default for.
     ((90, 100, 103), 2, 128, 64, Config(128, 64, warps=8, stages=2)),
-    # All others: on sm_80 the loop takes 49. With 4 warps 64 x 64 takes 53; 128 x 64 takes 44, but all 255 registers there
-    # and spills on sm_120.
-    ((), 2, 128, 64, Config(128, 32, warps=8, stages=2)),
+    # 4.9/358. 128 x 64 takes 4.1/323, but spills where a head is narrower than its tile; with 4 warps every tile spills.
+    ((80, 86, 89), 2, 128, 64, Config(128, 32, warps=8, stages=2)),
+    ((), 2, 128, 64, Config(128, 32, warps=8, stages=1)),  # sm_120: 4.9/352; with two stages, or 64 keys, it spills
+    ((120,), 2, 128, 0, Config(16, 32, warps=4, stages=3)),  # 16 x 64 spills over ranges
     ((), 2, 128, 0, Config(16, 64, warps=4, stages=3)),
     ((), 4, 64, 64, Config(64, 32, warps=8, stages=2)),
     ((), 4, 128, 64, Config(32, 16, warps=8, stages=2)),
     ((), 4, 64, 0, Config(16, 32, warps=4, stages=2)),
     ((), 4, MAX_HEAD_DIM, 0, Config(16, 32, warps=8, stages=2)),
 )
+
+
+@triton.jit
+def _attend(
+    query, k, v, start, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, RANGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from `start` on, BLOCK_K of them, to the running softmax; MASKED: only those before `last`.
+
+    `largest` is in base 2 and scaled, so that one fused multiply-add makes the exponent of a raw score.
+    """
+    place = start + tl.arange(0, BLOCK_K)
+    where = place
+    if RANGED:
+        where += tl.where(place < first_keys, 0, jump)
+    k_place = k + where[None, :].to(tl.int64) * k_token + lane[:, None]
+    v_place = v + where[:, None].to(tl.int64) * v_token + lane[None, :]
+    if MASKED:
+        key = tl.load(k_place, mask=(lane[:, None] < HEAD_DIM) & (place[None, :] < last), other=0.0)
+    elif HEAD_DIM < WIDTH:
+        key = tl.load(k_place, mask=lane[:, None] < HEAD_DIM, other=0.0)
+    else:
+        key = tl.load(k_place)
+    score = tl.dot(query, key, input_precision=PRECISION)
+    if RANGED:
+        score += tl.where(place < first_keys, bonus, 0.0)[None, :]
+    if MASKED:
+        score = tl.where(place[None, :] < last, score, float("-inf"))
+    larger = tl.maximum(largest, tl.max(score, 1) * scale_log2)
+    weight = tl.exp2(score * scale_log2 - larger[:, None])
+    shrink = tl.exp2(largest - larger)
+    total = total * shrink + tl.sum(weight, 1)
+    if MASKED:
+        value = tl.load(v_place, mask=(place[:, None] < last) & (lane[None, :] < HEAD_DIM), other=0.0)
+    elif HEAD_DIM < WIDTH:
+        value = tl.load(v_place, mask=lane[None, :] < HEAD_DIM, other=0.0)
+    else:
+        value = tl.load(v_place)
+    sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
+    return larger, total, sum_v
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "keys_per_split", "first_keys", "jump"])
@@ -46,11 +96,12 @@ def attention_kernel(
     """Attend from BLOCK_Q queries of one row and head to one split of the keys; grid (blocks of queries, R * H, splits).
 
     q [R, H, L, HEAD_DIM], k and v [R, H, N, HEAD_DIM] -> out [R, H, L, HEAD_DIM], all with strides of their own.
-    scale_log2: scale * log2(e). WIDTH: the next power of two of HEAD_DIM, at least 16.
+    scale_log2: scale * log2(e), above 0. WIDTH: the next power of two of HEAD_DIM, at least 16.
     SPLIT: write out as fp32 [splits, R, H, L, HEAD_DIM], each split normalised by itself, and for `merge_kernel` its largest
     score and its sum of weights: maxima, sums [splits, R * H, L] fp32.
     RANGED: the keys are one or two ranges of k and v. Key n is token n if n < first_keys, else token n + jump. `bonus`,
-    log2(multiplicity), is added to the scores of the first range.
+    log(multiplicity) / scale, is added to the raw scores of the first range.
+    In half precision only the last block of keys, where it is not whole, is masked.
     """
     row_head = tl.program_id(1)
     row = (row_head // heads).to(tl.int64)
@@ -67,25 +118,19 @@ def attention_kernel(
     sum_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     first = split * keys_per_split
     last = tl.minimum(first + keys_per_split, keys)
-    for start in range(first, last, BLOCK_K):
-        place = start + tl.arange(0, BLOCK_K)
-        where = place
-        if RANGED:
-            where += tl.where(place < first_keys, 0, jump)
-        in_k = (lane[:, None] < HEAD_DIM) & (place[None, :] < last)
-        key = tl.load(k + where[None, :].to(tl.int64) * k_token + lane[:, None], mask=in_k, other=0.0)
-        score = tl.dot(query, key, input_precision=PRECISION) * scale_log2
-        if RANGED:
-            score += tl.where(place < first_keys, bonus, 0.0)[None, :]
-        score = tl.where(place[None, :] < last, score, float("-inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(weight, 1)
-        in_v = (place[:, None] < last) & (lane[None, :] < HEAD_DIM)
-        value = tl.load(v + where[:, None].to(tl.int64) * v_token + lane[None, :], mask=in_v, other=0.0)
-        sum_v = tl.dot(weight.to(value.dtype), value, sum_v * shrink[:, None], input_precision=PRECISION)
-        largest = larger
+    whole = first  # in fp32, where a second copy of the loop's body spills, every block is masked
+    if PRECISION != "ieee":
+        whole = first + (last - first) // BLOCK_K * BLOCK_K
+    for start in range(first, whole, BLOCK_K):
+        largest, total, sum_v = _attend(
+            query, k, v, start, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
+            HEAD_DIM, WIDTH, BLOCK_K, False, RANGED, PRECISION,
+        )  # fmt: skip
+    for start in range(whole, last, BLOCK_K):  # at most one, but in fp32
+        largest, total, sum_v = _attend(
+            query, k, v, start, last, lane, largest, total, sum_v, scale_log2, k_token, v_token, first_keys, jump, bonus,
+            HEAD_DIM, WIDTH, BLOCK_K, True, RANGED, PRECISION,
+        )  # fmt: skip
     out += split.to(tl.int64) * out_split + row * out_row + head * out_head
     result = sum_v / total[:, None]
     tl.store(out + token[:, None] * out_token + lane[None, :], result.to(out.dtype.element_ty), mask=in_q)
@@ -135,14 +180,16 @@ def config_for(capability: int, itemsize: int, head_dim: int, queries: int) -> C
 def splits_for(programs: int, keys: int, block: int, processors: int) -> int:
     """Return the number of key splits, 1 to 64: enough for two programs per multiprocessor, each of at least `block` keys.
 
-    programs: those of one split, which are blocks of queries * R * H. With fewer than `block` keys there is one split.
+    programs: those of one split, which are blocks of queries * R * H. One split if they fill 0.8 of a wave of two programs per
+    multiprocessor, as in FlashAttention-2, since splits cost a second launch; and one for fewer than `block` keys.
     """
-    wanted = -(-2 * processors // programs)
+    wave = 2 * processors
+    wanted = 1 if programs >= 0.8 * wave else -(-wave // programs)
     return max(1, min(wanted, keys // block, 64))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
-    """Raise ValueError for shapes, dtypes or devices that don't fit each other, LimitExceeded for d > MAX_HEAD_DIM."""
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, multiplicity: int) -> None:
+    """Raise ValueError for shapes, dtypes or devices that don't fit each other, LimitExceeded beyond LIMIT."""
     if not q.dim() == k.dim() == v.dim() == 4 or not q.device == k.device == v.device:
         raise ValueError("attention: q must be [R, H, L, d], k and v [R, H, N, d], all on one device.")
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or not k.shape[2]:
@@ -151,6 +198,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, multiplicity: int) -> None:
         raise ValueError(f"attention: q, k and v must be of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if q.shape[3] > MAX_HEAD_DIM:
         raise LimitExceeded(f"attention's kernel takes head_dim up to {MAX_HEAD_DIM}, not {q.shape[3]}.")
+    if not scale > 0:
+        raise LimitExceeded(f"attention's kernel takes a scale above 0, not {scale}.")
     if multiplicity < 1:
         raise ValueError(f"attention: multiplicity must be at least 1, not {multiplicity}.")
 
@@ -178,7 +227,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
 ) -> Tensor:
     """Compute what the reference in `hart_infer/ops/attention.py` computes; q, k and v may have any strides."""
-    _check(q, k, v, multiplicity)
+    _check(q, k, v, scale, multiplicity)
     rows, heads, queries, head_dim = q.shape
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     k, v, keys, first_keys, jump = _in_ranges(k, v, ranges)
@@ -200,7 +249,7 @@ def attention(
     attention_kernel[(blocks, rows * heads, splits)](
         q, k, v, parts, maxima, sums, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part_strides,
-        heads, queries, keys, per_split, first_keys, jump, math.log2(multiplicity),
+        heads, queries, keys, per_split, first_keys, jump, math.log(multiplicity) / scale,
         HEAD_DIM=head_dim, WIDTH=width, BLOCK_Q=tiles.rows, BLOCK_K=tiles.columns,
         SPLIT=splits > 1, RANGED=ranges is not None,  # without ranges a multiplicity applies to all keys and cancels out
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -7,8 +7,6 @@ trick (adds Gumbel noise, takes the largest), and mixes the codebook by an onlin
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,6 @@ from torch import Tensor
 from . import LimitExceeded as LimitExceeded
 from . import refusal as refusal
 
-LOG2E = math.log2(math.e)
 MAX_VOCABULARY = 16384  # the longest row that fits a block's registers
 LIMIT = f"up to {MAX_VOCABULARY} codes"
 TOKENS, CODES = 16, 64  # the second launch's tile
@@ -46,17 +43,18 @@ def _unordered(image):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit
 def threshold_kernel(
-    logits, thresholds,
-    x_half, x_image, x_token, vocab_size, with_guidance, guidance, top_k, removable,
+    logits, settings, thresholds,
+    x_half, x_image, x_token, vocab_size,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write one token's lowest kept logit to thresholds [B, L] fp32; grid (L, B). BLOCK: vocab_size's next power of two.
 
     With logits as ordered integers, top-k's threshold is the largest integer that at least top_k logits reach; top-p's is the
-    largest below which the probabilities left by top-k add up to at most removable = 1 - p. with_guidance: 1 + guidance.
+    largest below which the probabilities left by top-k add up to at most 1 - p. settings [6] fp32: as `guided_sample`'s.
     """
+    guidance, with_guidance = tl.load(settings), tl.load(settings + 1)
     image, token = tl.program_id(1).to(tl.int64), tl.program_id(0)
     code = tl.arange(0, BLOCK)
     place = image * x_image + token.to(tl.int64) * x_token + code
@@ -64,6 +62,7 @@ def threshold_kernel(
     ordered = _ordered(x)
     lowest = tl.full([], 0, tl.uint32)
     if TOP_K:
+        top_k = tl.load(settings + 4).to(tl.int32)
         bit = tl.full([], 0x80000000, tl.uint32)
         for _ in range(32):
             reached = tl.sum(((ordered >= (lowest | bit)) & (code < vocab_size)).to(tl.int32), 0)
@@ -72,7 +71,7 @@ def threshold_kernel(
     if TOP_P:
         best = tl.max(x, 0)
         weight = tl.where(ordered >= lowest, tl.exp(x - best), 0.0)
-        allowed = removable * tl.sum(weight, 0)
+        allowed = tl.load(settings + 5) * tl.sum(weight, 0)
         raised = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
         for _ in range(32):
@@ -92,8 +91,8 @@ def _gumbel(word):
 
 @triton.jit(do_not_specialize=["tokens"])
 def draw_kernel(
-    logits, codebook, seeds, offset, thresholds, indices, embeddings,
-    x_half, x_image, x_token, tokens, vocab_size, channels, with_guidance, guidance, logit_gain, rate,
+    logits, codebook, seeds, offset, settings, thresholds, indices, embeddings,
+    x_half, x_image, x_token, tokens, vocab_size, channels,
     GUIDED: tl.constexpr, FILTERED: tl.constexpr, MORE_SMOOTH: tl.constexpr,
     TOKENS: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +101,10 @@ def draw_kernel(
     logits [B or 2B, L, V], codebook [V, C] fp32, seeds [B] int64, offset [1] int64, thresholds [B, L] fp32 (FILTERED); writes
     indices [B, L] int64, and embeddings [B, L, C] fp32: of the drawn code, or MORE_SMOOTH the mixture of the kept ones.
     A token whose guided logits have no softmax (one is NaN or inf, or all are -inf) gets code -1 and embedding NaN.
-    with_guidance: 1 + guidance. rate: log2(e) / temperature. WIDTH: the next power of two of `channels`, at least 16.
+    settings [6] fp32: as `guided_sample`'s. WIDTH: the next power of two of `channels`, at least 16.
     """
+    guidance, with_guidance, logit_gain = tl.load(settings), tl.load(settings + 1), tl.load(settings + 2)
+    rate = 1.4426950408889634 / tl.load(settings + 3)  # log2(e) / temperature
     image = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     known = token < tokens
@@ -160,7 +161,7 @@ def warps_for(block: int) -> int:
     return max(4, min(block // 1024, 16))
 
 
-def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> None:
+def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor, settings: Tensor) -> None:
     """Raise ValueError for shapes, dtypes or devices that don't fit, LimitExceeded for more than MAX_VOCABULARY codes."""
     if logits.dim() != 3 or codebook.dim() != 2 or logits.shape[2] != codebook.shape[0] or not codebook.numel():
         shapes = f"{list(logits.shape)} and {list(codebook.shape)}"
@@ -171,10 +172,12 @@ def _check(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor) -> N
         raise ValueError(f"guided_sample: the codebook must be float32, not {codebook.dtype}.")
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(logits) not in (len(seeds), 2 * len(seeds)):
         raise ValueError(f"guided_sample: seeds must be int64, one for each image, not {list(seeds.shape)} {seeds.dtype}.")
-    if not logits.device == codebook.device == seeds.device == offset.device:
+    if not logits.device == codebook.device == seeds.device == offset.device == settings.device:
         raise ValueError(f"guided_sample: all must be on {logits.device}, as the logits are.")
     if offset.dtype != torch.int64 or offset.numel() != 1:
         raise ValueError(f"guided_sample: offset must be one int64, not {list(offset.shape)} {offset.dtype}.")
+    if settings.dtype != torch.float32 or settings.shape != (6,) or settings.stride(0) != 1:
+        raise ValueError(f"guided_sample: settings must be [6] float32, not {list(settings.shape)} {settings.dtype}.")
 
 
 def guided_sample(
@@ -182,38 +185,34 @@ def guided_sample(
     codebook: Tensor,
     seeds: Tensor,
     offset: Tensor,
+    settings: Tensor,
     *,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    logit_gain: float,
-    temperature: float,
+    top_k: bool,
+    top_p: bool,
     more_smooth: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute what the reference in `hart_infer/ops/guided_sample.py` computes."""
-    _check(logits, codebook, seeds, offset)
-    if not 0 <= top_p <= 1 or (more_smooth and not temperature > 0):
-        raise ValueError(f"guided_sample: top_p must be from 0 to 1, temperature above 0; they are {top_p} and {temperature}.")
+    _check(logits, codebook, seeds, offset, settings)
     (rows, tokens, vocab_size), channels, images = logits.shape, codebook.shape[1], len(seeds)
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     indices = logits.new_empty(images, tokens, dtype=torch.int64)
     embeddings = logits.new_empty(images, tokens, channels, dtype=torch.float32)
     if not indices.numel():
         return indices, embeddings
-    guided, cuts = rows > images, (0 < top_k < vocab_size, top_p > 0)
+    guided, filtered = rows > images, top_k or top_p
     strides = (images * logits.stride(0), logits.stride(0), logits.stride(1))
-    thresholds = logits.new_empty(images, tokens, dtype=torch.float32) if any(cuts) else embeddings
-    if any(cuts):
+    thresholds = logits.new_empty(images, tokens, dtype=torch.float32) if filtered else embeddings
+    if filtered:
         block = triton.next_power_of_2(vocab_size)
         threshold_kernel[(tokens, images)](
-            logits, thresholds, *strides, vocab_size, 1 + guidance, guidance, top_k, 1 - top_p,
-            GUIDED=guided, TOP_K=cuts[0], TOP_P=cuts[1], BLOCK=block,
+            logits, settings, thresholds, *strides, vocab_size,
+            GUIDED=guided, TOP_K=top_k, TOP_P=top_p, BLOCK=block,
             num_warps=warps_for(block), enable_fp_fusion=False,  # both launches must round the guided logits alike
         )  # fmt: skip
     draw_kernel[(triton.cdiv(tokens, TOKENS), images)](
-        logits, codebook.contiguous(), seeds.contiguous(), offset, thresholds, indices, embeddings,
-        *strides, tokens, vocab_size, channels, 1 + guidance, guidance, logit_gain, LOG2E / temperature,
-        GUIDED=guided, FILTERED=any(cuts), MORE_SMOOTH=more_smooth,
+        logits, codebook.contiguous(), seeds.contiguous(), offset, settings, thresholds, indices, embeddings,
+        *strides, tokens, vocab_size, channels,
+        GUIDED=guided, FILTERED=filtered, MORE_SMOOTH=more_smooth,
         TOKENS=TOKENS, CODES=CODES, WIDTH=max(16, triton.next_power_of_2(channels)), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return indices, embeddings

@@ -27,7 +27,7 @@ from binaries import instructions, occupancy
 from triton.backends.compiler import GPUTarget
 from triton_kernels import Case, cases, triton
 
-CAPABILITIES = (80, 86, 89, 90, 100)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 BEGIN, END = "<!-- begin: tools/compile_kernels.py -->", "<!-- end -->"
 
@@ -95,7 +95,13 @@ def line(row: dict[str, Any]) -> str:
         f"{row['kernel']:<46}sm_{row['capability']:<4}{row['registers']:>3} registers {row['shared_bytes']:>6} B shared "
         f"{row['spilled_bytes']} B spilled  {row['occupancy']:>4.0%} occupied  {row['loads_128']}/{row['loads']} wide loads"
         + "".join(f"  {op} {count}" for op, count in row["matrix"].items())
+        + (f", a loop of {row['per_matrix']} instructions and {row['shared_per_matrix']} B shared each" if loops(row) else "")
     )
+
+
+def loops(row: dict[str, Any]) -> bool:
+    """Whether it has matrix instructions in a loop."""
+    return "per_matrix" in row
 
 
 def worse(row: dict[str, Any], before: dict[str, Any]) -> str | None:
@@ -108,6 +114,9 @@ def worse(row: dict[str, Any], before: dict[str, Any]) -> str | None:
         return f"has {row['loads_128']} of {row['loads']} loads of 128 bits, not {before['loads_128']} of {before['loads']}"
     if set(before["matrix"]) - set(row["matrix"]):
         return f"has no {', '.join(set(before['matrix']) - set(row['matrix']))}"
+    for count, what in (("per_matrix", "instructions"), ("shared_per_matrix", "bytes of shared memory")):
+        if loops(before) and (not loops(row) or row[count] > 1.05 * before[count]):
+            return f"takes {row.get(count)} {what} for each matrix instruction of its loop, not {before[count]}"
     return None
 
 
@@ -130,13 +139,23 @@ def regressions(rows: Sequence[dict[str, Any]], record: dict[str, Any], compiler
     return found
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Registers, shared memory, occupancy and matrix instructions, for the table."""
+def merged(
+    rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]], only: str, capabilities: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The rows of `before` that were not compiled anew, and behind them those that were."""
+    kept = [row for row in before if only not in row["kernel"] or row["capability"] not in capabilities]
+    return sorted([*rows, *kept], key=lambda row: row["source"] != "triton")
+
+
+def cell(row: dict[str, Any] | None, warps: int) -> str:
+    """Registers, shared memory, occupancy and matrix instructions, for the table; its warps where they are not `warps`."""
     if row is None:
         return ""
+    own = [] if row["warps"] == warps else [f"{row['warps']} warps"]
     spilled = [f"spills {row['spilled_bytes']} B"] if row["spilled_bytes"] else []
     shared = f"{row['shared_bytes'] / 1024:.0f} K"
-    return ", ".join([str(row["registers"]), shared, f"{row['occupancy']:.0%}", *row["matrix"], *spilled])
+    matrix = [f"{op} {row['per_matrix']:.1f}/{row['shared_per_matrix']:.0f}" if loops(row) else op for op in row["matrix"]]
+    return ", ".join([*own, str(row["registers"]), shared, f"{row['occupancy']:.0%}", *matrix, *spilled])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -148,8 +167,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     for name, on in by_kernel.items():
-        last = on[max(target for target in on if target <= 90)]
-        cells = " | ".join(cell(on.get(target)) for target in targets)
+        last = on[max((target for target in on if target <= 90), default=min(on))]
+        cells = " | ".join(cell(on.get(target), last["warps"]) for target in targets)
         lines.append(
             f"| {name} | {last['warps']} | {last['instructions']} | {last['loads_128']} of {last['loads']} | {cells} |"
         )
@@ -163,7 +182,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--source", nargs="*", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--compare", type=Path, help="a record; fail where a kernel is worse")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write; with --only, the other kernels' rows stay as they are")
     parser.add_argument("--table", type=Path, help="Markdown file whose table to replace")
     args = parser.parse_args()
     rows, compilers = [], versions(args.source)
@@ -172,6 +191,8 @@ def main() -> int:
             sizes = {key: row[key] for key in ("warps", "registers", "shared_bytes")}
             rows.append({"source": name, **row, "occupancy": occupancy(row["capability"], **sizes)})
             print(line(rows[-1]), flush=True)
+    if args.only and args.out and args.out.exists():
+        rows = merged(rows, json.loads(args.out.read_text(encoding="utf-8"))["kernels"], args.only, args.capability)
     if args.out:
         result = {"benchmark": "kernels", "compilers": compilers, "kernels": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

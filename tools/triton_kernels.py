@@ -123,9 +123,8 @@ def group_norm_silu_cases(dtype: str) -> Iterator[Case]:
 def guided_sample_cases(dtype: str) -> Iterator[Case]:
     """The released vocabulary, and the largest that is supported."""
     sample = module("guided_sample")
-    numbers = dict.fromkeys(("with_guidance", "guidance", "removable", "logit_gain", "rate"), "fp32")
-    types = numbers | {"logits": f"*{dtype}", "indices": "*i64", "seeds": "*i64", "offset": "*i64"}
-    types |= dict.fromkeys(("codebook", "thresholds", "embeddings"), "*fp32")
+    types = {"logits": f"*{dtype}", "indices": "*i64", "seeds": "*i64", "offset": "*i64"}
+    types |= dict.fromkeys(("codebook", "settings", "thresholds", "embeddings"), "*fp32")
     for vocabulary in (4096, sample.MAX_VOCABULARY):
         for top_p in (False, True):
             constants = {"GUIDED": True, "TOP_K": True, "TOP_P": top_p, "BLOCK": vocabulary}
@@ -141,11 +140,18 @@ def guided_sample_cases(dtype: str) -> Iterator[Case]:
 def diffusion_step_cases() -> Iterator[Case]:
     """The released latent's channels."""
     step = module("diffusion_step")
-    numbers = ("with_guidance", "guidance", "x0_from_x", "x0_from_noise", "mean_from_x0", "mean_from_x")
+    numbers = ("x0_from_x", "x0_from_noise", "mean_from_x0", "mean_from_x")
     types = dict.fromkeys((*numbers, "log_variance_min", "log_variance_max"), "fp32")
-    types |= dict.fromkeys(("x", "eps", "variance", "noise", "out"), "*fp32")
+    types |= dict.fromkeys(("x", "eps", "variance", "noise", "settings", "out"), "*fp32")
     constants = {"CHANNELS": 32, "GUIDED": True, "ADDS_NOISE": True, "BLOCK": step.BLOCK}
     yield Case("diffusion_step 32", step.diffusion_step_kernel, types, constants, fusion=False)
+
+
+def normal_noise_cases() -> Iterator[Case]:
+    """The released latent's channels."""
+    noise = module("normal_noise")
+    constants = {"CHANNELS": 32, "BLOCK": noise.BLOCK}
+    yield Case("normal_noise 32", noise.normal_noise_kernel, {"seeds": "*i64", "out": "*fp32"}, constants)
 
 
 def cases() -> Iterator[Case]:
@@ -158,3 +164,4 @@ def cases() -> Iterator[Case]:
         yield from guided_sample_cases(dtype)
     yield from merge_cases()
     yield from diffusion_step_cases()
+    yield from normal_noise_cases()

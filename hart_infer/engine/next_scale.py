@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
 from ..generation.next_scale import (
     Edit,
+    Generation,
     GenerationState,
     Prefix,
     as_drawn,
@@ -18,35 +19,20 @@ from ..generation.next_scale import (
     new_cache,
     prefill,
     prefill_alone,
-    run_scale,
 )
-from ..generation.sampling import Sampler
+from ..generation.sampling import PhiloxSampler, Sampler
 from ..generation.schedule import Schedule, Stage
 from ..models.next_scale import Condition, NextScaleTransformer
 from ..models.parts.cache import KVCache
 from ..models.parts.layers import WeightsStamp
 from ..models.parts.quantizer import Quantizer
+from .graphs import CacheKey, CapturedGeneration, Graphs, PlanKey, Recorder, shapes_of
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
 
 
-@dataclass(frozen=True)
-class CacheKey:
-    """Shapes, dtype and device of a cache: equal keys mean interchangeable caches."""
-
-    depth: int
-    rows: int
-    num_heads: int
-    head_dim: int
-    length: int
-    scratch_length: int
-    dtype: torch.dtype
-    device: torch.device
-    is_inference: bool  # made under torch.inference_mode, outside of which it can't be written
-
-
 class Engine(Generic[TransformerT]):
-    """Executes one model, eagerly. Threads may share it: a call changes nothing that another one reads.
+    """Executes one model, eagerly or, where `graphs` is set, by captured graphs. Threads may share it.
 
     `keep_buffers`: keep the last call's key/value cache for the next one of the same key. It then takes memory during the
     diffusion and the decoding too; PyTorch's allocator on CUDA gives a freed block back as fast.
@@ -54,13 +40,14 @@ class Engine(Generic[TransformerT]):
 
     def __init__(self, transformer: TransformerT, quantizer: Quantizer, *, keep_buffers: bool = False) -> None:
         self.transformer, self.quantizer, self.keep_buffers = transformer, quantizer, keep_buffers
+        self.graphs: Graphs | None = None
         self._lock = threading.Lock()
         self._idle: tuple[CacheKey, KVCache] | None = None
         self._unconditional: tuple[WeightsStamp, Prefix] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept and the lock, for copies and pickles."""
-        return self.__dict__ | {"_lock": None, "_idle": None, "_unconditional": None}
+        return self.__dict__ | {"_lock": None, "_idle": None, "_unconditional": None, "graphs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a lock of its own."""
@@ -73,37 +60,72 @@ class Engine(Generic[TransformerT]):
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None = None,
         edit: Edit = as_drawn,
-    ) -> list[GenerationState]:
-        """Return one state per sampler, its conditions prefilled.
+    ) -> list[Generation]:
+        """Return one generation per sampler, its conditions prefilled.
 
         `negatives` replace the unconditional condition; `edit` is applied to every scale. Conditions are shared out over the
         samplers in order: the number of samplers is a multiple of that of `prompts`, and of `negatives`.
         """
+        if self.graphs is not None and len(samplers) == 1 and edit is as_drawn:
+            captured = self._captured(self.graphs, schedule, samplers[0], prompts[0], negatives[0] if negatives else None)
+            if captured is not None:
+                return [captured]
         prefixes: dict[tuple[int, int], Prefix] = {}  # by guidance half and index of the condition
-        states = []
+        states: list[Generation] = []
         for index, sampler in enumerate(samplers):
-            batch_size = sampler.batch_size
-            cache = self._borrow(schedule, batch_size * (2 if schedule.guided else 1))
+            cache = self._borrow(schedule, sampler.batch_size * (2 if schedule.guided else 1))
             chosen = []
             for half, conditions in enumerate((prompts, negatives) if schedule.guided else (prompts,)):
-                rows = slice(half * batch_size, (half + 1) * batch_size)
-                if conditions is None:
-                    chosen.append(self.unconditional())
-                    copy_prefix(chosen[-1], cache, rows)
-                    continue
-                key = (half, index * len(conditions) // len(samplers))
-                if key in prefixes:
-                    copy_prefix(prefixes[key], cache, rows)
-                else:
-                    prefixes[key] = prefill(self.transformer, conditions[key[1]], cache, rows)
-                chosen.append(prefixes[key])
+                place = index * len(conditions) // len(samplers) if conditions else 0
+                known = prefixes.get((half, place)) if conditions else self.unconditional()
+                condition = conditions[place] if conditions else None
+                chosen.append(self._fill(cache, half, sampler.batch_size, condition, known))
+                prefixes[half, place] = chosen[-1]
             states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, self, edit))
         return states
 
-    def run_scale(self, states: Sequence[GenerationState], stage: Stage) -> None:
-        """Advance every state by one scale."""
+    def _fill(self, cache: KVCache, half: int, batch_size: int, condition: Condition | None, known: Prefix | None) -> Prefix:
+        """Fill the rows of a guidance half of the cache from a prefix that is `known`, or by sending a condition through."""
+        rows = slice(half * batch_size, (half + 1) * batch_size)
+        if known is None:
+            assert condition is not None
+            return prefill(self.transformer, condition, cache, rows)
+        copy_prefix(known, cache, rows)
+        return known
+
+    def _captured(
+        self, graphs: Graphs, schedule: Schedule, sampler: Sampler, prompt: Condition, negative: Condition | None
+    ) -> CapturedGeneration | None:
+        """Return a generation by graphs; None if it has to run eagerly: the first of its kind, or while another one runs."""
+        if not isinstance(sampler, PhiloxSampler):
+            return None
+        negative = negative if schedule.guided else None
+        known = self.unconditional() if schedule.guided and negative is None else None
+        rows = sampler.batch_size * (2 if schedule.guided else 1)
+        cache_key = self._cache_key(schedule, rows)
+
+        def capture(recorder: Recorder) -> CapturedGeneration:
+            cache = graphs.cache(cache_key, self._allocate)
+
+            def begin(own: PhiloxSampler, prompt: Condition, negative: Condition | None) -> GenerationState:
+                chosen = [self._fill(cache, 0, own.batch_size, prompt, None)]
+                if schedule.guided:
+                    chosen.append(self._fill(cache, 1, own.batch_size, negative, known))
+                return GenerationState(self.transformer, self.quantizer, schedule, own, chosen, cache, graphs)
+
+            return CapturedGeneration(recorder, begin, sampler, prompt, negative)
+
+        vocab_size = len(self.quantizer.codebook.weight)
+        key = PlanKey.of(schedule, vocab_size, cache_key, shapes_of(prompt), shapes_of(negative))
+        plan = graphs.take(key, nn.ModuleList([self.transformer, self.quantizer]), capture)
+        if plan is not None:
+            plan.restart(sampler, prompt, negative, graphs.release)
+        return plan
+
+    def run_scale(self, states: Sequence[Generation], stage: Stage) -> None:
+        """Advance every generation by one scale."""
         for state in states:
-            run_scale(state, stage)
+            state.advance(stage)
 
     def unconditional(self) -> Prefix:
         """Return the prefix of the unconditional condition, computed anew only after the weights have changed."""
@@ -123,10 +145,12 @@ class Engine(Generic[TransformerT]):
         """Free what is kept."""
         with self._lock:
             self._idle = self._unconditional = None
+        if self.graphs is not None:
+            self.graphs.clear()
 
-    def _borrow(self, schedule: Schedule, rows: int) -> KVCache:
+    def _cache_key(self, schedule: Schedule, rows: int) -> CacheKey:
         network = self.transformer
-        wanted = CacheKey(
+        return CacheKey(
             depth=network.depth,
             rows=rows,
             num_heads=network.num_heads,
@@ -137,12 +161,18 @@ class Engine(Generic[TransformerT]):
             device=network.device,
             is_inference=torch.is_inference_mode_enabled(),
         )
+
+    def _allocate(self, key: CacheKey) -> KVCache:
+        return new_cache(self.transformer, rows=key.rows, length=key.length, scratch_length=key.scratch_length)
+
+    def _borrow(self, schedule: Schedule, rows: int) -> KVCache:
+        wanted = self._cache_key(schedule, rows)
         with self._lock:
             idle, self._idle = self._idle, None
         if idle is not None and idle[0] == wanted:
             return idle[1]
         idle = None  # freed before the new one is allocated
-        return new_cache(network, rows=rows, length=wanted.length, scratch_length=wanted.scratch_length)
+        return self._allocate(wanted)
 
 
 def _key(cache: KVCache) -> CacheKey:

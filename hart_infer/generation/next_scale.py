@@ -105,6 +105,37 @@ def as_drawn(embedding: Tensor, stage: Stage) -> Tensor:
     return embedding
 
 
+class Generation(Protocol):
+    """One generation on its way through the scales."""
+
+    @property
+    def indices(self) -> list[Tensor]:
+        """Per finished scale [B, p * p] int64."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws the codes."""
+        ...
+
+    @property
+    def f_hat(self) -> Tensor:
+        """What the scales so far add up to, [B, C, P, P] fp32; the next one, or the next generation, may write to it."""
+        ...
+
+    def advance(self, stage: Stage) -> None:
+        """Run the next scale."""
+        ...
+
+    def end_cache(self) -> None:
+        """Free what only further scales need."""
+        ...
+
+    def drop_cache(self) -> None:
+        """End it, finished or not."""
+        ...
+
+
 class GenerationState:
     """State of generating B images. Its rows are B conditional ones and, with guidance, B unconditional ones behind them."""
 
@@ -141,6 +172,10 @@ class GenerationState:
         assert self._cache is not None, "the last scale has given the cache back"
         return self._cache
 
+    def advance(self, stage: Stage) -> None:
+        """Run the next scale."""
+        run_scale(self, stage)
+
     def end_cache(self) -> None:
         """Give the cache back to its owner, and free the memory, once no scale needs them any more."""
         cache, self._cache = self._cache, None
@@ -166,7 +201,7 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
         embedding = embedding + sample_residual(
             transformer.diffusion,
             transformer.residual_condition(hidden, codebook[indices]),
-            guidance=stage.guidance,
+            settings=sampler.settings(stage, hidden.device),
             num_inference_steps=stage.num_inference_steps,
             noise=sampler.noise,
         )
@@ -175,10 +210,9 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
     state.indices.append(indices)
 
 
-def finish(state: GenerationState) -> Tensor:
-    """The latent [B, C, P, P] fp32 of the scales that were run; raises WeightsError where logits were not finite."""
+def finish(state: Generation) -> Tensor:
+    """Return the latent [B, C, P, P] fp32 of the scales that were run, and free the cache."""
     state.end_cache()
-    state.sampler.check(state.indices[-1])
     return state.f_hat
 
 

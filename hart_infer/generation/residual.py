@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models.parts.diffusion import ResidualDiffusion
-from .sampling import ResidualNoise
+from .sampling import Noise
 
 TRAIN_STEPS = 1000
 LATENT_SCALE = 0.6  # latent = sample * LATENT_SCALE
@@ -70,12 +70,12 @@ def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
 
 
 def sample_residual(
-    network: ResidualDiffusion, condition: Tensor, *, guidance: float, num_inference_steps: int, noise: ResidualNoise
+    network: ResidualDiffusion, condition: Tensor, *, settings: Tensor, num_inference_steps: int, noise: Noise
 ) -> Tensor:
     """Sample the residual [B, L, C] fp32, in units of the latent, for the B images of `noise`.
 
-    `condition` z [R, L, D]: R = B, or 2B with the unconditional rows last. Both halves share x_t: the released code computes
-    one for the unconditional half that is never read.
+    `condition` z [R, L, D]: R = B, or 2B with the unconditional rows last; `settings`, of `draw_settings`, has the guidance.
+    Both halves share x_t: the released code computes one for the unconditional half that is never read.
     """
     _, length, _ = condition.shape
     embedded = network.condition_embed(condition.flatten(0, 1))
@@ -83,12 +83,12 @@ def sample_residual(
     x = start.flatten(0, 1)
     for step in diffusion_schedule(num_inference_steps):
         added = noise.step(length, network.channels, x.device).view(x.shape) if step.adds_noise else x
-        x = denoise(network, x, step, embedded, guidance, added)
+        x = denoise(network, x, step, embedded, settings, added)
     return x.view(start.shape) * LATENT_SCALE
 
 
 def denoise(
-    network: ResidualDiffusion, x: Tensor, step: DiffusionStep, condition: Tensor, guidance: float, noise: Tensor
+    network: ResidualDiffusion, x: Tensor, step: DiffusionStep, condition: Tensor, settings: Tensor, noise: Tensor
 ) -> Tensor:
     """Do one step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] is embedded, conditional rows first."""
     timestep = torch.full((1,), step.timestep, device=x.device)
@@ -98,7 +98,7 @@ def denoise(
         eps,
         variance,
         noise,
-        guidance=guidance,
+        settings,
         x0_from_x=step.x0_from_x,
         x0_from_noise=step.x0_from_noise,
         mean_from_x0=step.mean_from_x0,

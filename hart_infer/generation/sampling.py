@@ -8,7 +8,7 @@ VILA-U's codes and answers, one token a row at a time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,13 +18,26 @@ from torch import Tensor
 from .. import ops
 from ..errors import WeightsError
 from ..ops.logits import blend, filter_logits, guide, nucleus
-from .schedule import Stage
+from ..ops.settings import draw_settings
+from .schedule import Schedule, Stage
 
 FP64_DRAWS = 2**20  # per chunk, to bound their memory
 NOT_FINITE = (
     "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
     "dtype=torch.bfloat16 or torch.float32."
 )
+
+
+class Noise(Protocol):
+    """Standard normal noise of one generation's residual diffusion."""
+
+    def start(self, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """Return x_T of all images on `device`, [B, L, C] fp32."""
+        ...
+
+    def step(self, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """Return the noise of the next step, [B, L, C] fp32."""
+        ...
 
 
 class ResidualNoise:
@@ -48,29 +61,78 @@ class ResidualNoise:
         return torch.cat([noise[: self.images_per_seed] for noise in drawn]).to(device)
 
 
+class PhiloxNoise:
+    """Noise as a function of seed, step, token and channel (`ops.normal_noise`): the same on every GPU."""
+
+    def __init__(self, seeds: Tensor) -> None:
+        """`seeds` [B] int64 are read when noise is drawn."""
+        self._seeds, self._step = seeds, 0
+
+    def start(self, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """As `Noise.start`."""
+        self._step = 0
+        return self._draw(tokens, channels)
+
+    def step(self, tokens: int, channels: int, device: torch.device) -> Tensor:
+        """As `Noise.step`."""
+        self._step += 1
+        return self._draw(tokens, channels)
+
+    def _draw(self, tokens: int, channels: int) -> Tensor:
+        return ops.normal_noise(self._seeds, step=self._step, tokens=tokens, channels=channels)
+
+
 class Sampler(Protocol):
     """All randomness of one generation of `batch_size` images; an image's draws don't depend on the images beside it."""
 
     batch_size: int
-    noise: ResidualNoise
+
+    @property
+    def noise(self) -> Noise:
+        """The residual diffusion's."""
+        ...
+
+    def settings(self, stage: Stage, device: torch.device) -> Tensor:
+        """Return the numbers of `ops.draw_settings` for a stage, [6] fp32 on `device`."""
+        ...
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return codes [B, L] int64, and embeddings [B, L, C] fp32 to add to f_hat (released `autoregressive_infer_cfg`).
 
         `logits` fp32, which may be overwritten: [2B, L, V] to be guided, or [B, L, V]; `codebook` [V, C] fp32. The code is
         drawn first. The embeddings are the Gumbel-softmax mixtures of the codebook with `stage.more_smooth`, else the drawn
-        codes' own. For logits that are not finite WeightsError is raised here or by `check`.
+        codes' own. For logits that are not finite WeightsError is raised here, or `failed` is True.
         """
         ...
 
-    def check(self, indices: Tensor) -> None:
-        """Raise WeightsError if the last scale's codes [B, L] say that logits were not finite."""
+    def failed(self, indices: Tensor) -> Tensor | None:
+        """Return whether logits were not finite, by the last scale's codes [B, L]: a bool on the device; None if `draw` raises.
+
+        Nobody has to wait for it before the pictures are there.
+        """
         ...
 
 
-def make_sampler(seeds: Sequence[int], device: torch.device) -> Sampler:
+def check_finite(flags: Iterable[Tensor | None]) -> None:
+    """Raise WeightsError if one of the flags of `Sampler.failed` is True; waits for the device."""
+    if any(flag is not None and bool(flag) for flag in flags):
+        raise WeightsError(NOT_FINITE)
+
+
+def make_sampler(seeds: Sequence[int], device: torch.device, schedule: Schedule) -> Sampler:
     """Return a PhiloxSampler where CUDA draws, else a GeneratorSampler; one image per seed."""
-    return PhiloxSampler(seeds, device) if device.type == "cuda" else GeneratorSampler(seeds)
+    return PhiloxSampler(seeds, device, schedule) if device.type == "cuda" else GeneratorSampler(seeds)
+
+
+def stage_settings(stage: Stage) -> Tensor:
+    """Return the numbers of `ops.draw_settings` for a stage, [6] fp32 on the CPU."""
+    return draw_settings(
+        guidance=stage.guidance,
+        logit_gain=stage.logit_gain,
+        temperature=stage.temperature,
+        top_k=stage.top_k,
+        top_p=stage.top_p,
+    )
 
 
 class GeneratorSampler:
@@ -85,6 +147,10 @@ class GeneratorSampler:
         self.noise = ResidualNoise(seeds, torch.device("cpu"), images_per_seed=images_per_seed)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def settings(self, stage: Stage, device: torch.device) -> Tensor:
+        """As `Sampler.settings`."""
+        return stage_settings(stage).to(device)
+
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """As `Sampler.draw`: torch.multinomial, then, only for mixtures, Gumbel noise."""
         if len(logits) > self.batch_size:
@@ -97,8 +163,9 @@ class GeneratorSampler:
         # One product per image, as released: a flattened one rounds differently, and 1 / tau amplifies that scale by scale.
         return indices, noisy.softmax(dim=-1) @ codebook[None]
 
-    def check(self, indices: Tensor) -> None:
-        """Do nothing: `draw` raises."""
+    def failed(self, indices: Tensor) -> Tensor | None:
+        """As `Sampler.failed`: `draw` raises."""
+        return None
 
     def multinomial(self, probabilities: Tensor) -> Tensor:
         """Draw one index per row of `probabilities` [B, L, V] -> [B, L], as torch.multinomial: argmax(p / exponential draws).
@@ -117,13 +184,23 @@ class GeneratorSampler:
 class PhiloxSampler:
     """Draws on `device` as a function of seed, scale, token and code (`ops.guided_sample`): the same numbers on every GPU.
 
-    The residual's noise comes from torch's generators on that device.
+    All that it reads on the way are two tensors on the device, which `become` overwrites.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device, schedule: Schedule) -> None:
         self.batch_size = len(seeds)
-        self.noise = ResidualNoise(seeds, device)
         self._seeds = _signed(seeds, device)
+        self._settings = torch.stack([stage_settings(stage) for stage in schedule]).to(device)  # [S, 6]
+        self.noise = PhiloxNoise(self._seeds)
+
+    def become(self, other: PhiloxSampler) -> None:
+        """Take the seeds and settings of another sampler of as many images and stages, into the same memory."""
+        self._seeds.copy_(other._seeds)
+        self._settings.copy_(other._settings)
+
+    def settings(self, stage: Stage, device: torch.device) -> Tensor:
+        """As `Sampler.settings`."""
+        return self._settings[stage.index]
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """As `Sampler.draw`, without waiting for the device."""
@@ -132,21 +209,15 @@ class PhiloxSampler:
             codebook,
             self._seeds,
             torch.full((1,), stage.index, device=logits.device),
-            guidance=stage.guidance,
-            top_k=stage.top_k,
-            top_p=stage.top_p,
-            logit_gain=stage.logit_gain,
-            temperature=stage.temperature,
+            self._settings[stage.index],
+            top_k=0 < stage.top_k < len(codebook),
+            top_p=stage.top_p > 0,
             more_smooth=stage.more_smooth,
         )
 
-    def check(self, indices: Tensor) -> None:
-        """Raise WeightsError if codes are -1, as they are from the first scale on whose logits were not finite.
-
-        Called once per generation, so that the host waits for the device once.
-        """
-        if bool((indices < 0).any()):
-            raise WeightsError(NOT_FINITE)
+    def failed(self, indices: Tensor) -> Tensor | None:
+        """As `Sampler.failed`: codes are -1 from the first scale on whose logits were not finite."""
+        return (indices < 0).any()
 
 
 @dataclass(frozen=True)
@@ -248,19 +319,21 @@ class PhiloxTokenSampler:
         self.batch_size = len(seeds)
         self._seeds = _signed(seeds, device)
         self._failed = torch.zeros((), dtype=torch.bool, device=device)
+        self._settings: dict[TokenRule, Tensor] = {}
 
     def draw(self, logits: Tensor, rule: TokenRule, step: int) -> Tensor:
         """As `TokenSampler.draw`; 0 where logits were not finite, which `check` reports."""
+        if rule not in self._settings:
+            numbers = draw_settings(guidance=rule.guidance_scale - 1, top_k=rule.top_k, top_p=rule.top_p)
+            self._settings[rule] = numbers.to(logits.device)
         tokens, _ = ops.guided_sample(
             logits[:, None],
             logits.new_zeros(logits.shape[-1], 1),  # a codebook: the embeddings are not used
             self._seeds,
             torch.full((1,), step, device=logits.device),
-            guidance=rule.guidance_scale - 1,
-            top_k=rule.top_k,
-            top_p=rule.top_p,
-            logit_gain=1.0,
-            temperature=1.0,
+            self._settings[rule],
+            top_k=0 < rule.top_k < logits.shape[-1],
+            top_p=rule.top_p > 0,
             more_smooth=False,
         )
         self._failed |= (tokens < 0).any()

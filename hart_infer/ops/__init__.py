@@ -5,9 +5,11 @@ from .diffusion_step import diffusion_step
 from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
 from .layer_norm_modulate import gated_layer_norm_modulate, layer_norm_modulate
+from .normal_noise import normal_noise
 from .products import conv2d, linear
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_modulate, rms_norm_quantized
 from .rope_cache import rope_cache
+from .settings import draw_settings
 from .swiglu import swiglu
 
 __all__ = [
@@ -16,11 +18,13 @@ __all__ = [
     "causal_attention",
     "conv2d",
     "diffusion_step",
+    "draw_settings",
     "gated_layer_norm_modulate",
     "group_norm_silu",
     "guided_sample",
     "layer_norm_modulate",
     "linear",
+    "normal_noise",
     "rms_norm",
     "rms_norm_modulate",
     "rms_norm_quantized",

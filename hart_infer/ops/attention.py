@@ -10,10 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import widens
-from .registry import Backend, op
+from .registry import REFERENCE, Backend, Default, op
+
+# What attends on CUDA. A row goes, or changes, with a measurement (benchmarks/attention_tiles.py): ours has never been timed.
+DEFAULTS = (
+    Default(
+        "triton",
+        "PyTorch's own has neither ranges nor multiplicity: it would copy the keys, and add a mask in fp32",
+        uses=("ranges", "multiplicity"),
+    ),
+    Default(
+        REFERENCE,
+        "its own kernels (FlashAttention-2, cuDNN's on Hopper and newer) have been timed on GPUs, ours has not",
+    ),
+)
 
 
-@op(triton=Backend("..kernels.attention:attention"))
+@op(triton=Backend("..kernels.attention:attention"), defaults=DEFAULTS)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
 ) -> Tensor:

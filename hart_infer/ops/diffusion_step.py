@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .logits import guide
 from .registry import Backend, op
+from .settings import guide_by
 
 
 @op(triton=Backend("..kernels.diffusion_step:diffusion_step"))
@@ -14,8 +14,8 @@ def diffusion_step(
     eps: Tensor,
     variance: Tensor,
     noise: Tensor,
+    settings: Tensor,
     *,
-    guidance: float,
     x0_from_x: float,
     x0_from_noise: float,
     mean_from_x0: float,
@@ -26,12 +26,12 @@ def diffusion_step(
 ) -> Tensor:
     """Compute x_{t-1} from `x`, x_t, both [N, C] fp32: the posterior mean and, if `adds_noise`, scaled `noise` [N, C].
 
-    `eps` and `variance` are the network's outputs, [N, C], or [2N, C] with the unconditional half last: guidance acts on eps,
-    and the variance is the conditional half's. `variance` (-1 to 1) interpolates the log variance between its limits. The
-    constants are those of a `DiffusionStep`.
+    `eps` and `variance` are the network's outputs, [N, C], or [2N, C] with the unconditional half last: guidance, the first
+    two numbers of `settings` (`draw_settings`), acts on eps, and the variance is the conditional half's. `variance` (-1 to 1)
+    interpolates the log variance between its limits. The constants are those of a `DiffusionStep`.
     """
     if len(eps) > len(x):
-        eps, variance = guide(eps, guidance), variance[: len(x)]
+        eps, variance = guide_by(eps, settings), variance[: len(x)]
     x0 = (x0_from_x * x - x0_from_noise * eps).clamp_(-1, 1)
     mean = mean_from_x0 * x0 + mean_from_x * x
     if not adds_noise:

@@ -5,6 +5,8 @@ A number depends only on its key and counter: not on a batch, a device, a versio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple
     return a, b, c, d
 
 
+def uniform(words: Tensor) -> Tensor:
+    """Return u = (k + 0.5) / 2^23 fp32, where k is the word's top 23 bits: u is never 0 or 1."""
+    return ((words >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
+
+
+def normal(first: Tensor, second: Tensor) -> Tensor:
+    """Return standard normal noise fp32 by Box-Muller: sqrt(-2 log u) cos(2 pi v) of two words' `uniform`."""
+    return (-2 * uniform(first).log()).sqrt() * (2 * math.pi * uniform(second)).cos()
+
+
 def gumbel(words: Tensor) -> Tensor:
-    """Return -log(-log u), fp32 Gumbel noise, with u = (k + 0.5) / 2^23: k is the word's top 23 bits, so u is never 0 or 1."""
-    uniform = ((words >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
-    return uniform.log_().neg_().log_().neg_()
+    """Return -log(-log u), fp32 Gumbel noise of a word's `uniform`."""
+    return uniform(words).log_().neg_().log_().neg_()

@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,13 +84,26 @@ class Backend:
 
 
 @dataclass(frozen=True)
+class Default:
+    """A row of an operation's table of defaults on CUDA: which backend runs the calls it is for, and why.
+
+    `uses`: the row is for calls that give one of these arguments a value other than its default; () for all calls.
+    """
+
+    backend: str
+    why: str
+    uses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Choice(Generic[P, R]):
-    """The chosen backend, and why preferred ones were refused."""
+    """The chosen backend, and why preferred ones were refused or, by a table of defaults, not asked."""
 
     backend: str
     function: Callable[P, R]
     refusals: dict[str, str]
     limit_error: Any = ()
+    why: str = ""
 
 
 class Op(Generic[P, R]):
@@ -100,15 +113,21 @@ class Op(Generic[P, R]):
     it is the custom op `torch.ops.hart_infer.<name>`, with the reference as fake implementation; on the CPU the reference.
     """
 
-    def __init__(self, reference: Callable[P, R], backends: dict[str, Backend]) -> None:
-        """Wrap `reference`, which takes a tensor first; it is the specification and the fallback."""
+    def __init__(self, reference: Callable[P, R], backends: dict[str, Backend], defaults: Sequence[Default] = ()) -> None:
+        """Wrap `reference`, which takes a tensor first; it is the specification and the fallback.
+
+        On CUDA the first row of `defaults` that fits a call names its backend; without one the first of `backends` that runs
+        there is taken.
+        """
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
         self.traced: Callable[P, R] = reference
         self.backends = {name: backends[name] for name in BACKENDS if name in backends}
+        self.defaults = tuple(defaults)
+        self._parameters = inspect.signature(reference).parameters
         self._mutated: list[int] = []  # places of the arguments that it writes to
-        self._chosen: dict[tuple[torch.device, torch.dtype, str | None], Choice[P, R]] = {}
+        self._chosen: dict[tuple[torch.device, torch.dtype, str | None, Default | None], Choice[P, R]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend. Raises BackendError if `use_backend` names one that can't run it."""
@@ -138,9 +157,10 @@ class Op(Generic[P, R]):
         if forced is None and x.device.type == "cpu":
             return self.reference(*args, **kwargs)
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():  # Triton launches on the current one
-            choice = self._chosen.get((x.device, x.dtype, forced))
+            key = (x.device, x.dtype, forced, self._default(kwargs))
+            choice = self._chosen.get(key)
             if choice is None:
-                choice = self._chosen[x.device, x.dtype, forced] = self._choose(Where.of(x), forced)
+                choice = self._chosen[key] = self._choose(Where.of(x), *key[2:])
                 _tell(self.name, Where.of(x), choice)
             try:
                 return choice.function(*args, **kwargs)
@@ -164,11 +184,18 @@ class Op(Generic[P, R]):
         traced.register_fake(laid_out(self.reference))
         self.traced = traced
 
-    def choose(self, where: Where) -> Choice[P, R]:
-        """Return what runs there now. Raises BackendError if `use_backend` names a backend that can't."""
-        return self._choose(where, _forced.get())
+    def choose(self, where: Where, **options: Any) -> Choice[P, R]:
+        """Return what runs a call with `options` there now. Raises BackendError if `use_backend` names a backend that can't."""
+        return self._choose(where, _forced.get(), self._default(options))
 
-    def _choose(self, where: Where, forced: str | None) -> Choice[P, R]:
+    def _default(self, options: Mapping[str, Any]) -> Default | None:
+        """Return the row of the table for a call with these keyword arguments."""
+        for row in self.defaults:
+            if not row.uses or any(options.get(name) not in (None, self._parameters[name].default) for name in row.uses):
+                return row
+        return None
+
+    def _choose(self, where: Where, forced: str | None, default: Default | None) -> Choice[P, R]:
         if forced == REFERENCE:
             return Choice(REFERENCE, self.reference, {})
         if forced in self.backends:
@@ -179,10 +206,13 @@ class Op(Generic[P, R]):
         refusals: dict[str, str] = {}
         if where.device == "cpu":
             return Choice(REFERENCE, self.reference, dict.fromkeys(self.backends, "kernels are for GPUs"))
+        why = default.why if default and where.device == "cuda" else ""
+        if why and default and default.backend == REFERENCE:
+            return Choice(REFERENCE, self.reference, {}, why=why)
         for name, backend in self.backends.items():
             reason = backend.refusal(where)
             if reason is None:
-                return Choice(name, backend.function(), refusals, backend.limit_error())
+                return Choice(name, backend.function(), refusals, backend.limit_error(), why)
             refusals[name] = reason
         return Choice(REFERENCE, self.reference, refusals)
 
@@ -212,14 +242,17 @@ def _contiguous(result: Any) -> Any:
     return tuple(x.contiguous() for x in result) if isinstance(result, tuple) else result.contiguous()
 
 
-def op(*, mutates: Sequence[str] = (), keeps_layout: bool = False, **backends: Backend) -> Callable[[Callable[P, R]], Op[P, R]]:
+def op(
+    *, mutates: Sequence[str] = (), keeps_layout: bool = False, defaults: Sequence[Default] = (), **backends: Backend
+) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an operation: decorates its reference, and names its kernels by backend.
 
     `mutates`: arguments written in place. `keeps_layout`: results keep the reference's strides, else they are contiguous.
+    `defaults`: as of `Op`.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
-        declared = Op(reference, backends)
+        declared = Op(reference, backends, defaults)
         declared.register(mutates, keeps_layout)
         OPS[declared.name] = declared
         return declared

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops.registry import OPS, REFERENCE, Where
+from ..ops.registry import OPS, REFERENCE, Choice, Op, Where
 
 
 def describe(
@@ -45,8 +45,13 @@ def operations(where: Where) -> dict[str, str]:
         reasons = "; ".join(f"not {backend}: {reason}" for backend, reason in choice.refusals.items())
         limit = None if choice.backend == REFERENCE else declared.backends[choice.backend].limit()
         runs = "PyTorch" if choice.backend == REFERENCE else f"{choice.backend}, for {limit}" if limit else choice.backend
-        told[name] = f"{runs}; {reasons}" if reasons else runs
+        told[name] = "; ".join(text for text in (runs, choice.why, reasons, *_exceptions(declared, choice)) if text)
     return told
+
+
+def _exceptions(declared: Op[Any, Any], choice: Choice[Any, Any]) -> list[str]:
+    """Return what an operation's table says of the calls that use special arguments, where the table made the choice."""
+    return [f"with {' or '.join(row.uses)} {row.backend}: {row.why}" for row in declared.defaults if row.uses and choice.why]
 
 
 def weights_digest(components: Mapping[str, Any]) -> str:

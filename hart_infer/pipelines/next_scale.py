@@ -12,10 +12,11 @@ from torch import Tensor
 from ..checkpoints.hart import Defaults
 from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads, threads_for
+from ..engine.graphs import CudaRecorder, Graphs
 from ..engine.next_scale import Engine, TransformerT
 from ..errors import InputError
-from ..generation.next_scale import finish
-from ..generation.sampling import make_sampler
+from ..generation.next_scale import as_drawn, finish
+from ..generation.sampling import Sampler, check_finite, make_sampler
 from ..generation.schedule import Schedule
 from ..generation.speed import SPEEDS, Knobs, Prune, SpeedName, resolve
 from ..images import tensors
@@ -65,6 +66,7 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
     @transformer.setter
     def transformer(self, transformer: TransformerT) -> None:
+        self.engine.clear()
         self.engine.transformer = transformer
 
     @property
@@ -130,8 +132,28 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.engine.clear()
+        if device is not None and device != self.device:
+            self.disable_graphs()
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
+
+    def enable_graphs(self) -> None:
+        """Run calls by CUDA graphs: the host then launches one graph a scale instead of hundreds of kernels.
+
+        The first call of a kind runs as ever, the second is captured, later ones are replayed, with the same pictures. A kind
+        is the number of pictures, the settings' kinds (guidance on or off, top-k, top-p, speed) and the dtype; prompts, seeds
+        and numbers may differ. What is captured keeps its memory: docs/memory.md. Edits, and callbacks of calls that draw
+        pictures one by one, run without. `disable_graphs` and `to` end it. Raises InputError without a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise InputError(f"enable_graphs needs a CUDA device; this pipeline is on {self.device}, which has no graphs.")
+        if self._offloads_from is not None:
+            raise InputError("enable_graphs needs the weights to stay on the device; enable_model_cpu_offload moves them.")
+        self.engine.graphs = Graphs(CudaRecorder(self.device))
+
+    def disable_graphs(self) -> None:
+        """Run eagerly again, and free what was captured."""
+        self.engine.graphs = None
 
     def enable_decoder_tiling(self, tile: int | None = 32) -> None:
         """Decode in tiles of `tile` latent cells, to save memory; None turns it off.
@@ -203,10 +225,13 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         """Generate one image per seed in the form of `call`; `conditions` computes the prompts' and the negatives'."""
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             with self._using(self.transformer, self.autoencoder.quantizer):
-                f_hat = self._generate(schedule, *conditions(), seeds, draw_device, call)
+                f_hat, flags = self._generate(schedule, *conditions(), seeds, draw_device, call)
             if call.output_type == "latent":
-                return f_hat
-            return tensors.FORMS[call.output_type](call.edit.blend(self._decode(f_hat, call.reproducible)))
+                result: Any = f_hat
+            else:
+                result = tensors.FORMS[call.output_type](call.edit.blend(self._decode(f_hat, call.reproducible)))
+            check_finite(flags)  # only now: the host has waited for the pictures anyway
+            return result
 
     def _generate(
         self,
@@ -216,20 +241,39 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         seeds: Sequence[int],
         draw_device: torch.device,
         call: Call,
-    ) -> Tensor:
-        """Run the scales with progress bar and callback; return the latents [N, C, P, P] fp32, one per seed.
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Run the scales; return the latents [N, C, P, P] fp32, one per seed, and the flags of `Sampler.failed`.
 
-        Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition.
+        Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition. Graphs run one
+        generation after the other, unless a callback wants to see all of them at each scale.
         """
-        interrupts = self._interrupts
-        callback, reproducible = call.callback, call.reproducible
+        batch_size = self._batch_size(call.reproducible, len(seeds))
+        samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
+        if self.engine.graphs is None or call.callback is not None:
+            return self._run(schedule, samplers, prompts, negatives, call)
+        parts = []
+        for i, sampler in enumerate(samplers):
+            prompt = prompts[i * len(prompts) // len(samplers)]
+            negative = None if negatives is None else [negatives[i * len(negatives) // len(samplers)]]
+            parts.append(self._run(schedule, [sampler], [prompt], negative, call))
+        return torch.cat([f_hat for f_hat, _ in parts]), [flag for _, flags in parts for flag in flags]
+
+    def _run(
+        self,
+        schedule: Schedule,
+        samplers: Sequence[Sampler],
+        prompts: Sequence[Condition],
+        negatives: Sequence[Condition] | None,
+        call: Call,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`."""
+        interrupts, callback = self._interrupts, call.callback
 
         def preview(f_hat: Tensor) -> Tensor:
-            return call.edit.blend(self._decode(f_hat, reproducible))
+            return call.edit.blend(self._decode(f_hat, call.reproducible))
 
-        batch_size = self._batch_size(reproducible, len(seeds))
-        samplers = [make_sampler(seeds[i : i + batch_size], draw_device) for i in range(0, len(seeds), batch_size)]
-        states = self.engine.start(schedule, samplers, prompts, negatives, call.edit.embedding)
+        edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
+        states = self.engine.start(schedule, samplers, prompts, negatives, edit)
         try:
             with self.progress_bar(schedule, total=len(schedule)) as bar:
                 for stage in bar:
@@ -242,7 +286,8 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
                             break
                     if self._interrupts != interrupts:
                         break
-            return torch.cat([finish(state) for state in states])
+            f_hat = torch.cat([finish(state) for state in states])
+            return f_hat, [state.sampler.failed(state.indices[-1]) for state in states]
         finally:  # an error that someone keeps would keep the states alive, by its traceback
             for state in states:
                 state.drop_cache()
@@ -310,5 +355,14 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         """Latents [N, C, P, P] -> images [N, 3, H, W] fp32 in 0..1, in batches."""
         batch_size = 1 if self._slices else self._batch_size(reproducible, DECODED_PIXELS // self.sizes[0] ** 2)
         with self._using(self.autoencoder.post_quant_conv, self.autoencoder.decoder):
-            parts = [self.autoencoder.decode(part, tile=self._tile) for part in latents.split(batch_size)]
+            parts = [self._decode_batch(part) for part in latents.split(batch_size)]
         return torch.cat(parts).add_(1).mul_(0.5)
+
+    def _decode_batch(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, P, P] -> images [N, 3, H, W] in -1..1, by a graph where there are any."""
+
+        def decode(latents: Tensor) -> Tensor:
+            return self.autoencoder.decode(latents, tile=self._tile)
+
+        graphs = self.engine.graphs
+        return decode(latents) if graphs is None else graphs.call(("decode", self._tile), self.autoencoder, decode, latents)

@@ -43,3 +43,16 @@ def test_the_script_draws_what_the_pipeline_draws(tmp_path: Path):
     assert "scale 5: latents (2, 16, 12, 12)" in run.stdout
     expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(["a cat", "a dog"], seed=5).images
     assert [Image.open(tmp_path / f"{i}.png").tobytes() for i in range(2)] == [image.tobytes() for image in expected]
+
+
+def test_two_processes_draw_what_one_does(tmp_path: Path):
+    """By torchrun, over gloo on the CPU; three prompts, so that the shares differ."""
+    prompts = ["a cat", "a dog", "a red heart, fluent style"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "data_parallel.py"), "prompts.txt", "pictures", "--seed", "5"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300)
+    assert run.stdout.splitlines()[-1] == "3 pictures by 2 processes in pictures"
+    expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(prompts, seed=5).images
+    found = [Image.open(tmp_path / "pictures" / f"{i:06d}.png").tobytes() for i in range(3)]
+    assert found == [image.tobytes() for image in expected]

@@ -10,6 +10,7 @@ import torch
 from hart_infer.generation.residual import LATENT_SCALE, denoise, diffusion_schedule, sample_residual
 from hart_infer.generation.sampling import GeneratorSampler
 from hart_infer.models.parts.diffusion import ResidualDiffusion
+from hart_infer.ops import draw_settings
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +84,17 @@ def test_variance_is_the_conditional_half_s():
             return eps.repeat(halves, 1), torch.cat([conditional, unconditional])[: len(condition)]
 
     fixed = Fixed(channels=4, condition_dim=32, width=16, depth=1)
-    guided = denoise(fixed, x, step, torch.zeros(12, 16), 3.0, noise)
-    torch.testing.assert_close(guided, denoise(fixed, x, step, torch.zeros(6, 16), 0.0, noise))
+    guided = denoise(fixed, x, step, torch.zeros(12, 16), draw_settings(guidance=3.0), noise)
+    torch.testing.assert_close(guided, denoise(fixed, x, step, torch.zeros(6, 16), draw_settings(), noise))
 
 
 def test_last_step_adds_no_noise_and_clips(network):
     """Its noise is drawn in the released code; nothing is drawn after it, so here it is not."""
     last = diffusion_schedule(8)[-1]
     x, condition = 10 * torch.randn(6, 4), torch.randn(6, 16)
-    quiet, loud = (denoise(network, x, last, condition, 0.0, noise) for noise in (torch.zeros(6, 4), torch.full((6, 4), 9.0)))
+    quiet, loud = (
+        denoise(network, x, last, condition, draw_settings(), noise) for noise in (torch.zeros(6, 4), torch.full((6, 4), 9.0))
+    )
     assert quiet.equal(loud)
     assert quiet.abs().max() <= 1
 
@@ -100,7 +103,7 @@ def test_sample_is_in_units_of_the_latent(network):
     """Clipped to 1 in the network's units, which are 1 / 0.6 of the latent's."""
     condition = torch.randn(2, 50, 32)
     noise = GeneratorSampler([0, 1]).noise
-    sample = sample_residual(network, condition, guidance=0.0, num_inference_steps=8, noise=noise)
+    sample = sample_residual(network, condition, settings=draw_settings(), num_inference_steps=8, noise=noise)
     assert sample.shape == (2, 50, 4)
     assert sample.abs().max() == pytest.approx(LATENT_SCALE)
 
@@ -111,7 +114,9 @@ def test_guidance_of_exactly_one_is_guidance(network):
 
     def sample(condition, guidance):
         noise = GeneratorSampler([0, 1]).noise
-        return sample_residual(network, condition, guidance=guidance, num_inference_steps=8, noise=noise)
+        return sample_residual(
+            network, condition, settings=draw_settings(guidance=guidance), num_inference_steps=8, noise=noise
+        )
 
     torch.testing.assert_close(sample(condition, 1.0), sample(condition, 1 + 1e-7), atol=1e-3, rtol=0)
     assert (sample(condition, 1.0) - sample(condition[:2], 1.0)).abs().max() > 0.1

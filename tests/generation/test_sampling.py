@@ -18,6 +18,9 @@ CPU = torch.device("cpu")
 V = 50
 
 
+SCHEDULE = hart_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4)
+
+
 def logits(*shape: int, seed: int = 0, ties: bool = False) -> Tensor:
     values = torch.randn(*shape, V, generator=torch.Generator().manual_seed(seed)) * 3
     return values.round() if ties else values
@@ -141,8 +144,8 @@ def test_cpu_draws_are_the_same_numbers_on_a_gpu() -> None:
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", GeneratorSampler), ("mps", GeneratorSampler), ("cuda", PhiloxSampler)])
 def test_a_cuda_device_draws_for_itself_and_the_cpu_for_all_else(device: str, kind: type, monkeypatch) -> None:
-    monkeypatch.setattr(PhiloxSampler, "__init__", lambda self, seeds, device: None)
-    assert type(make_sampler([1], torch.device(device))) is kind
+    monkeypatch.setattr(PhiloxSampler, "__init__", lambda *given: None)
+    assert type(make_sampler([1], torch.device(device), SCHEDULE)) is kind
 
 
 def test_hard_codes_come_as_their_own_embeddings() -> None:

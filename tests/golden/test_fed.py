@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hart_infer import ops
 from hart_infer.generation.next_scale import prefill_alone
 from hart_infer.generation.residual import sample_residual
 from hart_infer.generation.sampling import GeneratorSampler
@@ -154,7 +155,13 @@ def test_diffusion_sample(checkpoint):
     model, trace = load_model(checkpoint), load_trace(checkpoint, "smooth")
     condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1))
     guidance, noise = trace["diffusion.cfg"].item(), RecordedNoise(trace)
-    sample = sample_residual(model.transformer.diffusion, condition, guidance=guidance, num_inference_steps=8, noise=noise)
+    sample = sample_residual(
+        model.transformer.diffusion,
+        condition,
+        settings=ops.draw_settings(guidance=guidance),
+        num_inference_steps=8,
+        noise=noise,
+    )
     _check_sample(sample, checkpoint, trace, condition)
 
 
@@ -212,7 +219,7 @@ def test_diffusion_sample_of_thin_trace(checkpoint, name):
     sample = sample_residual(
         model.transformer.diffusion,
         condition if trace.settings.guidance_scale else condition[: trace.images],
-        guidance=trace["diffusion.cfg"].item(),
+        settings=ops.draw_settings(guidance=trace["diffusion.cfg"].item()),
         num_inference_steps=8,
         noise=RecordedNoise(trace, positions),
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hart_infer import ops
 from hart_infer.generation.residual import sample_residual
 
 from . import naive
@@ -80,7 +81,11 @@ def ours(model: Model, trace: Trace, part: str, dtype: torch.dtype) -> list[Tens
     condition = trace["diffusion.condition"].unflatten(0, (2 * trace.images, -1)).to(dtype)
     guidance = trace["diffusion.cfg"].item()
     sample = sample_residual(
-        model.transformer.diffusion, condition, guidance=guidance, num_inference_steps=8, noise=RecordedNoise(trace)
+        model.transformer.diffusion,
+        condition,
+        settings=ops.draw_settings(guidance=guidance),
+        num_inference_steps=8,
+        noise=RecordedNoise(trace),
     )
     return [sample.flatten(0, 1)]
 

@@ -31,7 +31,7 @@ def test_trace(checkpoint, name, tmp_path, monkeypatch):
     trace, codes = load_trace(checkpoint, name), []
     pipe = VarPipeline.from_pretrained(released_folder(checkpoint, tmp_path / "var"), device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(next_scale, "make_sampler", lambda seeds, device: RecordedAtTie(trace, TIE.get((checkpoint, name))))
+    monkeypatch.setattr(next_scale, "make_sampler", lambda *given: RecordedAtTie(trace, TIE.get((checkpoint, name))))
     monkeypatch.setattr(next_scale, "finish", lambda state: codes.extend(state.indices) or finish(state))
     labels = trace["labels"].tolist()
     output = pipe(labels, seed=trace.seed, reproducible=False, output_type="latent", **options(trace))

@@ -75,15 +75,18 @@ def sampling() -> None:
     """With and without guidance, filters and mixing; small codebooks and the largest."""
     seeds, offset = (torch.tensor([n]).cuda() for n in (7, 1))
     for rows, top_k, top_p, mixes in itertools.product((1, 2), (0, 5), (0.0, 0.9), (False, True)):
-        options = {"guidance": 2.0, "top_k": top_k, "top_p": top_p, "logit_gain": 1.5, "temperature": 0.1, "more_smooth": mixes}
-        ops.guided_sample(rand(rows, 19, 500), rand(500, 12), seeds, offset, **options)
+        settings = ops.draw_settings(guidance=2.0, top_k=top_k, top_p=top_p, logit_gain=1.5, temperature=0.1).cuda()
+        options = {"top_k": top_k > 0, "top_p": top_p > 0, "more_smooth": mixes}
+        ops.guided_sample(rand(rows, 19, 500), rand(500, 12), seeds, offset, settings, **options)
     for codes, dtype in ((16384, torch.float32), (4096, torch.bfloat16)):
-        ops.guided_sample(rand(2, 3, codes, dtype=dtype), rand(codes, 32), seeds, offset, **options)
-    step = {"guidance": 1.5, "x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
+        ops.guided_sample(rand(2, 3, codes, dtype=dtype), rand(codes, 32), seeds, offset, settings, **options)
+    step = {"x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
     step |= {"log_variance_min": -3.0, "log_variance_max": -1.0}
+    for tokens, channels in ((33, 12), (300, 32)):
+        ops.normal_noise(seeds, step=3, tokens=tokens, channels=channels)
     for halves, noisy in itertools.product((1, 2), (False, True)):
         x, both = rand(33, 12), rand(33 * halves, 12)
-        ops.diffusion_step(x, both, both, x, **step, adds_noise=noisy)
+        ops.diffusion_step(x, both, both, x, settings, **step, adds_noise=noisy)
 
 
 @torch.inference_mode()

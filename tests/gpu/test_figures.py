@@ -67,6 +67,14 @@ def test_latency_of_hart_mini(results):
     assert found["seconds"]["median"] > 0
 
 
+def test_graphs_against_eager(results):
+    """The short form of what `benchmarks/latency.py` measures: `make gpu-figures` has the whole."""
+    name = torch.cuda.get_device_name().replace(" ", "-")
+    few = ("--batch", "1", "2", "--speed", "exact", "turbo", "--repeats", "5")
+    found = benchmark("latency.py", results / f"latency_256_{name}.json", "--size", "256", *few)
+    assert all("error" not in row for row in found["rows"]) and {row["graphs"] for row in found["rows"]} == {False, True}
+
+
 def test_latency_of_a_random_model_of_the_released_size(results):
     name = torch.cuda.get_device_name().replace(" ", "-")
     found = benchmark("end_to_end.py", results / f"end_to_end_1024_{name}.json", "--size", "1024", "--dtype", "bf16")

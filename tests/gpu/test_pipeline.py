@@ -32,10 +32,11 @@ def pixels(pipe: HartPipeline, **options) -> np.ndarray:
 
 
 @DTYPES
-def test_every_operation_that_has_kernels_runs_by_one(dtype):
+def test_every_operation_that_has_kernels_runs_by_one_unless_its_table_says_why_not(dtype):
     where = Where.of(torch.zeros(1, dtype=dtype, device="cuda"))
     by = {name: operation.choose(where) for name, operation in OPS.items() if operation.backends}
-    assert all(choice.backend != "torch" for choice in by.values()), {n: c.refusals for n, c in by.items()}
+    assert all(choice.backend != "torch" or choice.why for choice in by.values()), {n: c.refusals for n, c in by.items()}
+    assert ops.attention.choose(where, multiplicity=2, ranges=[0, 1]).backend == "triton"
 
 
 @DTYPES
@@ -101,18 +102,20 @@ def test_a_replayed_graph_equals_eager(dtype, part):
 
 
 @torch.inference_mode()
-def test_a_replayed_draw_takes_a_new_seed_and_offset():
+def test_a_replayed_draw_takes_a_new_seed_offset_and_guidance():
     logits, codebook = torch.randn(2, 9, 500, device="cuda"), torch.randn(500, 16, device="cuda")
     seed, offset = (torch.tensor([n], device="cuda") for n in (3, 0))
-    options = {"guidance": 2.0, "top_k": 50, "top_p": 0.9, "logit_gain": 1.5, "temperature": 0.1, "more_smooth": True}
+    numbers = {"guidance": 2.0, "top_k": 50, "top_p": 0.9, "logit_gain": 1.5, "temperature": 0.1}
+    settings = ops.draw_settings(**numbers).cuda()
 
     def run() -> Tensor:
-        return ops.guided_sample(logits, codebook, seed, offset, **options)[1]
+        return ops.guided_sample(logits, codebook, seed, offset, settings, top_k=True, top_p=True, more_smooth=True)[1]
 
     first = run().clone()
     graph, result = captured(run)
     seed.fill_(8)
     offset.fill_(5)
+    settings.copy_(ops.draw_settings(**numbers | {"guidance": 1.0, "top_k": 7}))
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(result, run()) and not torch.equal(result, first)
@@ -129,11 +132,12 @@ def _diffusion_step(pipe: HartPipeline) -> Callable[[], Tensor]:
     diffusion = pipe.transformer.diffusion
     x, noise = (torch.randn(9, diffusion.channels, device="cuda") for _ in range(2))
     condition = torch.randn(18, pipe.transformer.config.embed_dim, device="cuda", dtype=pipe.transformer.dtype)
+    settings = ops.draw_settings(guidance=3.0).cuda()
     embedded, step = diffusion.condition_embed(condition), diffusion_schedule(8)[0]
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return denoise(diffusion, x, step, embedded, 3.0, noise)
+        return denoise(diffusion, x, step, embedded, settings, noise)
 
     return run
 

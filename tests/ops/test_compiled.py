@@ -47,6 +47,31 @@ def test_attention_runs_on_the_matrix_units(kernels):
             assert row["matrix"], row
 
 
+def test_the_shared_memory_of_an_a100_keeps_up_with_its_matrix_units(kernels):
+    """An HMMA of m16n8k16 takes two cycles of a multiprocessor, in which its shared memory moves 256 bytes."""
+    tiles = [row for row in kernels if row["capability"] == 80 and row["kernel"].startswith("attention bf16 d64")]
+    assert tiles and all(row["shared_per_matrix"] <= 256 for row in tiles if "16x64" not in row["kernel"]), tiles
+
+
+def test_what_a_loop_does_for_each_matrix_instruction(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from binaries import loop
+
+    lines = [
+        ".L_x_0:",
+        "        /*0010*/                   LDSM.16.MT88.4 R4, [R2] ;",
+        "        /*0020*/              @!P0 HMMA.16816.F32.BF16 R4, R8, R12, R4 ;",
+        "        /*0030*/                   STS.U16 [R2], R5 ;",
+        "        /*0040*/              @!PT HMMA.16816.F32.BF16 R4, R8, R12, R4 ;",
+        "        /*0050*/                   LDS.64 R6, [R2] ;",
+        "        /*0060*/               @P1 BRA `(.L_x_0) ;",
+        "        /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;",
+        "        /*0080*/                   BRA `(.L_x_9) ;",
+    ]
+    assert loop("\n".join(lines)) == {"per_matrix": 3.0, "shared_per_matrix": (512 + 64 + 256) / 2}
+    assert loop("\n".join(lines[1:])) == {}
+
+
 def test_packs_are_read_by_loads_of_16_bytes(kernels):
     """Of the CUDA kernels: all; but half-precision parameters of an fp32 row come in packs of 8 bytes."""
     found = [row for row in kernels if row["source"] == "cuda" and "packs" in row["kernel"]]

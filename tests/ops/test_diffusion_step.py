@@ -34,7 +34,7 @@ def inputs(rows: int, channels: int, halves: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("index", [0, 4, 7])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 4), (65, 32)], ids=str)
 def test_every_kind_of_step(shape, index, halves):
-    given, options = inputs(*shape, halves), {"guidance": 3.7, **constants(index)}
+    given, options = (*inputs(*shape, halves), ops.draw_settings(guidance=3.7)), constants(index)
     with use_backend("triton"):
         found = ops.diffusion_step(*given, **options)
     reference = ops.diffusion_step.reference(*given, **options)
@@ -49,13 +49,13 @@ def test_what_is_not_a_number_stays_so():
     eps = eps.clone()
     eps[2, 1] = torch.nan
     with use_backend("triton"):
-        found = ops.diffusion_step(x, eps, variance, noise, guidance=0.0, **constants(3))
+        found = ops.diffusion_step(x, eps, variance, noise, ops.draw_settings(), **constants(3))
     assert found.isnan().nonzero().tolist() == [[2, 1]]
 
 
 def test_no_rows_are_no_work():
     with use_backend("triton"):
-        assert ops.diffusion_step(*inputs(0, 4, 1), guidance=0.0, **constants(0)).shape == (0, 4)
+        assert ops.diffusion_step(*inputs(0, 4, 1), ops.draw_settings(), **constants(0)).shape == (0, 4)
 
 
 def test_what_does_not_fit_is_refused():
@@ -69,4 +69,4 @@ def test_what_does_not_fit_is_refused():
             ((x, eps.half(), variance, noise), "all must be float32, not .*eps torch.float16"),
         ):
             with pytest.raises(ValueError, match=f"diffusion_step: .*{message}"):
-                ops.diffusion_step(*given, guidance=1.0, **constants(0))
+                ops.diffusion_step(*given, ops.draw_settings(guidance=1.0), **constants(0))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.errors import BackendError, WeightsError
-from hart_infer.generation.sampling import PhiloxSampler
-from hart_infer.generation.schedule import Settings, hart_schedule
+from hart_infer.generation.sampling import PhiloxSampler, check_finite
+from hart_infer.generation.schedule import Settings, Stage, hart_schedule
 from hart_infer.ops.logits import filter_logits
 from hart_infer.ops.philox import philox
 from hart_infer.ops.registry import use_backend
@@ -27,6 +27,16 @@ OPTIONS: dict[str, Any] = {
     "temperature": 0.4,
     "more_smooth": True,
 }
+
+
+def drawn(logits: Tensor, codebook: Tensor, seeds: Tensor, offset: Tensor, options: dict[str, Any], by: Any = None) -> Any:
+    """What the operation, or its reference as `by`, draws with `options` as numbers."""
+    numbers = {name: value for name, value in options.items() if name != "more_smooth"}
+    flags = {"top_k": 0 < options["top_k"] < logits.shape[-1], "top_p": options["top_p"] > 0}
+    settings = ops.draw_settings(**numbers).to(logits.device)
+    return (by or ops.guided_sample)(logits, codebook, seeds, offset, settings, **flags, more_smooth=options["more_smooth"])
+
+
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
@@ -67,8 +77,8 @@ def test_kernel_and_reference_draw_alike_and_mix_as_exactly(shape, changes, dtyp
     logits, codebook, seeds, offset = inputs(*shape)
     logits, options = strided(logits.to(dtype)), OPTIONS | changes
     with use_backend("triton"):
-        indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **options)
-    reference = ops.guided_sample.reference(logits, codebook, seeds, offset, **options)
+        indices, embeddings = drawn(logits, codebook, seeds, offset, options)
+    reference = drawn(logits, codebook, seeds, offset, options, ops.guided_sample.reference)
     best, mixture = exact(logits, codebook, seeds, offset, options)
     assert torch.equal(indices, reference[0]) and torch.equal(indices, best)
     check(embeddings, reference[1], mixture)
@@ -78,8 +88,8 @@ def test_kernel_and_reference_draw_alike_and_mix_as_exactly(shape, changes, dtyp
 def test_without_mixing_the_code_comes_as_itself(backend):
     given = inputs(2, 5, 50, 4)
     with use_backend(backend):
-        indices, embeddings = ops.guided_sample(*given, **OPTIONS | {"more_smooth": False})
-        mixed, _ = ops.guided_sample(*given, **OPTIONS)
+        indices, embeddings = drawn(*given, OPTIONS | {"more_smooth": False})
+        mixed, _ = drawn(*given, OPTIONS)
     assert torch.equal(indices, mixed) and torch.equal(embeddings, given[1][indices])
 
 
@@ -90,7 +100,7 @@ def test_what_stays_is_what_the_filter_leaves(top_k, top_p, backend):
     logits, _, seeds, offset = inputs(1, 3, 50, 1, 1)
     options = OPTIONS | {"top_k": top_k, "top_p": top_p, "temperature": 5.0}
     with use_backend(backend):
-        _, weights = ops.guided_sample(logits, torch.eye(50), seeds, offset, **options)
+        _, weights = drawn(logits, torch.eye(50), seeds, offset, options)
     assert torch.equal(weights > 0, filter_logits(logits.clone(), top_k=top_k, top_p=top_p).isfinite())
 
 
@@ -109,7 +119,7 @@ def test_what_stays_is_what_the_filter_leaves(top_k, top_p, backend):
 def test_equal_logits_stay_or_go_together(row, options, kept, backend):
     options = OPTIONS | {"temperature": 5.0} | options
     with use_backend(backend):
-        _, weights = ops.guided_sample(torch.tensor([[row]]), torch.eye(4), torch.tensor([1]), torch.tensor([0]), **options)
+        _, weights = drawn(torch.tensor([[row]]), torch.eye(4), torch.tensor([1]), torch.tensor([0]), options)
     assert (weights > 0).tolist() == [[kept]]
 
 
@@ -118,12 +128,12 @@ def test_an_image_depends_on_its_seed_and_on_the_offset_alone(backend):
     logits, codebook, seeds, offset = inputs(3, 4, 50, 4, 1)
     logits = logits[:1].expand(3, -1, -1)
     with use_backend(backend):
-        together = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS)
+        together = drawn(logits, codebook, seeds, offset, OPTIONS)
         for i in range(3):
-            alone = ops.guided_sample(logits[:1], codebook, seeds[i : i + 1], offset, **OPTIONS)
+            alone = drawn(logits[:1], codebook, seeds[i : i + 1], offset, OPTIONS)
             assert torch.equal(together[0][i : i + 1], alone[0])
             torch.testing.assert_close(together[1][i : i + 1], alone[1], rtol=1e-5, atol=1e-5)
-        later = ops.guided_sample(logits, codebook, seeds, offset + 1, **OPTIONS)
+        later = drawn(logits, codebook, seeds, offset + 1, OPTIONS)
     assert not torch.equal(together[0][0], together[0][1]) and not torch.equal(together[0], later[0])
 
 
@@ -131,9 +141,7 @@ def test_codes_are_drawn_with_their_probabilities_and_apart_from_the_mixture():
     """Chi-square of 20 000 draws, and of the pairs of a drawn code and the heaviest of its mixture."""
     row = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 2.0, -8.0])
     options = OPTIONS | {"top_k": 6, "logit_gain": 1.0, "temperature": 1e-3}
-    indices, weights = ops.guided_sample(
-        row.expand(1, 20000, 7), torch.eye(7), torch.tensor([11]), torch.tensor([3]), **options
-    )
+    indices, weights = drawn(row.expand(1, 20000, 7), torch.eye(7), torch.tensor([11]), torch.tensor([3]), options)
     expected = row[:6].double().softmax(-1)
     counts = indices.flatten().bincount(minlength=7).double()
     assert counts[6] == 0, "top-k removed it"
@@ -150,7 +158,7 @@ def test_logits_without_a_softmax_are_flagged_and_stay_alone(value, backend):
     logits[0, 1, 49], logits[0, 2] = value, -torch.inf
     for mixes in (True, False):
         with use_backend(backend):
-            indices, embeddings = ops.guided_sample(logits, codebook, seeds, offset, **OPTIONS | {"more_smooth": mixes})
+            indices, embeddings = drawn(logits, codebook, seeds, offset, OPTIONS | {"more_smooth": mixes})
         assert (indices == -1).tolist() == [[False, True, True, False]]
         assert embeddings.isnan().all(-1).tolist() == [[False, True, True, False]]
         assert embeddings.isfinite().all(-1).tolist() == [[True, False, False, True]]
@@ -169,45 +177,44 @@ def test_what_does_not_fit_is_refused():
             ((logits, codebook, seeds, seeds), "offset must be one int64"),
         ):
             with pytest.raises(ValueError, match=f"guided_sample: .*{message}"):
-                ops.guided_sample(*given, **OPTIONS)
+                drawn(*given, OPTIONS)
         for changes in ({"top_p": 1.5}, {"temperature": 0.0}):
-            with pytest.raises(ValueError, match="guided_sample: top_p must be from 0 to 1, temperature above 0"):
-                ops.guided_sample(logits, codebook, seeds, offset, **{**OPTIONS, **changes})
+            with pytest.raises(ValueError, match="top_p must be from 0 to 1, temperature above 0"):
+                drawn(logits, codebook, seeds, offset, OPTIONS | changes)
         with pytest.raises(BackendError, match="at most 16384 codes, not 16385"):
-            ops.guided_sample(torch.zeros(2, 1, 16385), torch.zeros(16385, 1), seeds, offset, **OPTIONS)
+            drawn(torch.zeros(2, 1, 16385), torch.zeros(16385, 1), seeds, offset, OPTIONS)
 
 
-@pytest.fixture
-def sampler() -> PhiloxSampler:
-    """As a CUDA device draws, on a machine without one."""
-    return PhiloxSampler([3, 2**64 - 1], torch.device("cpu"))
+def sampler(more_smooth: bool = True) -> tuple[PhiloxSampler, Stage]:
+    """As a CUDA device draws, on a machine without one; and a stage."""
+    settings = Settings(guidance_scale=3.0, top_k=7, top_p=0.9, more_smooth=more_smooth)
+    schedule = hart_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4, settings=settings)
+    return PhiloxSampler([3, 2**64 - 1], torch.device("cpu"), schedule), schedule.stages[2]
 
 
 @both_backends
 @pytest.mark.parametrize("more_smooth", [False, True])
-def test_a_scale_on_a_gpu_is_this_operation(sampler, more_smooth, backend):
-    settings = Settings(guidance_scale=3.0, top_k=7, top_p=0.9, more_smooth=more_smooth)
-    stage = hart_schedule((1, 2, 3, 4), context_tokens=5, share_quant_resi=4, settings=settings).stages[2]
+def test_a_scale_on_a_gpu_is_this_operation(more_smooth, backend):
+    now, stage = sampler(more_smooth)
     logits, codebook, _, _ = inputs(2, 9, 50, 4)
     with use_backend(backend):
-        found = sampler.draw(logits, codebook, stage)
-    expected = ops.guided_sample(
-        logits, codebook, torch.tensor([3, -1]), torch.tensor([2]),
-        guidance=2.0, top_k=7, top_p=0.9, logit_gain=5 / 3, temperature=0.27 * (1 - 0.95 * 2 / 3), more_smooth=more_smooth,
-    )  # fmt: skip
+        found = now.draw(logits, codebook, stage)
+    options = {"guidance": 2.0, "top_k": 7, "top_p": 0.9, "logit_gain": 5 / 3, "temperature": 0.27 * (1 - 0.95 * 2 / 3)}
+    options["more_smooth"] = more_smooth
+    expected = drawn(logits, codebook, torch.tensor([3, -1]), torch.tensor([2]), options)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_is_asked_for_failed_codes_in_the_end(sampler):
-    sampler.check(torch.tensor([[0, 4]]))
+def test_a_gpu_is_asked_for_failed_codes_in_the_end():
+    check_finite([sampler()[0].failed(torch.tensor([[0, 4]])), None])
     with pytest.raises(WeightsError, match="not finite"):
-        sampler.check(torch.tensor([[0, -1]]))
+        check_finite([None, sampler()[0].failed(torch.tensor([[0, -1]]))])
 
 
 def test_a_gpu_s_draws_make_whole_pictures(pipe, monkeypatch):
     head = pipe.transformer.head.forward
-    monkeypatch.setattr(next_scale, "make_sampler", lambda seeds, device: PhiloxSampler(seeds, device))
+    monkeypatch.setattr(next_scale, "make_sampler", PhiloxSampler)
     both, first, other = (
         pipe("a cat", seed=seed, num_images_per_prompt=n, output_type="latent").images for seed, n in ((3, 2), (3, 1), (4, 1))
     )

@@ -134,11 +134,50 @@ def test_every_kernel_that_is_declared_exists():
             assert callable(backend.function())
 
 
+@pytest.fixture
+def with_a_table(declared):
+    """The same, which by its table runs on the reference unless a call asks for what that lacks."""
+
+    def scaled(x, *, more=1, parts=None):
+        return x * 2
+
+    sys.modules["fake_kernels"].scaled = lambda x, *, more=1, parts=None: x * 2 + 0.5
+    rows = (registry.Default("triton", "it has more", uses=("more", "parts")), registry.Default("torch", "it was timed"))
+    return Op(scaled, {"triton": Backend("fake_kernels:scaled")}, rows)
+
+
+def test_a_table_of_defaults_decides_by_what_a_call_uses(with_a_table, caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_told", set())
+    monkeypatch.setattr(Where, "of", lambda x: CUDA)
+    plain = with_a_table.choose(CUDA)
+    assert (plain.backend, plain.why) == ("torch", "it was timed")
+    assert with_a_table.choose(CUDA, more=1, parts=None).backend == "torch", "the arguments' own defaults"
+    assert with_a_table.choose(CUDA, more=2).backend == with_a_table.choose(CUDA, parts=[0, 1]).backend == "triton"
+    with use_backend("triton"):
+        assert with_a_table.choose(CUDA).backend == "triton", "forced"
+    meta = torch.ones(1, device="meta", dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        with_a_table(meta), with_a_table(meta, more=2), with_a_table(meta, more=1)
+    assert not caplog.records and {key[3].backend for key in with_a_table._chosen} == {"torch", "triton"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_on_a_gpu_is_pytorchs_until_ours_was_timed(dtype, monkeypatch):
+    monkeypatch.setattr(Backend, "refusal", lambda *_: None)
+    pytest.importorskip("triton")
+    where = Where("cuda", dtype, (8, 0))
+    assert ops.attention.choose(where).backend == "torch"
+    assert ops.attention.choose(where, multiplicity=300, ranges=[0, 1, 300, 400]).backend == "triton"
+    told = operations(where)["attention"]
+    assert told.startswith("PyTorch; its own kernels") and "; with ranges or multiplicity triton: " in told
+
+
 def test_what_runs_is_told_with_its_limits():
     pytest.importorskip("triton")
     with use_backend("triton"):
         told = operations(Where("cpu", torch.float32))
-    assert told["attention"] == "triton, for head_dim up to 128" and told["guided_sample"] == "triton, for up to 16384 codes"
+    assert told["attention"] == "triton, for head_dim up to 128 and a scale above 0"
+    assert told["guided_sample"] == "triton, for up to 16384 codes"
     assert told["swiglu"] == "triton" and told["rms_norm"].startswith("PyTorch; not cuda")
 
 
@@ -147,17 +186,20 @@ def test_compilers_know_every_operation():
     q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
     table, slots = torch.randn(1, 1, 3, 8), torch.randn(2, 1, 2, 3, 8)
     rows, row, width = torch.randn(3, 8), torch.randn(1, 1, 8), torch.randn(8)
-    step = {"guidance": 1.5, "x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
+    settings = ops.draw_settings(guidance=1.5, logit_gain=1.2, temperature=0.3, top_k=4, top_p=0.9)
+    step = {"x0_from_x": 1.1, "x0_from_noise": 0.5, "mean_from_x0": 0.4, "mean_from_x": 0.6}
     step |= {"log_variance_min": -3.0, "log_variance_max": -1.0, "adds_noise": True}
-    drawn = {"guidance": 1.5, "top_k": 4, "top_p": 0.9, "logit_gain": 1.2, "temperature": 0.3, "more_smooth": True}
+    drawn = {"top_k": True, "top_p": True, "more_smooth": True}
+    logits, codebook, seeds = torch.randn(2, 3, 9), torch.randn(9, 4), torch.tensor([5])
     calls = {
         "add_rms_norm": ((rows, rows + 1, width, 1e-6), {}),
         "attention": ((q, k, v), {"scale": 0.3, "multiplicity": 3, "ranges": [0, 1, 2, 5]}),
-        "diffusion_step": ((rows, *torch.randn(2, 6, 8), rows), step),
+        "diffusion_step": ((rows, *torch.randn(2, 6, 8), rows, settings), step),
         "gated_layer_norm_modulate": ((rows, rows + 1, rows, width, None, rows, rows, 1e-6), {}),
         "group_norm_silu": ((torch.randn(1, 4, 2, 3), torch.ones(4), torch.zeros(4), 2, 1e-6), {"silu": True}),
-        "guided_sample": ((torch.randn(2, 3, 9), torch.randn(9, 4), torch.tensor([5]), torch.tensor([0])), drawn),
+        "guided_sample": ((logits, codebook, seeds, torch.tensor([0]), settings), drawn),
         "layer_norm_modulate": ((rows, width, width, rows, rows, 1e-6), {}),
+        "normal_noise": ((seeds,), {"step": 2, "tokens": 3, "channels": 4}),
         "rms_norm": ((rows, width, 1e-6), {}),
         "rms_norm_modulate": ((rows[None], width, row, row, 1e-6), {}),
         "rms_norm_quantized": ((rows, width, 1e-6, torch.int8), {}),

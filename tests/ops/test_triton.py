@@ -119,6 +119,8 @@ def test_attention_splits_its_keys_where_queries_are_few():
     assert kernel.splits_for(programs=48, keys=304, block=64, processors=108) == 4, "the released model's second scale"
     assert kernel.splits_for(programs=2, keys=9750, block=64, processors=108) > 16, "a GPU to fill"
     assert kernel.splits_for(programs=5000, keys=9750, block=64, processors=108) == 1, "already full"
+    assert kernel.splits_for(programs=173, keys=9750, block=64, processors=108) == 1, "0.8 of a wave of two a multiprocessor"
+    assert kernel.splits_for(programs=172, keys=9750, block=64, processors=108) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,12 @@ def test_attention_refuses(shapes, message):
     q, k, v = (torch.zeros(shape) for shape in shapes)
     with use_backend("triton"), pytest.raises(ValueError, match=message):
         ops.attention(q, k, v, scale=1.0)
+
+
+def test_attention_with_a_scale_that_is_not_above_0_has_no_kernel():
+    q, k, v = (torch.zeros(1, 1, n, 16) for n in (3, 5, 5))
+    with use_backend("triton"), pytest.raises(BackendError, match="a scale above 0, not -1.0. Leave the choice"):
+        ops.attention(q, k, v, scale=-1.0)
 
 
 def test_attention_of_wide_heads_has_no_kernel():

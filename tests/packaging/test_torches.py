@@ -44,16 +44,17 @@ from hart_infer.ops.registry import use_backend
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, n, 32) for n in (5, 90, 90))
 table, rows, both = torch.randn(1, 1, 5, 32), torch.randn(9, 12), torch.randn(18, 12)
-step = dict(guidance=1.5, x0_from_x=1.1, x0_from_noise=0.5, mean_from_x0=0.4, mean_from_x=0.6)
+settings = ops.draw_settings(guidance=1.5, top_k=9, top_p=0.9, logit_gain=1.5, temperature=0.3)
+step = dict(x0_from_x=1.1, x0_from_noise=0.5, mean_from_x0=0.4, mean_from_x=0.6)
 step |= dict(log_variance_min=-3.0, log_variance_max=-1.0, adds_noise=True)
-drawn = dict(guidance=2.0, top_k=9, top_p=0.9, logit_gain=1.5, temperature=0.3, more_smooth=True)
+drawn = dict(top_k=True, top_p=True, more_smooth=True)
 calls = {
     "attention": ((q, k, v), dict(scale=0.3)),
     "rope_cache": ((torch.randn(1, 5, 3, 2, 32), table, table, *torch.empty(2, 1, 2, 5, 32)), {}),
     "swiglu": ((q, q + 1), {}),
-    "diffusion_step": ((rows, both, both, rows), step),
+    "diffusion_step": ((rows, both, both, rows, settings), step),
     "group_norm_silu": ((torch.randn(1, 8, 5, 6), torch.ones(8), torch.zeros(8), 4, 1e-6), {}),
-    "guided_sample": ((torch.randn(2, 5, 70), torch.randn(70, 12), torch.tensor([7]), torch.tensor([1])), drawn),
+    "guided_sample": ((torch.randn(2, 5, 70), torch.randn(70, 12), torch.tensor([7]), torch.tensor([1]), settings), drawn),
 }
 for name, (arguments, options) in calls.items():
     expected = getattr(ops, name)(*arguments, **options)

@@ -30,8 +30,7 @@ def image_tables(sides: Sequence[int], last_side: int, last_position: Tensor, he
     rotate-half pairs a row angle with a column angle.
     """
     device = last_position.device
-    grid = torch.cat([_positions(side, last_side) for side in sides], dim=1).to(device)  # [2, L]
-    positions = grid + last_position.float()[:, None, None]  # [R, 2, L]
+    positions = _positions(tuple(sides), last_side, device) + last_position.float()[:, None, None]  # [R, 2, L]
     exponents = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
     angles = positions[..., None] * (1.0 / THETA**exponents)  # [R, 2, L, d/4]
     row_angles, column_angles = angles.unbind(1)
@@ -48,11 +47,17 @@ def no_rotation(rows: int, length: int, head_dim: int, dtype: torch.dtype, devic
 
 
 @lru_cache(maxsize=256)
-def _positions(side: int, last_side: int) -> Tensor:
-    """Return every token's row and column in units of the last scale's cells, [2, side * side] fp32, on the CPU."""
-    grid = torch.arange(side, dtype=torch.float32) / side * last_side
-    row, column = torch.meshgrid(grid, grid, indexing="ij")
-    return torch.stack([row.flatten(), column.flatten()])
+def _positions(sides: tuple[int, ...], last_side: int, device: torch.device) -> Tensor:
+    """Return the row and column of all scales' tokens in units of the last scale's cells, [2, L] fp32 on `device`.
+
+    Computed on the CPU, since CUDA divides by a number in another rounding; kept, since a captured graph can't copy them.
+    """
+    parts = []
+    for side in sides:
+        grid = torch.arange(side, dtype=torch.float32, device="cpu") / side * last_side
+        row, column = torch.meshgrid(grid, grid, indexing="ij")
+        parts.append(torch.stack([row.flatten(), column.flatten()]))
+    return torch.cat(parts, dim=1).to(device)
 
 
 def _table(angles: Tensor, dtype: torch.dtype) -> Table:
