@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-PLACES, BLOCK = 2, 240  # so many coordinates are read from each of the last positions, the largest from the last one
+PLACES, BLOCK = 2, 240  # the largest coordinates are read from the mean of a caption, the others from the last position
 
 Thing = tuple[str, str, str | None, int]  # subject, style, colour it was given, number
 

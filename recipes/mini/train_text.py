@@ -4,7 +4,7 @@
 
 Needs OUT/words.json (associate.py) and the tokenizer. The transformer is trained on the finished encoder: captions cost little,
 and it need not learn by heart what the encoder foresees. Linear maps read subject, style, colour and number from the hidden
-states of a caption's last token and of the last position, and the picture from the last positions (foreseen.py); the maps are
+states of a caption's last token and of the last position, and the picture from their mean (foreseen.py); the maps are
 thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
 """
 
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save
 from transformers import PreTrainedTokenizerFast
 
+from hart_infer.models.hart import masked_average
 from hart_infer.models.text import TextEncoder
 
 OF_PICTURES, OF_WORDS, OF_ANY = 0.45, 0.3, 0.15  # shares of captions; the rest has another thing beside the wanted one
@@ -114,7 +115,6 @@ class Reader(nn.Module):
         sizes = (len(subjects), len(STYLE_NAMES), len(COLOUR_NAMES), 3)
         self.maps = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes)
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, BLOCK) for _ in range(PLACES))
-        self.place = nn.Linear(WIDTH, PLACES)
 
     def labels(self, captions: Sequence[Labelled]) -> list[Tensor]:
         """Subject, style, colour and number, [N] int64 each."""
@@ -130,13 +130,13 @@ class Reader(nn.Module):
         both = torch.cat([last, hidden[:, -1]])
         return [linear(both) for linear in self.maps]
 
-    def picture(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, T, WIDTH] -> coordinates [N, PLACES * BLOCK] from the last PLACES positions, and the loss of telling which
-        position is which, without which their contents could not be told apart."""
-        places = [hidden[:, -1 - i] for i in range(PLACES)]
-        which = torch.arange(PLACES).repeat_interleave(len(hidden))
-        coordinates = [read(x) for read, x in zip(self.blocks, places, strict=True)]
-        return torch.cat(coordinates, dim=1), F.cross_entropy(self.place(torch.cat(places)), which)
+    def picture(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden [N, T, WIDTH], mask [N, T] -> coordinates [N, PLACES * BLOCK].
+
+        The first ones are read from the mean over the caption's tokens, which modulates the transformer's blocks.
+        """
+        places = (masked_average(hidden, mask), hidden[:, -1])
+        return torch.cat([read(x) for read, x in zip(self.blocks, places, strict=True)], dim=1)
 
 
 def _thing(about: Entry) -> Thing:
@@ -159,7 +159,7 @@ def score(encoder: TextEncoder, reader: Reader, captions: Sequence[Labelled], fo
         hidden, mask = encode(encoder, part)
         logits, labels = reader(hidden, mask), reader.labels(part)
         right.append(torch.stack([(x[len(part) :].argmax(1) == y).float() for x, y in zip(logits, labels, strict=True)], dim=1))
-        missed.append(foreseen.missed(reader.picture(hidden)[0], [c.thing for c in part]))
+        missed.append(foreseen.missed(reader.picture(hidden, mask), [c.thing for c in part]))
     return [round(x, 4) for x in (*torch.cat(right).mean(dim=0).tolist(), torch.stack(missed).mean().item())]
 
 
@@ -216,9 +216,8 @@ def main() -> None:
         hidden, mask = encode(encoder, drawn)
         logits, labels = reader(hidden, mask), reader.labels(drawn)
         losses = [F.cross_entropy(x, y.repeat(2)) for x, y in zip(logits, labels, strict=True)]
-        coordinates, place = reader.picture(hidden)
-        missed = foreseen.missed(coordinates, [c.thing for c in drawn])
-        losses += [PICTURE * missed, place]
+        missed = foreseen.missed(reader.picture(hidden, mask), [c.thing for c in drawn])
+        losses.append(PICTURE * missed)
         whole.zero_grad()
         sum(losses).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(whole.parameters(), 1.0)

@@ -180,6 +180,9 @@ def _initialise_hart(transformer: HartTransformer) -> None:
     diffusion.out_proj.bias.data[diffusion.channels :] = -1.0
     for block in transformer.blocks:
         block.attn.qkv.weight.data[: 2 * transformer.width] *= 2.5
+        nn.init.normal_(block.modulation.weight, std=0.01)
+        nn.init.zeros_(block.modulation.bias)
+        block.modulation.bias.data[: 2 * transformer.width] = 1.0  # gates start open
 
 
 def _initialise_var(transformer: VarTransformer) -> None:
