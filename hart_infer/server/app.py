@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartParser
 from ..version import __version__
 from .gate import Gate, needs_key
 from .problems import add_handlers
-from .routes import chat, images, status
+from .routes import chat, images, reconstructions, status
 from .service import Service
 
 Background = Callable[[], Coroutine[Any, Any, None]]
@@ -33,7 +33,7 @@ def create_app(service: Service, *background: Background, ui: Path | None = None
     )
     app.state.service = service
     MultiPartParser.spool_max_size = service.settings.max_body  # what is uploaded stays in memory, which the limit bounds
-    for router in (images.router, chat.router, status.router):
+    for router in (images.router, reconstructions.router, chat.router, status.router):
         app.include_router(router)
     if ui is not None:
         app.mount("/", StaticFiles(directory=ui, html=True), name="ui")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class StandIn:
     sizes = (SIDE, 2 * SIDE)
     device = "cpu"
     dtype = "float32"
+    num_scales = STEPS
+    defaults = SimpleNamespace(guidance_scale=1.0)
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -78,6 +81,10 @@ class StandIn:
 
     def edit(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
         return image.resize((SIDE, SIDE)), mask.resize((SIDE, SIDE))
+
+    def reconstruct(self, image: Image.Image, mode: str) -> Image.Image:
+        """A discrete one is darker."""
+        return image.point(lambda value: value // 2) if mode == "discrete" else image
 
 
 class Talker(StandIn):

@@ -251,6 +251,33 @@ async def test_a_model_that_does_not_edit_says_so() -> None:
     assert told(response, 400) == "stand-in does not edit pictures."
 
 
+# Reconstructions.
+
+RECONSTRUCTIONS = "/v1/images/reconstructions"
+
+
+async def test_a_picture_is_reconstructed_in_every_mode() -> None:
+    engine = FakeEngine()
+    photo = Image.effect_noise((16, 16), 50).convert("RGB")
+    async with client(engine) as http:
+        response = await http.post(RECONSTRUCTIONS, files={"image": ("../x.png", png(photo))})
+    answer = response.json()
+    assert (response.status_code, answer["size"], answer["output_format"]) == (200, "16x16", "png")
+    assert [each["mode"] for each in answer["data"]] == ["discrete", "hybrid"]
+    assert [decoded(each).tobytes() for each in (answer["original"], answer["data"][0]["b64_json"])] == [photo.tobytes()] * 2
+    assert engine.left and not engine.left[0].is_open
+
+
+async def test_pictures_that_cannot_be_reconstructed() -> None:
+    async with client() as http:
+        assert "'image' is missing" in told(await http.post(RECONSTRUCTIONS, data={"model": "stand-in"}), 400)
+        assert "not a whole picture" in told(await http.post(RECONSTRUCTIONS, files={"image": b"x"}), 400)
+    engine = FakeEngine()
+    engine.error = UnavailableError("The server is ending.")
+    async with client(engine) as http:
+        told(await http.post(RECONSTRUCTIONS, files={"image": png(Image.new("RGB", (9, 9)))}), 503)
+
+
 # What is refused.
 
 
@@ -275,7 +302,7 @@ async def test_a_model_that_does_not_edit_says_so() -> None:
         ({"prompt": "a", "speed": "fast"}, "stand-in does not take speed; leave it out."),
         ({"prompt": "a", "colour": 1}, "There is no parameter 'colour' here; leave it out."),
         ({"prompt": "a", "partial_images": 2}, "partial_images goes with stream: true."),
-        ({"prompt": "a", "partial_images": 4, "stream": True}, "The parameter 'partial_images' is wrong"),
+        ({"prompt": "a", "partial_images": 33, "stream": True}, "The parameter 'partial_images' is wrong"),
         ({"prompt": "a", "response_format": "url"}, "This server keeps no pictures, so they have no url"),
         ({"prompt": "a", "response_format": "url", "stream": True}, "A stream sends pictures as b64_json"),
         ({"prompt": "a", "output_compression": 50}, "output_compression is for jpeg and webp"),
