@@ -74,7 +74,7 @@ async def client(
     keys: Keys | None = None,
     keep: Path | None = None,
     rate: int = 0,
-    ui: Path | None = None,
+    page: bool = False,
     base_url: str = "http://localhost",
     **settings: Any,
 ) -> AsyncIterator[httpx2.AsyncClient]:
@@ -82,6 +82,6 @@ async def client(
     served = {engine.name: engine for engine in engines or (FakeEngine(),)}
     store = None if keep is None else PictureStore(keep)
     service = Service(make_settings(**settings), served, keys=keys, store=store, allowance=Allowance(rate))
-    transport = httpx2.ASGITransport(create_app(service, ui=ui), raise_app_exceptions=False)
+    transport = httpx2.ASGITransport(create_app(service, page=page), raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url=base_url) as made:
         yield made

@@ -145,15 +145,15 @@ def fail_to_load() -> Model:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve with settings NAME=VALUE; `seconds` is a step's."""
+    """Serve with settings NAME=VALUE; `seconds` is a step's, `page` serves the web page."""
     from hart_infer.server.run import Server, bind
     from hart_infer.server.settings import make_settings
 
     given: dict[str, Any] = dict(argument.split("=", 1) for argument in arguments)
-    seconds = float(given.pop("seconds", 0))
+    seconds, page = float(given.pop("seconds", 0)), bool(given.pop("page", ""))
     settings = make_settings(**{"port": 0, **given})
     listening = bind(settings.host, settings.port)
-    Server({NAME: partial(load, NAME, seconds, talks=True)}, settings).run(listening, partial(print, flush=True))
+    Server({NAME: partial(load, NAME, seconds, talks=True)}, settings, page=page).run(listening, partial(print, flush=True))
 
 
 if __name__ == "__main__":
