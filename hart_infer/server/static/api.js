@@ -23,6 +23,7 @@ function askForKey(why) {
     document.getElementById("key-why").textContent = why;
     input.value = "";
     box.returnValue = "cancel";
+    document.getElementById("key-cancel").onclick = () => box.close("cancel");
     box.addEventListener("close", () => {
       asking = null;
       const key = input.value.trim();

@@ -141,6 +141,10 @@ export class Easel {
     context.moveTo(this.last[0] * FINE, this.last[1] * FINE);
     context.lineTo(x * FINE, y * FINE);
     context.stroke();
+    context.beginPath(); // a line without length leaves nothing
+    context.fillStyle = COLOUR;
+    context.arc(x * FINE, y * FINE, this.#radius * FINE, 0, 2 * Math.PI);
+    context.fill();
     this.last = [x, y];
   }
 
