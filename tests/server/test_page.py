@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from tests.server.conftest import stand_in
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -28,9 +27,7 @@ FLAGS = (
 SECONDS = 60  # for anything at all, on a busy machine
 SIDE = 2 * model.SIDE  # the largest, which is drawn by default
 Open = Callable[..., Any]
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium: apt-get install chromium, or name it in CHROMIUM"
-)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -136,17 +133,12 @@ def test_settings_reach_the_server_and_stand_beside_the_picture(page: Any) -> No
     expected = {"n": 2, "seed": 5, "size": "16x16", "guidance_scale": 2.5, "negative_prompt": "snow", "stream": True}
     assert {name: fields[name] for name in expected} == expected
     expect(page.locator("#draw .picture[data-state=done]")).to_have_count(2)
-    assert [same(downloaded(page, card), "a cat", seed, 16) for card, seed in zip(cards(page), (5, 6), strict=True)] == [
-        True
-    ] * 2
+    for card, seed in zip(page.locator("#draw .picture").all(), (5, 6), strict=True):
+        assert same(downloaded(page, card), "a cat", seed, 16)
     page.locator("#draw .frame").first.click()
     viewer = page.locator("#viewer")
     for text in ("a cat", "16 × 16", "2.5", "snow"):
         expect(viewer).to_contain_text(text)
-
-
-def cards(page: Any) -> list[Any]:
-    return list(page.locator("#draw .picture").all())
 
 
 def test_again_with_a_seed_draws_the_same_picture(page: Any) -> None:
@@ -265,6 +257,7 @@ def test_a_mask_by_keyboard(page: Any) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#edit [role=alert].trouble")).to_have_text("Choose a picture first.")
     page.locator("#edit input[type=file]").set_input_files(png(PHOTO))
+    expect(page.locator("#edit .controls > .trouble")).to_have_count(0)
     page.keyboard.press("Enter")
     expect(page.locator("#edit .controls > .trouble")).to_have_text("Paint over what is to be drawn anew.")
     page.focus(".mask")
@@ -274,9 +267,7 @@ def test_a_mask_by_keyboard(page: Any) -> None:
     page.keyboard.press("z")
     expect(page.locator("#told")).to_have_text("Undone.")
     page.focus("#edit-prompt")
-    with page.expect_request("**/v1/images/edits") as sent:
-        page.keyboard.press("Enter")
-    assert sent.value.post_data_buffer.count(b"\x89PNG") == 2
+    page.keyboard.press("Enter")
     card = page.locator("#edit .picture").first
     drawn(card)
     edited = downloaded(page, card)

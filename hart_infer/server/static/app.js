@@ -37,7 +37,10 @@ const edited = new Gallery(byId("edit").querySelector(".gallery"), uses);
 const drawSettings = new Settings(drawForm.querySelector(".settings"), "draw");
 const editSettings = new Settings(editForm.querySelector(".settings"), "edit");
 const easel = new Easel(byId("edit").querySelector(".easel"), editForm.querySelector(".tools"));
-const editChooser = new Chooser(editForm.querySelector(".chooser"), (blob, bitmap) => easel.load(bitmap));
+const editChooser = new Chooser(editForm.querySelector(".chooser"), (blob, bitmap) => {
+  easel.load(bitmap);
+  editForm.querySelector(".trouble")?.remove();
+});
 const reconstruct = new Reconstruct(byId("reconstruct"), () => model);
 const ask = new Ask(byId("ask"), () => model);
 
