@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")  # by `make newest` and `make oldest`
 
-SECONDS = 60  # for a server to start, on a busy machine
+SECONDS = 180  # for a server to start, on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
