@@ -296,7 +296,7 @@ def test_discrete_beside_hybrid_and_their_difference(page: Any) -> None:
     page.fill("#difference-gain", "2")
     read = "(canvas) => [...canvas.getContext('2d').getImageData(0, 0, 1, 1).data]"
     assert figures.locator("canvas").evaluate(read) == [10, 200, 30, 255]  # twice the half that discrete has lost
-    page.select_option("#difference-of", label="original and hybrid")
+    page.select_option("#difference-of", label="original / hybrid")
     assert figures.locator("canvas").evaluate(read) == [0, 0, 0, 255]
 
 

@@ -64,7 +64,7 @@ function difference(original, rebuilt) {
     canvas.getContext("2d").putImageData(made, 0, 0);
     said.textContent = `${gain.value} times as bright`;
   };
-  const named = (pair) => pair.map(({ mode }) => NAMES[mode].toLowerCase()).join(" and ");
+  const named = (pair) => pair.map(({ mode }) => NAMES[mode].toLowerCase()).join(" / ");
   const which = el("select", { id: "difference-of", input: () => paint() },
     pairs.map((pair, i) => el("option", { value: i }, named(pair))));
   const gain = el("input", { type: "range", id: "difference-gain", min: 1, max: 20, value: 5, input: () => paint() });
