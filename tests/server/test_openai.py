@@ -16,6 +16,7 @@ from PIL import Image
 
 from hart_infer import HartPipeline
 from hart_infer.server.drawing import preview_steps
+from tests.server.conftest import stand_in
 
 openai = pytest.importorskip("openai")
 NODE = """
@@ -168,3 +169,15 @@ def test_the_node_client(mini_address: str, pipe: HartPipeline, photo: Image.Ima
     assert pixels(found["edited"]) == expected_edit(pipe, photo, mask)
     assert found["models"] == ["hart-mini"]
     assert f"hart-mini draws {size_of(pipe)}, not 5x5" in found["error"]
+
+
+def test_answers_and_their_streams() -> None:
+    with stand_in() as (address, _), openai.OpenAI(base_url=f"{address}/v1", api_key="unused") as made:
+        picture = "data:image/png;base64," + base64.b64encode(png(Image.new("RGB", (8, 4)))).decode()
+        parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
+        asked: Any = {"model": "stand-in", "messages": [{"role": "user", "content": parts}], "temperature": 0}
+        told = made.chat.completions.create(**asked).choices[0].message.content
+        assert told is not None and told.startswith("0 turns before, now [8x4]What is it?")
+        chunks = list(made.chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told
+        assert chunks[-1].choices[0].finish_reason == "stop"
