@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import HartError
 from ..version import __version__
-from . import answer, batch, convert, doctor, edit, generate, info, reconstruct, serve, video
+from . import answer, batch, convert, doctor, edit, generate, info, reconstruct, serve, ui, video
 from .console import PROGRAM, StdoutError, UsageError, library_messages, note
 from .options import HelpFormatter
 
@@ -29,6 +29,7 @@ examples:
   hart-infer edit photo.png --mask mask.png "a cat" -o edited.png
   hart-infer video "fireworks" --model mit-han-lab/vila-u-7b-256 -o fireworks.webp
   hart-infer answer cat.png "What is this?" --model mit-han-lab/vila-u-7b-256
+  hart-infer ui
   hart-infer info ./hart-0.7b-1024px
   hart-infer doctor
 
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, batch, edit, video, answer, reconstruct, serve, info, convert, doctor):
+    for module in (generate, batch, edit, video, answer, reconstruct, serve, ui, info, convert, doctor):
         module.add_parser(commands)
     return parser
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import threading
+import webbrowser
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ DETAILS = """\
 Serves OpenAI's API of pictures: /v1/images/generations, with previews as a stream,
 /v1/images/edits, /v1/models, and for VILA-U /v1/chat/completions; beside them
 /healthz, /readyz and /metrics. Requests that come together are drawn together, and
-a seed draws the same picture either way.
+a seed draws the same picture either way. --ui adds a web page for all that.
 By default only this machine can reach it. Needs the extra: pip install
 'hart-infer[serve]'."""
 
@@ -38,7 +40,7 @@ examples:
   hart-infer serve --keys keys.txt --new-key alice
   hart-infer serve --host 0.0.0.0 --keys keys.txt
 """
-EXTRA = "hart-infer serve needs the extra packages of 'serve': pip install 'hart-infer[serve]'."
+EXTRA = "The server needs the extra packages of 'serve': pip install 'hart-infer[serve]'."
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,15 @@ def add_parser(commands: options.Commands) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(run=run)
-    _add_server(parser.add_argument_group("server"))
+    server = parser.add_argument_group("server")
+    add_port(server)
+    _add_server(server)
     _add_limits(parser.add_argument_group("limits"))
+    add_model(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model draws, and how."""
     parser.add_argument(
         "--no-reproducible",
         dest="reproducible",
@@ -82,9 +91,14 @@ def add_parser(commands: options.Commands) -> None:
     options.add_machine(parser)
 
 
+def add_port(group: Any) -> None:
+    """Add --port."""
+    group.add_argument("--port", metavar="N", type=options.whole(0, 65535), help="port, 0 for a free one (8000)")
+
+
 def _add_server(group: Any) -> None:
     group.add_argument("--host", metavar="ADDRESS", help="address to listen at (127.0.0.1: this machine alone)")
-    group.add_argument("--port", metavar="N", type=options.whole(0, 65535), help="port, 0 for a free one (8000)")
+    group.add_argument("--ui", action="store_true", help="serve the web page too, at /")
     group.add_argument("--keys", metavar="FILE", type=Path, help="names and hashes of API keys, which clients then need")
     group.add_argument("--new-key", metavar="NAME", help="make a key, add its hash to --keys, print it, and end")
     group.add_argument("--insecure", action="store_true", default=None, help="let other machines in without keys")
@@ -116,19 +130,32 @@ def run(args: argparse.Namespace) -> int:
     """Make a key, or serve until a signal. Raises HartError."""
     if args.new_key is not None:
         return _make_key(args.keys, args.new_key)
+    return start(args, {name: getattr(args, name) for name in SETTINGS}, page=args.ui)
+
+
+def start(args: argparse.Namespace, given: Mapping[str, object], *, page: bool, browser: bool = False) -> int:
+    """Serve with the settings `given`; `page` serves the web page too, at which `browser` opens one. Raises HartError."""
     try:
         from ..server.run import Server, bind
         from ..server.settings import make_settings
     except ImportError as error:
         raise BackendError(f"{EXTRA} ({error})") from error
-    settings = make_settings(**{name: getattr(args, name) for name in SETTINGS})
+    settings = make_settings(**given)
     listening = bind(settings.host, settings.port)
     try:
         model, machine = ModelOptions.of(args), MachineOptions.of(args)
         name = options.public_name(model.name)
         drawing = DrawingOptions(args.reproducible, args.safety, args.safety_threshold)
         load = partial(load_model, model, machine, drawing, name)
-        Server({name: load}, settings).run(listening, partial(_announce, name))
+
+        def announce(address: str) -> None:
+            note(f"{PROGRAM} {args.command}: {name} at {address}, once it is loaded (Ctrl-C ends it)")
+            if page:
+                note(f"{PROGRAM} {args.command}: the page is {address.removesuffix('v1')}")
+            if browser:
+                threading.Thread(target=webbrowser.open, args=(address.removesuffix("v1"),), daemon=True).start()
+
+        Server({name: load}, settings, page=page).run(listening, announce)
     finally:
         listening.close()
     return 0
@@ -143,10 +170,6 @@ def _make_key(path: Path | None, name: str) -> int:
     note(f"{PROGRAM} serve: the key of {name}; it is shown this once, and {path} has its hash")
     emit(key)
     return 0
-
-
-def _announce(name: str, address: str) -> None:
-    note(f"{PROGRAM} serve: {name} at {address}, once it is loaded (Ctrl-C ends it)")
 
 
 def load_model(model: ModelOptions, machine: MachineOptions, drawing: DrawingOptions, name: str) -> Model:

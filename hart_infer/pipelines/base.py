@@ -103,6 +103,11 @@ class Pipeline(ABC):
     def sizes(self) -> tuple[int, ...]:
         """Sides in pixels of the square images that the checkpoint was trained for."""
 
+    @property
+    @abstractmethod
+    def num_scales(self) -> int:
+        """Steps of a picture, after each of which a callback is called."""
+
     @abstractmethod
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Move and cast the parts in place."""

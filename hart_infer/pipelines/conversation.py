@@ -88,6 +88,11 @@ class ConversationPipeline(Pipeline):
         return (max(self.vision_tower.config.picture_shape),)
 
     @property
+    def num_scales(self) -> int:
+        """Rows of a picture, after each of which a callback is called."""
+        return self.vision_tower.config.grid
+
+    @property
     def num_positions(self) -> int:
         """Positions of a picture, g * g."""
         return self.vision_tower.config.grid**2

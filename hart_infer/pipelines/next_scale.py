@@ -95,6 +95,11 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         config = self.autoencoder.config
         return (config.v_patch_nums[-1] * config.downsample,)
 
+    @property
+    def num_scales(self) -> int:
+        """Scales of a picture, after each of which a callback is called; a fast mode may leave out the last."""
+        return len(self.autoencoder.config.v_patch_nums)
+
     def knobs(
         self,
         speed: SpeedName = "exact",

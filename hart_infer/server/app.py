@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 from starlette.formparsers import MultiPartParser
 
 from ..version import __version__
 from .gate import Gate, needs_key
+from .page import Page
 from .problems import add_handlers
-from .routes import chat, images, status
+from .routes import chat, images, reconstructions, status
 from .service import Service
 
 Background = Callable[[], Coroutine[Any, Any, None]]
 
 
-def create_app(service: Service, *background: Background, ui: Path | None = None) -> FastAPI:
-    """Return the app; `background` runs beside it, and `ui` is a folder of static files to serve at /, index.html first."""
+def create_app(service: Service, *background: Background, page: bool = False) -> FastAPI:
+    """Return the app; `background` runs beside it, and `page` puts the web page at /."""
     app = FastAPI(
         title="hart-infer",
         version=__version__,
@@ -33,10 +32,10 @@ def create_app(service: Service, *background: Background, ui: Path | None = None
     )
     app.state.service = service
     MultiPartParser.spool_max_size = service.settings.max_body  # what is uploaded stays in memory, which the limit bounds
-    for router in (images.router, chat.router, status.router):
+    for router in (images.router, reconstructions.router, chat.router, status.router):
         app.include_router(router)
-    if ui is not None:
-        app.mount("/", StaticFiles(directory=ui, html=True), name="ui")
+    if page:
+        app.mount("/", Page(), name="page")
     add_handlers(app)
     app.add_middleware(Gate, service=service)
     _describe(app, has_keys=service.keys is not None)

@@ -20,6 +20,8 @@ from .protocol import (
     Piece,
     Preview,
     Reason,
+    Rebuilt,
+    Reconstruct,
     Row,
     RowId,
 )
@@ -143,6 +145,20 @@ def answer(model: Model, job: Ask, send: Send, is_dropped: IsDropped) -> None:
     send(Answered(job.id))
 
 
+def reconstruct(model: Model, job: Reconstruct, send: Send) -> None:
+    """Send a picture through the tokenizer and back, in every mode of the model's."""
+    from ..images.tensors import fit
+
+    try:
+        original = fit(received(job.picture), max(model.pipe.sizes))
+        modes = tuple((mode, sent(model.reconstructed(original, mode))) for mode in model.modes)
+    except Exception as error:
+        if is_broken(error):
+            raise
+        return send(failure(job.id, error))
+    send(Rebuilt(job.id, sent(original), modes))
+
+
 def is_broken(error: Exception) -> bool:
     """Return whether the device fails from now on, so that only a new process can draw."""
     return "CUDA error" in str(error)
@@ -158,7 +174,7 @@ def failure(row: RowId, error: Exception, *texts: str) -> Failed:
     for text in texts:
         told = told.replace(text, "...").replace(repr(text)[1:-1], "...")
     LOG.error("a row failed", exc_info=error, extra={"error": told})
-    return Failed(row, "failed", f"The picture could not be drawn: {type(error).__name__}. The server's log says more.")
+    return Failed(row, "failed", f"The picture could not be made: {type(error).__name__}. The server's log says more.")
 
 
 def _texts(job: Ask) -> list[str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import HartError
-from .protocol import Answered, Drawn, Facts, Failed, Given, Options, Picture, Piece, Preview, RowId, Settings
+from .protocol import Answered, Drawn, Facts, Failed, Given, Options, Picture, Piece, Preview, Rebuilt, RowId, Settings
 
-Event = Preview | Drawn | Piece
+Event = Preview | Drawn | Piece | Rebuilt
 _numbers = itertools.count(1)
 
 
@@ -74,7 +74,19 @@ class AskJob:
         return sum(len(part.pixels) for part in parts if isinstance(part, Picture))
 
 
-Job = DrawJob | AskJob
+@dataclass(frozen=True)
+class ReconstructJob:
+    """A picture to send through the tokenizer and back."""
+
+    picture: Picture
+
+    @property
+    def size(self) -> int:
+        """Bytes of the picture."""
+        return len(self.picture.pixels)
+
+
+Job = DrawJob | AskJob | ReconstructJob
 
 
 class Engine(Protocol):
@@ -127,13 +139,13 @@ class Ticket:
         """Whether something is still to come."""
         return self._leave is not None
 
-    def put(self, event: Preview | Piece | Drawn | Answered) -> None:
+    def put(self, event: Preview | Piece | Drawn | Answered | Rebuilt) -> None:
         """Take what the worker says of one of the rows; the last row's result ends the stream."""
         if not self.is_open:
             return
         if not isinstance(event, Answered):
             self._events.put_nowait(event)
-        if isinstance(event, Drawn | Answered):
+        if isinstance(event, Drawn | Answered | Rebuilt):
             self._missing.discard(event.row)
             if not self._missing:
                 self._close(None)

@@ -62,6 +62,10 @@ class Facts:
     options: frozenset[str]  # names that `Settings.options` may have
     edits: bool
     answers: bool
+    modes: tuple[str, ...]  # in which it reconstructs a given picture
+    speeds: tuple[str, ...]  # values that the option speed may have
+    guidance_scale: float  # the default
+    num_scales: int  # or rows; how many steps there are to preview
     device: str
     dtype: str
 
@@ -89,6 +93,14 @@ class Ask:
 
 
 @dataclass(frozen=True)
+class Reconstruct:
+    """Send a picture through the tokenizer and back, in every mode."""
+
+    id: RowId
+    picture: Picture
+
+
+@dataclass(frozen=True)
 class Drop:
     """Nobody waits for these rows any more."""
 
@@ -100,7 +112,8 @@ class Stop:
     """Finish what is being drawn, and end."""
 
 
-ToWorker = Draw | Ask | Drop | Stop
+Work = Draw | Ask | Reconstruct
+ToWorker = Work | Drop | Stop
 
 # From the worker.
 
@@ -151,6 +164,15 @@ class Answered:
     row: RowId
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """A given picture as the model sees it, and what each mode makes of it."""
+
+    row: RowId
+    original: Picture
+    modes: tuple[tuple[str, Picture], ...]
+
+
 Reason = Literal["input", "refused", "memory", "failed"]
 
 
@@ -165,10 +187,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The worker is done with the last Draw or Ask, which took it so long."""
+    """The worker is done with the last of its work, which took it so long."""
 
     seconds: float
 
 
-Outcome = Drawn | Answered | Failed  # the last that is said of a row
+Outcome = Drawn | Answered | Rebuilt | Failed  # the last that is said of a row
 FromWorker = Ready | LoadFailed | Preview | Piece | Outcome | Finished

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -45,8 +44,8 @@ class LoadFailedError(HartError):
 class Server:
     """Models behind a port."""
 
-    def __init__(self, loads: Mapping[str, Load], settings: ServerSettings, *, ui: Path | None = None) -> None:
-        """`loads` load the models in their workers, by name. Raises ConfigError, OutputError."""
+    def __init__(self, loads: Mapping[str, Load], settings: ServerSettings, *, page: bool = False) -> None:
+        """`loads` load the models in their workers, by name; `page` puts the web page at /. Raises ConfigError, OutputError."""
         self.settings = settings
         metrics = Metrics()
         self._supervisors = {name: Supervisor(load, EngineMetrics(metrics, name)) for name, load in loads.items()}
@@ -61,7 +60,7 @@ class Server:
         background: list[Background] = [partial(self._supervise, each) for each in self._supervisors.values()]
         background += [each.run for each in self._schedulers.values()]
         self._failure: LoadFailedError | None = None
-        self._uvicorn = _Uvicorn(create_app(service, *background, ui=ui), settings, self.drain)
+        self._uvicorn = _Uvicorn(create_app(service, *background, page=page), settings, self.drain)
 
     def run(self, listening: socket.socket, announce: Callable[[str], object] = lambda address: None) -> None:
         """Serve until SIGTERM or Ctrl-C, then finish what is open. `announce` gets the address. Raises LoadFailedError."""

@@ -9,20 +9,20 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from .jobs import AskJob, BusyError, DeadlineError, DrawJob, Job, RowFailedError, Ticket, UnavailableError
+from .jobs import AskJob, BusyError, DeadlineError, DrawJob, Job, ReconstructJob, RowFailedError, Ticket, UnavailableError
 from .metrics import EngineMetrics
 from .protocol import (
-    Answered,
     Ask,
     Draw,
-    Drawn,
     Drop,
     Facts,
     Failed,
     Finished,
     FromWorker,
+    Outcome,
     Piece,
     Preview,
+    Reconstruct,
     Row,
     RowId,
     ToWorker,
@@ -54,7 +54,7 @@ class Waiting:
     ticket: Ticket
     key: Hashable  # of what may be drawn together
     since: float  # time.monotonic()
-    work: Row | Ask
+    work: Row | Ask | Reconstruct
     job: Job
 
 
@@ -155,7 +155,7 @@ class Scheduler:
             self._changed.clear()
             rows = self._mates()
             waits = self._limits.max_wait - (time.monotonic() - rows[0].since) if rows else None
-            if waits is not None and (waits <= 0 or len(rows) >= self._limits.max_batch or isinstance(rows[0].work, Ask)):
+            if waits is not None and (waits <= 0 or len(rows) >= self._limits.max_batch or not isinstance(rows[0].work, Row)):
                 return rows
             try:
                 await asyncio.wait_for(self._changed.wait(), waits)
@@ -181,15 +181,15 @@ class Scheduler:
         self._row_seconds += (event.seconds / count - self._row_seconds) / 4
 
     def _hand_out(self, event: FromWorker) -> None:
-        row = self._running.get(event.row) if isinstance(event, Preview | Piece | Drawn | Answered | Failed) else None
+        row = self._running.get(event.row) if isinstance(event, Preview | Piece | Outcome) else None
         if row is None:  # nobody waits for it any more
             return
         if isinstance(event, Failed):
             self._metrics.failed.inc()
             del self._running[row.id]
             row.ticket.fail(RowFailedError(event))
-        elif isinstance(event, Preview | Piece | Drawn | Answered):
-            if isinstance(event, Drawn | Answered):
+        elif isinstance(event, Preview | Piece | Outcome):
+            if isinstance(event, Outcome):
                 self._metrics.drawn.inc()
                 del self._running[row.id]
             row.ticket.put(event)
@@ -222,19 +222,22 @@ class Scheduler:
 
 
 def _rows(ticket: Ticket, job: Job) -> list[Waiting]:
-    """Return a job's rows. A question shares its key, which is its own, with no other: it is answered alone."""
+    """Return a job's rows. What is no picture to draw is done alone: it shares its key with nothing."""
     now = time.monotonic()
     if isinstance(job, AskJob):
         (row,) = ticket.rows
         return [Waiting(row, ticket, row, now, Ask(row, job.question, job.history, job.options), job)]
+    if isinstance(job, ReconstructJob):
+        (row,) = ticket.rows
+        return [Waiting(row, ticket, row, now, Reconstruct(row, job.picture), job)]
     rows = [Row(row, job.prompt, seed, job.previews) for row, seed in zip(ticket.rows, job.seeds, strict=True)]
     return [Waiting(row.id, ticket, job.settings, now, row, job) for row in rows]
 
 
 def _message(batch: list[Waiting]) -> ToWorker:
     first = batch[0]
-    if isinstance(first.job, AskJob) or isinstance(first.work, Ask):
-        assert isinstance(first.work, Ask)
+    if not isinstance(first.work, Row) or not isinstance(first.job, DrawJob):
+        assert not isinstance(first.work, Row)
         return first.work
     rows = [row.work for row in batch if isinstance(row.work, Row)]
     return Draw(tuple(rows), first.job.settings, first.job.given)

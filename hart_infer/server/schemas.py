@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..pipelines.checks import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 from .pictures import Encoding, Format
 
+MAX_PREVIEWS = 32  # OpenAI's API has 3
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 MAX_N = 1000
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
@@ -28,7 +29,7 @@ class PictureRequest(BaseModel):
     output_format: Format | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] | None = None
     background: Literal["auto", "opaque"] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
@@ -63,6 +64,16 @@ class EditRequest(PictureRequest):
     image: UploadFile | None = None
     image_list: Annotated[list[UploadFile], Field(alias="image[]")] = []
     mask: UploadFile | None = None
+
+
+class ReconstructionRequest(BaseModel):
+    """POST /v1/images/reconstructions, a form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: UploadFile
+    model: str | None = None
+    output_format: Format | None = None
 
 
 class TokenDetails(BaseModel):
@@ -100,6 +111,23 @@ class ImagesAnswer(BaseModel):
     usage: Usage = Usage()
 
 
+class ReconstructedData(BaseModel):
+    """What a mode makes of a picture."""
+
+    mode: str
+    b64_json: str
+
+
+class ReconstructionAnswer(BaseModel):
+    """The picture as the model sees it, and what each of its modes makes of it."""
+
+    created: int
+    original: str
+    data: list[ReconstructedData]
+    output_format: Format
+    size: str
+
+
 class ImageEvent(BaseModel):
     """What a stream of pictures sends; `index` tells the pictures of a request apart."""
 
@@ -128,6 +156,10 @@ class ModelInfo(BaseModel):
     options: list[str] | None = None  # fields of a request that it takes
     edits: bool | None = None
     answers: bool | None = None
+    modes: list[str] | None = None  # in which it reconstructs a picture
+    speeds: list[str] | None = None
+    guidance_scale: float | None = None  # the default
+    num_scales: int | None = None  # a stream has up to one preview less
 
 
 class ModelList(BaseModel):

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from ..errors import HartError
 from . import drawing
 from .model import Model
-from .protocol import Ask, Draw, Drop, Finished, FromWorker, LoadFailed, Ready, RowId, Stop, ToWorker
+from .protocol import Ask, Draw, Drop, Finished, FromWorker, LoadFailed, Ready, RowId, Stop, ToWorker, Work
 
 
 class Inbox:
@@ -21,11 +21,11 @@ class Inbox:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._jobs: queue.SimpleQueue[Draw | Ask | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._dropped: set[RowId] = set()
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
-    def __iter__(self) -> Iterator[Draw | Ask]:
+    def __iter__(self) -> Iterator[Work]:
         """Yield the jobs; end after Stop."""
         while (job := self._jobs.get()) is not None:
             yield job
@@ -74,7 +74,9 @@ def main(connection: Connection, load: Callable[[], Model]) -> None:
         start = time.perf_counter()
         if isinstance(job, Draw):
             drawing.draw(model, job, send, inbox.is_dropped)
-        else:
+        elif isinstance(job, Ask):
             drawing.answer(model, job, send, inbox.is_dropped)
+        else:
+            drawing.reconstruct(model, job, send)
         inbox.forget()
         send(Finished(time.perf_counter() - start))

@@ -19,7 +19,7 @@ from PIL import Image
 from hart_infer.batch.cluster import Cluster
 from hart_infer.batch.driver import run_batch
 from hart_infer.batch.reading import read_table
-from hart_infer.batch.worker import WorkerOptions
+from hart_infer.batch.worker import Model, WorkerOptions
 from hart_infer.errors import InputError
 from tests.batch import stand_in
 from tests.golden.data import REPOSITORY
@@ -89,7 +89,9 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, kind):
         assert finished < parts(out) < 16
         finished = parts(out)
     assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
-    assert subprocess.run([*command[:-2], str(tmp_path / "whole"), kind], cwd=REPOSITORY).returncode == 0
+    load = lambda: Model(stand_in.draw, "stand-in", {}, {}, stand_in.subject, "0123")  # noqa: E731
+    undisturbed = WorkerOptions(load, str(tmp_path / "whole"), format=kind)
+    run_batch(read_table(str(rows)).rows, undisturbed, chunk_size=4, described={})
     assert digests(out) == digests(tmp_path / "whole")
     assert {i: line["sha256"] for i, line in lines_of(out).items()} == {
         i: line["sha256"] for i, line in lines_of(tmp_path / "whole").items()

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")  # by `make newest` and `make oldest`
 
-SECONDS = 60  # for a server to start, on a busy machine
+SECONDS = 180  # for a server to start, on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -72,8 +72,8 @@ def stand_in(**settings: object) -> Iterator[tuple[str, Running]]:
 
 @pytest.fixture(scope="session")
 def mini_address() -> Iterator[str]:
-    """The address of a server of hart-mini, with /v1."""
-    running = Running("-m", "hart_infer", "serve", "--port", "0")
+    """The address of a server of hart-mini and of the page, with /v1."""
+    running = Running("-m", "hart_infer", "serve", "--ui", "--port", "0")
     try:
         address = running.line("stderr").split(" at ")[1].split(",")[0]
         yield address

@@ -11,14 +11,15 @@ import httpx2
 
 from hart_infer.server.app import create_app
 from hart_infer.server.drawing import sent
-from hart_infer.server.jobs import DrawJob, Job, JobError, Ticket
+from hart_infer.server.jobs import DrawJob, Job, JobError, ReconstructJob, Ticket
 from hart_infer.server.keys import Allowance, Keys
 from hart_infer.server.pictures import PictureStore
-from hart_infer.server.protocol import Answered, Drawn, Facts, Piece, Preview
+from hart_infer.server.protocol import Answered, Drawn, Facts, Piece, Preview, Rebuilt
 from hart_infer.server.service import Service
 from hart_infer.server.settings import make_settings
 from tests.server import stand_in
 
+MODES = ("discrete", "hybrid")
 OPTIONS = frozenset({"guidance_scale", "negative_prompt", "top_k"})
 
 
@@ -28,7 +29,9 @@ class FakeEngine:
     def __init__(self, name: str = stand_in.NAME, *, edits: bool = True, answers: bool = True) -> None:
         self.name = name
         sizes = (stand_in.SIDE, 2 * stand_in.SIDE)
-        self.facts: Facts | None = Facts(name, "HART", sizes, OPTIONS, edits, answers, "cpu", "float32")
+        self.facts: Facts | None = Facts(
+            name, "HART", sizes, OPTIONS, edits, answers, MODES, (), 1.0, stand_in.STEPS, "cpu", "float32"
+        )
         self.is_ready = True
         self.is_stuck = False
         self.error: JobError | None = None
@@ -46,6 +49,10 @@ class FakeEngine:
         self.jobs.append(job)
         ticket = Ticket(len(job.seeds) if isinstance(job, DrawJob) else 1, self.left.append)
         if self.is_stuck:
+            return ticket
+        if isinstance(job, ReconstructJob):
+            made = tuple((mode, job.picture) for mode in MODES)
+            ticket.put(Rebuilt(ticket.rows[0], job.picture, made))
             return ticket
         if not isinstance(job, DrawJob):
             for text in ("It is", " a ", "cat."):
@@ -67,7 +74,7 @@ async def client(
     keys: Keys | None = None,
     keep: Path | None = None,
     rate: int = 0,
-    ui: Path | None = None,
+    page: bool = False,
     base_url: str = "http://localhost",
     **settings: Any,
 ) -> AsyncIterator[httpx2.AsyncClient]:
@@ -75,6 +82,6 @@ async def client(
     served = {engine.name: engine for engine in engines or (FakeEngine(),)}
     store = None if keep is None else PictureStore(keep)
     service = Service(make_settings(**settings), served, keys=keys, store=store, allowance=Allowance(rate))
-    transport = httpx2.ASGITransport(create_app(service, ui=ui), raise_app_exceptions=False)
+    transport = httpx2.ASGITransport(create_app(service, page=page), raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url=base_url) as made:
         yield made

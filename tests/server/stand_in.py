@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class StandIn:
     sizes = (SIDE, 2 * SIDE)
     device = "cpu"
     dtype = "float32"
+    num_scales = STEPS
+    defaults = SimpleNamespace(guidance_scale=1.0)
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -74,10 +77,14 @@ class StandIn:
                 misbehave(each, index)
             callback_on_step_end(Step(index, STEPS, colours))
         images = [picture(*row, size) for row in zip(prompts, seed, strict=True)]
-        return Output(images if edit is None else [Image.composite(each, *edit) for each in images])
+        return Output(images if edit is None else [painted_over(each, *edit) for each in images])
 
     def edit(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-        return image.resize((SIDE, SIDE)), mask.resize((SIDE, SIDE))
+        return image, mask
+
+    def reconstruct(self, image: Image.Image, mode: str) -> Image.Image:
+        """A discrete one is darker."""
+        return image.point(lambda value: value // 2) if mode == "discrete" else image
 
 
 class Talker(StandIn):
@@ -120,6 +127,10 @@ def colour(prompt: str, seed: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def painted_over(new: Image.Image, given: Image.Image, mask: Image.Image) -> Image.Image:
+    return Image.composite(new, given.resize(new.size), mask.resize(new.size))
+
+
 def painted(fill: Sequence[Any], side: int = SIDE) -> Image.Image:
     return Image.new("RGB", (side, side), tuple(map(int, fill)))
 
@@ -129,7 +140,8 @@ def picture(prompt: str, seed: int, side: int = SIDE) -> Image.Image:
     return painted(colour(prompt, seed), side)
 
 
-def load(name: str = NAME, seconds: float = 0.0, *, talks: bool = False) -> Model:
+def load(name: str = NAME, seconds: float = 0.0, *, talks: bool = False, loads: float = 0.0) -> Model:
+    time.sleep(loads)
     return Model(Talker(seconds) if talks else StandIn(seconds), name, "HART", argument)
 
 
@@ -138,15 +150,16 @@ def fail_to_load() -> Model:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve with settings NAME=VALUE; `seconds` is a step's."""
+    """Serve with settings NAME=VALUE; `seconds` is a step's, `loads` the model's, `page` serves the web page."""
     from hart_infer.server.run import Server, bind
     from hart_infer.server.settings import make_settings
 
     given: dict[str, Any] = dict(argument.split("=", 1) for argument in arguments)
-    seconds = float(given.pop("seconds", 0))
+    page = bool(given.pop("page", ""))
+    times = {name: float(given.pop(name, 0)) for name in ("seconds", "loads")}
     settings = make_settings(**{"port": 0, **given})
     listening = bind(settings.host, settings.port)
-    Server({NAME: partial(load, NAME, seconds, talks=True)}, settings).run(listening, partial(print, flush=True))
+    Server({NAME: partial(load, talks=True, **times)}, settings, page=page).run(listening, partial(print, flush=True))
 
 
 if __name__ == "__main__":

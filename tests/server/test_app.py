@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from hart_infer.server.jobs import AskJob, BusyError, DeadlineError, DrawJob, RowFailedError, UnavailableError
 from hart_infer.server.keys import Keys, add_key
 from hart_infer.server.log import JsonFormatter
+from hart_infer.server.page import FOLDER
 from hart_infer.server.protocol import Failed, Picture, RowId
 from tests.server import stand_in
 from tests.server.fake import FakeEngine, client
@@ -251,6 +253,33 @@ async def test_a_model_that_does_not_edit_says_so() -> None:
     assert told(response, 400) == "stand-in does not edit pictures."
 
 
+# Reconstructions.
+
+RECONSTRUCTIONS = "/v1/images/reconstructions"
+
+
+async def test_a_picture_is_reconstructed_in_every_mode() -> None:
+    engine = FakeEngine()
+    photo = Image.effect_noise((16, 16), 50).convert("RGB")
+    async with client(engine) as http:
+        response = await http.post(RECONSTRUCTIONS, files={"image": ("../x.png", png(photo))})
+    answer = response.json()
+    assert (response.status_code, answer["size"], answer["output_format"]) == (200, "16x16", "png")
+    assert [each["mode"] for each in answer["data"]] == ["discrete", "hybrid"]
+    assert [decoded(each).tobytes() for each in (answer["original"], answer["data"][0]["b64_json"])] == [photo.tobytes()] * 2
+    assert engine.left and not engine.left[0].is_open
+
+
+async def test_pictures_that_cannot_be_reconstructed() -> None:
+    async with client() as http:
+        assert "'image' is missing" in told(await http.post(RECONSTRUCTIONS, data={"model": "stand-in"}), 400)
+        assert "not a whole picture" in told(await http.post(RECONSTRUCTIONS, files={"image": b"x"}), 400)
+    engine = FakeEngine()
+    engine.error = UnavailableError("The server is ending.")
+    async with client(engine) as http:
+        told(await http.post(RECONSTRUCTIONS, files={"image": png(Image.new("RGB", (9, 9)))}), 503)
+
+
 # What is refused.
 
 
@@ -275,7 +304,7 @@ async def test_a_model_that_does_not_edit_says_so() -> None:
         ({"prompt": "a", "speed": "fast"}, "stand-in does not take speed; leave it out."),
         ({"prompt": "a", "colour": 1}, "There is no parameter 'colour' here; leave it out."),
         ({"prompt": "a", "partial_images": 2}, "partial_images goes with stream: true."),
-        ({"prompt": "a", "partial_images": 4, "stream": True}, "The parameter 'partial_images' is wrong"),
+        ({"prompt": "a", "partial_images": 33, "stream": True}, "The parameter 'partial_images' is wrong"),
         ({"prompt": "a", "response_format": "url"}, "This server keeps no pictures, so they have no url"),
         ({"prompt": "a", "response_format": "url", "stream": True}, "A stream sends pictures as b64_json"),
         ({"prompt": "a", "output_compression": 50}, "output_compression is for jpeg and webp"),
@@ -638,11 +667,27 @@ def test_exceptions_are_logged_without_what_they_say() -> None:
     assert "unicorn" not in line["traceback"].replace('"unicorn"', "").replace('"unicorn again"', "")  # but for the source
 
 
-async def test_a_page_may_be_served_beside_the_api(tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text("<p>hello")
-    async with client(ui=tmp_path) as http:
-        assert (await http.get("/")).text == "<p>hello"
+async def test_the_page_is_served_beside_the_api_and_runs_nothing_else() -> None:
+    async with client(page=True) as http:
+        index = await http.get("/")
+        assert index.headers["content-type"].startswith("text/html")
+        policy = index.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
         assert (await http.get("/v1/models")).status_code == 200
+        for path in re.findall(r'(?:src|href)="([^"#]+)"', index.text):
+            file = await http.get(f"/{path}")
+            assert file.status_code == 200 and file.headers["x-content-type-options"] == "nosniff"
         told(await http.get("/../keys.txt"), 404)
+        told(await http.get("/%2e%2e/page.py"), 404)
     async with client() as http:
         told(await http.get("/"), 404)
+
+
+def test_the_page_has_no_inline_code_and_nothing_from_elsewhere() -> None:
+    for path in FOLDER.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path.name
+        if path.suffix == ".html":
+            assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=", text)
+        if path.suffix == ".js":
+            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", text)

@@ -13,7 +13,20 @@ from hart_infer.server import drawing
 from hart_infer.server.drawing import draw, preview_steps
 from hart_infer.server.log import JsonFormatter
 from hart_infer.server.model import Model
-from hart_infer.server.protocol import Draw, Drawn, Failed, FromWorker, Given, Picture, Preview, Row, RowId, Settings
+from hart_infer.server.protocol import (
+    Draw,
+    Drawn,
+    Failed,
+    FromWorker,
+    Given,
+    Picture,
+    Preview,
+    Rebuilt,
+    Reconstruct,
+    Row,
+    RowId,
+    Settings,
+)
 from tests.server import stand_in
 from tests.server.stand_in import SIDE, StandIn, load
 
@@ -150,7 +163,7 @@ def mini() -> Model:
 
 def test_pictures_are_those_of_a_call_alone_to_the_byte(mini: Model) -> None:
     prompts = ("a cat", "a pizza, noto style", "a cat")
-    found = drawn(run(mini, Draw(rows(*prompts), Settings(96))))
+    found = drawn(run(mini, Draw(rows(*prompts), Settings(mini.pipe.sizes[0]))))
     for place, prompt in enumerate(prompts):
         assert found[RowId(place, 0)].tobytes() == mini.pipe(prompt, seed=10 * place).images[0].tobytes()
 
@@ -163,7 +176,7 @@ def test_previews_are_those_of_a_call_alone(mini: Model) -> None:
             alone.append(step.preview()[0].tobytes())
 
     mini.pipe("a cat", seed=10, callback_on_step_end=keep)
-    job = Draw((rows("a dog")[0], replace(rows("", "a cat", previews=2)[1])), Settings(96))
+    job = Draw((rows("a dog")[0], replace(rows("", "a cat", previews=2)[1])), Settings(mini.pipe.sizes[0]))
     found = [each.picture.pixels for each in run(mini, job) if isinstance(each, Preview)]
     assert found == alone
 
@@ -171,14 +184,28 @@ def test_previews_are_those_of_a_call_alone(mini: Model) -> None:
 def test_an_edit_is_that_of_a_call_alone(mini: Model) -> None:
     photo = mini.pipe("a pizza", seed=1).images[0]
     mask = Image.new("L", photo.size, 0)
-    mask.paste(255, (48, 0, 96, 96))
+    mask.paste(255, (photo.width // 2, 0, *photo.size))
     given = Given(drawing.sent(photo), Picture(*mask.size, mask.tobytes()), "digest")
-    found = drawn(run(mini, Draw(rows("a dog", "a dog"), Settings(96, (), "digest"), given)))
+    found = drawn(run(mini, Draw(rows("a dog", "a dog"), Settings(photo.width, (), "digest"), given)))
     expected = mini.pipe.inpaint(photo, mask, "a dog", seed=[0, 10], num_images_per_prompt=2).images
     assert [each.tobytes() for each in found.values()] == [each.tobytes() for each in expected]
 
 
+def test_a_reconstruction_is_the_pipeline_s(mini: Model) -> None:
+    photo = Image.effect_noise((150, 130), 60).convert("RGB")
+    messages: list[FromWorker] = []
+    drawing.reconstruct(mini, Reconstruct(RowId(1, 0), drawing.sent(photo)), messages.append)
+    (rebuilt,) = messages
+    assert isinstance(rebuilt, Rebuilt)
+    assert image(rebuilt.original).size == (mini.pipe.sizes[0],) * 2
+    expected = [(mode, mini.pipe.reconstruct(photo, mode=mode).tobytes()) for mode in ("discrete", "hybrid")]
+    assert [(mode, made.pixels) for mode, made in rebuilt.modes] == expected
+
+
 def test_facts(mini: Model) -> None:
     facts = mini.facts()
-    assert (facts.sizes, facts.edits, facts.answers) == ((96,), True, False)
+    assert (facts.sizes, facts.edits, facts.answers) == (mini.pipe.sizes, True, False)
+    assert (facts.modes, facts.num_scales) == (("discrete", "hybrid"), mini.pipe.num_scales)
+    assert facts.speeds[:2] == ("exact", "fast")
+    assert facts.guidance_scale == mini.pipe.defaults.guidance_scale
     assert {"guidance_scale", "negative_prompt", "num_inference_steps", "top_k", "top_p"} <= facts.options

@@ -11,9 +11,23 @@ from hart_infer import VarPipeline, VilaUPipeline
 from hart_infer.cli.options import MachineOptions, ModelOptions
 from hart_infer.cli.serve import DrawingOptions, load_model
 from hart_infer.errors import InputError
-from hart_infer.server.drawing import answer, draw, sent
+from hart_infer.server.drawing import answer, draw, reconstruct, sent
 from hart_infer.server.model import Model
-from hart_infer.server.protocol import Answered, Ask, Draw, Drawn, Failed, FromWorker, Piece, Preview, Row, RowId, Settings
+from hart_infer.server.protocol import (
+    Answered,
+    Ask,
+    Draw,
+    Drawn,
+    Failed,
+    FromWorker,
+    Piece,
+    Preview,
+    Rebuilt,
+    Reconstruct,
+    Row,
+    RowId,
+    Settings,
+)
 from tests.released_vila_u import write_checkpoint
 
 CPU = MachineOptions("cpu", None, None)
@@ -50,6 +64,7 @@ def test_classes_by_name_or_number(whole_var_tiny: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     found = pixels(drawn(model, ("3", 7), ("7", 8), side=side, top_k=5))
     assert found == [pipe(int(label), seed=seed, top_k=5).images[0].tobytes() for label, seed in (("3", 7), ("7", 8))]
+    assert (facts.modes, facts.num_scales, "exact" in facts.speeds) == (("discrete", "hybrid"), pipe.num_scales, True)
     messages = drawn(model, ("3", 7), ("unicorn", 8), side=side)
     (failed,) = (each for each in messages if isinstance(each, Failed))
     assert (failed.row.job, failed.reason) == (1, "input")
@@ -80,12 +95,20 @@ def test_vila_u_draws_with_previews(talker: Model, pipe: VilaUPipeline) -> None:
     facts = talker.facts()
     assert (facts.family, facts.edits, facts.answers) == ("VILA-U", False, True)
     assert {"guidance_scale", "negative_prompt", "top_k", "top_p"} == facts.options
+    assert (facts.modes, facts.speeds, facts.num_scales) == (("discrete",), (), pipe.num_scales)
     messages = drawn(talker, ("a cat", 7), ("a tree", 8), side=facts.sizes[0], previews=2, negative_prompt="car")
     expected = [
         pipe(text, seed=seed, negative_prompt="car").images[0].tobytes() for text, seed in (("a cat", 7), ("a tree", 8))
     ]
     assert pixels(messages) == expected
     assert sum(isinstance(each, Preview) for each in messages) == 4
+
+
+def test_vila_u_reconstructs_from_its_codes(talker: Model, pipe: VilaUPipeline) -> None:
+    messages: list[FromWorker] = []
+    picture = pipe("a cat", seed=7).images[0]
+    reconstruct(talker, Reconstruct(PLACE, sent(picture)), messages.append)
+    assert messages == [Rebuilt(PLACE, sent(picture), (("discrete", sent(pipe.reconstruct(picture))),))]
 
 
 def test_vila_u_answers_piece_by_piece(talker: Model, pipe: VilaUPipeline) -> None:

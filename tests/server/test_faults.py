@@ -31,7 +31,7 @@ from tests.server.test_app import events, told
 
 pytestmark = pytest.mark.anyio
 GENERATIONS = "/v1/images/generations"
-SECONDS = 60  # for anything at all, on a busy machine
+SECONDS = 180  # for anything at all, on a busy machine
 
 
 def http(address: str) -> httpx2.AsyncClient:
@@ -63,6 +63,15 @@ async def until(condition: Any, seconds: float = SECONDS) -> None:
         await asyncio.sleep(0.05)
 
 
+async def until_metric(made: httpx2.AsyncClient, name: str, value: float) -> None:
+    """Wait until a number of the stand-in's has a value."""
+
+    async def has_value() -> bool:
+        return await metric(made, f'{name}{{model="stand-in"}}') == value
+
+    await until(has_value)
+
+
 async def ready(made: httpx2.AsyncClient) -> None:
     async def is_ready() -> bool:
         return (await made.get("/readyz")).status_code == 200
@@ -83,14 +92,14 @@ def worker_of(running: Running) -> int:
 
 async def test_a_worker_killed_in_mid_batch() -> None:
     """Its requests get 503, what waits is drawn by the next one, and nothing is lost."""
-    with stand_in(max_batch=4) as (address, running):
+    with stand_in(max_batch=4, max_wait_ms=10_000) as (address, running):
         async with http(address) as made:
             await ready(made)
             pid = worker_of(running)
             drawing = [asyncio.create_task(ask(made, "slow", seed)) for seed in range(4)]
-            await asyncio.sleep(0.4)  # a batch takes 3.6 s
+            await until_metric(made, "hart_infer_batch_rows_sum", 4)  # which takes 3.6 s
             waiting = [asyncio.create_task(ask(made, "plain", seed)) for seed in range(4)]
-            await asyncio.sleep(0.2)
+            await until_metric(made, "hart_infer_queued_rows", 4)
             os.kill(pid, signal.SIGKILL)
             for response in await asyncio.gather(*drawing):
                 assert "died" in told(response, 503)
@@ -98,7 +107,6 @@ async def test_a_worker_killed_in_mid_batch() -> None:
             for seed, response in enumerate(await asyncio.gather(*waiting)):
                 assert response.status_code == 200 and right(response, "plain", seed)
             assert await metric(made, 'hart_infer_worker_restarts_total{model="stand-in"}') == 1
-            assert right(await ask(made, "slow", 9), "slow", 9)
 
 
 async def test_a_prompt_that_kills_workers_harms_no_later_one() -> None:
@@ -154,19 +162,19 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
 
 
 async def test_a_client_that_vanishes_frees_its_work() -> None:
-    with stand_in(seconds=0.5, max_batch=1) as (address, _):
+    with stand_in(seconds=0.2, max_batch=1) as (address, _):
         async with http(address) as made:
             await ready(made)
             for fields in ({}, {"stream": True}, {"stream": True, "partial_images": 3}):
                 before = await metric(made, 'hart_infer_rows_total{model="stand-in",outcome="dropped"}')
                 async with http(address) as other:
                     leaving = [asyncio.create_task(ask(other, "plain", n=10, **fields)) for _ in range(5)]
-                    await asyncio.sleep(1)
+                    await asyncio.sleep(0.5)
                     for task in leaving:
                         task.cancel()
                 start = time.monotonic()
                 assert right(await ask(made, "after"), "after")
-                assert time.monotonic() - start < 10  # the 50 pictures would take 150 s
+                assert time.monotonic() - start < 10  # the 50 pictures would take 60 s
                 dropped = await metric(made, 'hart_infer_rows_total{model="stand-in",outcome="dropped"}') - before
                 assert 45 <= dropped <= 50
 
@@ -243,17 +251,17 @@ async def test_broken_requests_among_good_ones() -> None:
         assert expected != 200 or right(response, prompt, seed)
 
 
-@pytest.mark.parametrize("room", [1000, 100])
-async def test_a_thousand_at_once(room: int) -> None:
+@pytest.mark.parametrize(("count", "room"), [(1000, 1000), (200, 20)])
+async def test_more_at_once_than_can_be_drawn(count: int, room: int) -> None:
     """What is taken is drawn and is its seed's; what isn't is told when to come back."""
     with stand_in(max_queue=room, max_batch=64) as (address, _):
         async with http(address) as made:
             await ready(made)
-            responses = await asyncio.gather(*(ask(made, f"number {seed}", seed) for seed in range(1000)))
+            responses = await asyncio.gather(*(ask(made, f"number {seed}", seed) for seed in range(count)))
             statuses = Counter(response.status_code for response in responses)
             assert set(statuses) <= {200, 429}
             assert statuses[200] >= room
-            assert room < 1000 or statuses[429] == 0
+            assert room < count or statuses[429] == 0
             for seed, response in enumerate(responses):
                 if response.status_code == 200:
                     assert right(response, f"number {seed}", seed)
@@ -268,7 +276,7 @@ async def test_a_thousand_at_once(room: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_ending_server_finishes_what_is_open(number: int) -> None:
-    with stand_in(seconds=0.1, max_batch=2) as (address, running):
+    with stand_in(seconds=0.05, max_batch=2) as (address, running):
         async with http(address) as made:
             await ready(made)
             fields: list[dict[str, Any]] = [{}, {"stream": True, "partial_images": 2}] * 5

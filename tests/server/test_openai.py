@@ -16,6 +16,7 @@ from PIL import Image
 
 from hart_infer import HartPipeline
 from hart_infer.server.drawing import preview_steps
+from tests.server.conftest import stand_in
 
 openai = pytest.importorskip("openai")
 NODE = """
@@ -62,8 +63,13 @@ def photo(pipe: HartPipeline) -> Image.Image:
 def mask(photo: Image.Image) -> Image.Image:
     """Its right half is transparent: to be painted anew."""
     made = Image.new("RGBA", photo.size, "black")
-    made.paste((0, 0, 0, 0), (48, 0, 96, 96))
+    made.paste((0, 0, 0, 0), (photo.width // 2, 0, *photo.size))
     return made
+
+
+def size_of(pipe: HartPipeline) -> str:
+    side = max(pipe.sizes)
+    return f"{side}x{side}"
 
 
 def pixels(data: str | None) -> bytes:
@@ -83,7 +89,7 @@ def expected_edit(pipe: HartPipeline, photo: Image.Image, mask: Image.Image) -> 
 
 
 def test_pictures_are_the_pipeline_s_to_the_byte(client: Any, pipe: HartPipeline) -> None:
-    answer = client.images.generate(model="hart-mini", prompt="a cat", n=2, size="96x96", extra_body={"seed": 7})
+    answer = client.images.generate(model="hart-mini", prompt="a cat", n=2, size=size_of(pipe), extra_body={"seed": 7})
     assert [each.seed for each in answer.data] == [7, 8]
     assert [pixels(each.b64_json) for each in answer.data] == [pipe("a cat", seed=seed).images[0].tobytes() for seed in (7, 8)]
 
@@ -111,7 +117,7 @@ def test_a_stream_has_the_scales_previews(client: Any, pipe: HartPipeline) -> No
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     assert [pixels(event.b64_json) for event in events] == [*previews, last]
     assert events[-1].usage.total_tokens == 0
-    assert (events[-1].size, events[-1].output_format) == ("96x96", "png")
+    assert (events[-1].size, events[-1].output_format) == (size_of(pipe), "png")
 
 
 def test_edits_and_their_streams(client: Any, pipe: HartPipeline, photo: Image.Image, mask: Image.Image) -> None:
@@ -128,10 +134,10 @@ def test_edits_and_their_streams(client: Any, pipe: HartPipeline, photo: Image.I
     assert len(listed.data) == 1
 
 
-def test_models_and_errors(client: Any) -> None:
+def test_models_and_errors(client: Any, pipe: HartPipeline) -> None:
     assert [model.id for model in client.models.list()] == ["hart-mini"]
     assert client.models.retrieve("hart-mini").owned_by == "hart-infer"
-    with pytest.raises(openai.BadRequestError, match="hart-mini draws 96x96, not 5x5") as raised:
+    with pytest.raises(openai.BadRequestError, match=f"hart-mini draws {size_of(pipe)}, not 5x5") as raised:
         client.images.generate(prompt="a cat", size="5x5")
     assert raised.value.code == "invalid_value"
     assert raised.value.request_id
@@ -162,4 +168,16 @@ def test_the_node_client(mini_address: str, pipe: HartPipeline, photo: Image.Ima
     assert found["events"] == [[partial, 0], [partial, 1], ["image_generation.completed", None]]
     assert pixels(found["edited"]) == expected_edit(pipe, photo, mask)
     assert found["models"] == ["hart-mini"]
-    assert "hart-mini draws 96x96, not 5x5" in found["error"]
+    assert f"hart-mini draws {size_of(pipe)}, not 5x5" in found["error"]
+
+
+def test_answers_and_their_streams() -> None:
+    with stand_in() as (address, _), openai.OpenAI(base_url=f"{address}/v1", api_key="unused") as made:
+        picture = "data:image/png;base64," + base64.b64encode(png(Image.new("RGB", (8, 4)))).decode()
+        parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
+        asked: Any = {"model": "stand-in", "messages": [{"role": "user", "content": parts}], "temperature": 0}
+        told = made.chat.completions.create(**asked).choices[0].message.content
+        assert told is not None and told.startswith("0 turns before, now [8x4]What is it?")
+        chunks = list(made.chat.completions.create(**asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told
+        assert chunks[-1].choices[0].finish_reason == "stop"

@@ -75,7 +75,7 @@ class FakeProcess:
 
 class FakeSupervisor(Supervisor):
     def __init__(self) -> None:
-        self.facts = Facts("fake", "HART", (16,), frozenset(), True, True, "cpu", "float32")
+        self.facts = Facts("fake", "HART", (16,), frozenset(), True, True, (), (), 1.0, 6, "cpu", "float32")
         self.process = FakeProcess()
 
     @property

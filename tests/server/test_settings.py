@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,32 @@ def test_mistakes_are_told_in_a_sentence(
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--no-browser"]])
+def test_the_page_is_for_this_machine_and_opens_a_browser(arguments: list[str], monkeypatch: Any, capsys: Any) -> None:
+    import webbrowser
+
+    from hart_infer.server.run import Server
+
+    opened: queue.SimpleQueue[str] = queue.SimpleQueue()
+    seen: list[Server] = []
+
+    def run(self: Server, listening: socket.socket, announce: Any) -> None:
+        seen.append(self)
+        announce(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+
+    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(webbrowser, "open", opened.put)
+    monkeypatch.setenv(f"{PREFIX}HOST", "0.0.0.0")
+    assert main(["ui", "--port", "0", *arguments]) == 0
+    assert seen[0].settings.is_local
+    address = capsys.readouterr().err.strip().split(" the page is ")[1]
+    assert address.startswith("http://127.0.0.1:") and address.endswith("/")
+    if arguments:
+        assert opened.empty()
+    else:
+        assert opened.get(timeout=5) == address
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -60,4 +60,8 @@ def _info(service: Service, name: str) -> ModelInfo:
         options=sorted(facts.options),
         edits=facts.edits,
         answers=facts.answers,
+        modes=list(facts.modes),
+        speeds=list(facts.speeds),
+        guidance_scale=facts.guidance_scale,
+        num_scales=facts.num_scales,
     )
