@@ -27,6 +27,8 @@ class OnTheDevice(TorchDispatchMode):
     """Fails on operators that read a tensor of the host, or make one; but a kernel may be given a single number of the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.lift_fresh:  # of torch.tensor, which copies its number from the host unseen
+            raise NotCapturable("a tensor made of a number of the host")
         out = func(*args, **(kwargs or {}))
         for x in tensors(args, kwargs, out):
             if x.device.type == "cpu" and (x.dim() or func.overloadpacket is torch.ops.aten._to_copy):
