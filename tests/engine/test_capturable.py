@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hart_infer import HartPipeline, VarPipeline
@@ -27,13 +28,20 @@ class OnTheDevice(TorchDispatchMode):
     """Fails on operators that read a tensor of the host, or make one; but a kernel may be given a single number of the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.lift_fresh:  # of torch.tensor, which copies its number from the host unseen
-            raise NotCapturable("a tensor made of a number of the host")
         out = func(*args, **(kwargs or {}))
         for x in tensors(args, kwargs, out):
             if x.device.type == "cpu" and (x.dim() or func.overloadpacket is torch.ops.aten._to_copy):
                 raise NotCapturable(f"{func} with a tensor of the host, {list(x.shape)}")
         return out
+
+
+class NoNumbers(TorchFunctionMode):
+    """Fails where a tensor is made of numbers of the host: the copy that takes is hidden from dispatch modes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            raise NotCapturable(f"{func.__name__} of numbers of the host")
+        return func(*args, **(kwargs or {}))
 
 
 def scales(pipe: Any, schedule: Schedule, condition: Callable[[Any], Condition], count: int = 2) -> GenerationState:
@@ -45,7 +53,7 @@ def scales(pipe: Any, schedule: Schedule, condition: Callable[[Any], Condition],
     rows = count * (2 if schedule.guided else 1)
     lengths = {"length": schedule.cached_length, "scratch_length": schedule.scratch_length}
     cache = new_cache(transformer, rows=rows, **lengths)
-    with OnTheDevice():
+    with NoNumbers(), OnTheDevice():
         halves = [prompt, unconditional][: rows // count]
         prefixes = [prefill(transformer, c, cache, slice(i * count, (i + 1) * count)) for i, c in enumerate(halves)]
         state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache, engine)
