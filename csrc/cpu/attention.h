@@ -9,11 +9,9 @@
 // each panel of 32 keys, values as [n / 2][columns][2].
 #pragma once
 
-#include <immintrin.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "kernels.h"
+#include "vectors.h"
 
 namespace {
 
@@ -25,20 +23,7 @@ constexpr float MASKED = -1e30f;       // finite, so that no difference of two i
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// 2^x to 4e-6, far below bf16's 2e-3; 0 for x under -150.
-inline __m512 exp2_vector(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(0.00961812910763f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05550410866482f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022650695910f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69314718055995f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, whole);
-}
-
 inline __mmask32 first_words(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
 
 // 16 rows of 16 pairs -> 16 columns.
 inline void transpose_pairs(__m512i x[16]) {
@@ -216,42 +201,21 @@ void attend(const Attention &a, int64_t row, int64_t head, int64_t first, Space<
     }
 }
 
-struct Tasks {
-    const Attention *attention;
-    int64_t next, blocks, total;  // `next` is taken atomically
-    int failed;
-};
-
-template <class Tile>
-void take_tasks(void *context) {
-    Tasks &tasks = *(Tasks *)context;
-    const Attention &a = *tasks.attention;
-    Space<Tile> space(a.head_dim);
-    if (!space.memory) {
-        __atomic_store_n(&tasks.failed, 1, __ATOMIC_RELAXED);
-        return;
-    }
-    Tile::begin();
-    for (;;) {
-        const int64_t task = __atomic_fetch_add(&tasks.next, 1, __ATOMIC_RELAXED);
-        if (task >= tasks.total) break;
-        const int64_t row_head = task / tasks.blocks, first = task % tasks.blocks * BLOCK_QUERIES;
-        attend<Tile>(a, row_head / a.heads, row_head % a.heads, first, space);
-    }
-    Tile::end();
-}
-
 // 0, or 1 where memory is wanting.
 template <class Tile>
-int run(const Attention &a, int threads, Parallel parallel) {
+int run(const Attention &a, Threads threads) {
     const int64_t blocks = (a.queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
-    Tasks tasks = {&a, 0, blocks, a.rows * a.heads * blocks, 0};
-    if (tasks.total < threads) threads = (int)tasks.total;
-    if (parallel && threads > 1)
-        parallel(take_tasks<Tile>, &tasks, threads, 0);
-    else
-        take_tasks<Tile>(&tasks);
-    return tasks.failed;
+    return share_out(a.rows * a.heads * blocks, threads, [&](Tasks &tasks) {
+        Space<Tile> space(a.head_dim);
+        if (!space.memory) return 1;
+        Tile::begin();
+        for (int64_t task; (task = tasks.take()) >= 0;) {
+            const int64_t row_head = task / blocks;
+            attend<Tile>(a, row_head / a.heads, row_head % a.heads, task % blocks * BLOCK_QUERIES, space);
+        }
+        Tile::end();
+        return 0;
+    });
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ struct Avx512 {
     }
 
     template <int N, int VECTORS>
-    static inline void values_of(const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns, const Row *rows,
-                                 float *out) {
+    static inline void values_of(const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns,
+                                 const Row *rows, float *out) {
         __m512 sums[N][VECTORS];
 #pragma GCC unroll 6
         for (int i = 0; i < N; i++) {
@@ -75,8 +75,8 @@ struct Avx512 {
     }
 
     template <int N>
-    static inline void columns_of(const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns, const Row *rows,
-                                  float *out) {
+    static inline void columns_of(const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns,
+                                  const Row *rows, float *out) {
         int64_t done = 0;
         for (; columns - done >= 64; done += 64) values_of<N, 4>(weights, keys, values + done, columns, rows, out + done);
         for (; columns - done >= 32; done += 32) values_of<N, 2>(weights, keys, values + done, columns, rows, out + done);
@@ -95,6 +95,4 @@ struct Avx512 {
 
 }  // namespace
 
-int attention_avx512(const Attention &attention, int threads, Parallel parallel) {
-    return run<Avx512>(attention, threads, parallel);
-}
+int attention_avx512(const Attention &attention, Threads threads) { return run<Avx512>(attention, threads); }

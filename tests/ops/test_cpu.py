@@ -1,4 +1,4 @@
-"""The CPU's compiled attention against fp64, and its library where there is none."""
+"""The CPU's compiled kernels against fp64 and PyTorch, and their library where there is none."""
 
 from __future__ import annotations
 
@@ -150,6 +150,76 @@ def test_attention_refuses_what_does_not_fit() -> None:
             ops.attention(q, q.float(), q.float(), scale=1.0)
         with pytest.raises(BackendError, match="even head_dim up to 1024"):
             ops.attention(q[..., :3], q[..., :3], q[..., :3], scale=1.0)
+
+
+ROWS = [(1,), (33,), (2, 3, 64), (7, 1536), (2, 40, 1000)]
+
+
+@compiled
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_rms_norm(shape: tuple[int, ...], added: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, update = (strided(torch.randn(shape, generator=generator).bfloat16() * 3) for _ in range(2))
+    weight = torch.randn(shape[-1], generator=generator).bfloat16()
+    with use_backend("cpu"):
+        total, found = ops.add_rms_norm(x, update, weight, 1e-6) if added else (x, ops.rms_norm(x, weight, 1e-6))
+    assert torch.equal(total, x + update if added else x)
+    wide = total.double()
+    exact = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6) * weight.double()
+    check(found, ops.rms_norm.reference(total, weight, 1e-6), exact)
+
+
+@compiled
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(6)
+    gate, up = (strided(torch.randn(shape, generator=generator).bfloat16() * 8) for _ in range(2))
+    gate[..., :1] = -200.0  # whose exponential overflows
+    with use_backend("cpu"):
+        found = ops.swiglu(gate, up)
+    check(found, ops.swiglu.reference(gate, up), gate.double().sigmoid() * gate.double() * up.double())
+
+
+@compiled
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 3, 24), (1, 7, 4, 64), (2, 300, 2, 128)], ids=str)
+def test_rope_cache(shape: tuple[int, ...], normalised: bool) -> None:
+    """Bit for bit the reference's, which rounds every product and sum; the norm may differ by one rounding."""
+    rows, tokens, heads, width = shape
+    torch.manual_seed(sum(shape))
+    qkv = strided(torch.randn(rows, tokens, 3, heads, width).bfloat16())
+    angles = torch.randn(rows, 1, tokens, width)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    gains = (torch.rand(heads) * 3 + 1).bfloat16() if normalised else None
+    results = []
+    for backend in ("cpu", "torch"):
+        cache = torch.full((2, rows, heads, tokens + 9, width), torch.nan, dtype=torch.bfloat16)
+        keys, values = cache[:, :, :, 4 : 4 + tokens]
+        with use_backend(backend):
+            results.append((ops.rope_cache(qkv, cos, sin, keys, values, gains), keys, values))
+        assert cache[:, :, :, :4].isnan().all() and cache[:, :, :, 4 + tokens :].isnan().all(), "wrote beyond its slot"
+    for found, reference in zip(*results, strict=True):
+        if normalised:
+            torch.testing.assert_close(found, reference, rtol=0.016, atol=0.016)
+            assert (found != reference).float().mean() < 0.01
+        else:
+            assert torch.equal(found, reference)
+
+
+@compiled
+def test_kernels_refuse_what_does_not_fit() -> None:
+    x, y = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16)
+    qkv, table = torch.zeros(1, 2, 3, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
+    with use_backend("cpu"):
+        with pytest.raises(ValueError, match="swiglu: .* should be"):
+            ops.swiglu(x, y)
+        with pytest.raises(ValueError, match="add_rms_norm: .* should be"):
+            ops.add_rms_norm(x, y, x[0], 1e-6)
+        with pytest.raises(ValueError, match="rms_norm: all arguments must be in bfloat16"):
+            ops.rms_norm(x, x[0].float(), 1e-6)
+        with pytest.raises(ValueError, match="rope_cache: .* should be"):
+            ops.rope_cache(qkv, table[:, :, :1], table, table, table)
 
 
 @compiled

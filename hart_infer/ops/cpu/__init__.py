@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .attention import LIMIT, LimitExceeded, attention
-from .library import describe, refusal
+from .attention import attention
+from .library import LimitExceeded, describe, refusal
+from .pointwise import add_rms_norm, rms_norm, rope_cache, swiglu
 
-__all__ = ["LIMIT", "LimitExceeded", "attention", "describe", "refusal"]
+__all__ = ["LimitExceeded", "add_rms_norm", "attention", "describe", "refusal", "rms_norm", "rope_cache", "swiglu"]

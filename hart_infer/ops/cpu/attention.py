@@ -9,26 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import call
+from .library import LimitExceeded, Operand, call
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 1024
 LIMIT = f"an even head_dim up to {MAX_HEAD_DIM} and a scale above 0"
-
-
-class LimitExceeded(Exception):
-    """Valid arguments that the kernel does not take."""
-
-
-class Operand(ctypes.Structure):
-    """A tensor [R, H, N, d] with stride 1 along d: its address, its other strides in elements."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
-
-    @staticmethod
-    def of(x: Tensor) -> Operand:
-        """Describe `x`."""
-        return Operand(x.data_ptr(), *x.stride()[:3])
 
 
 class Arguments(ctypes.Structure):

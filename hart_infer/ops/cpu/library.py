@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import BackendError
 from ..precision import instructions
@@ -20,6 +21,21 @@ INTERFACE = 1  # ABI version, equal to csrc/cpu/library.cpp's
 NEEDS = "avx512_bf16"
 HOW = "to build it: HART_INFER_BUILD_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir . in the sources, with g++"
 logger = logging.getLogger(__name__)
+
+
+class LimitExceeded(Exception):
+    """Valid arguments that a kernel does not take."""
+
+
+class Operand(ctypes.Structure):
+    """A tensor [R, H, N, d] with stride 1 along d: its address, its other strides in elements."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
+
+    @staticmethod
+    def of(x: Tensor) -> Operand:
+        """Describe `x`."""
+        return Operand(x.data_ptr(), *x.stride()[:3])
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +63,7 @@ def refusal(where: Any) -> str | None:
     if where.device != "cpu":
         return "it is for CPUs"
     if where.dtype != torch.bfloat16:
-        return f"{where.dtype} is as fast in PyTorch"
+        return f"{where.dtype} is not supported"
     if NEEDS not in instructions():
         return f"this CPU has no {NEEDS.upper()}"
     loaded = load()
@@ -59,7 +75,7 @@ def refusal(where: Any) -> str | None:
 
 @lru_cache(maxsize=1)
 def _say_once(reason: str) -> None:
-    logger.warning("Attention in bfloat16 is slower than this CPU allows: %s.", reason)
+    logger.warning("In bfloat16 this CPU could be faster: %s.", reason)
 
 
 @lru_cache(maxsize=1)
