@@ -59,6 +59,19 @@ struct RopeCache {
     int64_t rows, heads, tokens, head_dim;
 };
 
+// See `hart_infer/ops/int8_linear.py`. All contiguous; `levels` [rows, in] and `row_scales` [rows] are room to work in.
+struct Int8Linear {
+    const uint16_t *x;
+    const int8_t *weight;        // [panels][in / 4][32 outputs][4 inputs]
+    const float *scale;          // of each output
+    const int32_t *weight_sums;  // of each output
+    const uint16_t *bias;        // or null
+    uint8_t *levels;
+    float *row_scales;
+    uint16_t *out;
+    int64_t rows, in, out_width;
+};
+
 namespace {
 
 // Numbers of tasks, each given out once; threads take them as they come.

@@ -15,6 +15,7 @@ from hart_infer import ops
 from hart_infer.errors import BackendError
 from hart_infer.ops import cpu as extension
 from hart_infer.ops.cpu import library
+from hart_infer.ops.int8_linear import pack_int8, quantize_rows, unpack_int8
 from hart_infer.ops.registry import OPS, Where, use_backend
 from tests.ops.checks import check, strided
 
@@ -208,6 +209,24 @@ def test_rope_cache(shape: tuple[int, ...], normalised: bool) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 64, 33), (13, 24, 31), (2, 5, 1536, 600), (421, 100, 70)], ids=str)
+def test_int8_linear(shape: tuple[int, ...], biased: bool) -> None:
+    """Bit for bit the reference's: sums are integers, and the rest is rounded alike."""
+    *rows, width, outputs = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = strided(torch.randn(*rows, width, generator=generator).bfloat16() * 5)
+    x[..., :1, :] = 0  # a row without a largest
+    levels, scale = quantize_rows(torch.randn(outputs, width, generator=generator))
+    bias = torch.randn(outputs, generator=generator).bfloat16() if biased else None
+    arguments = (x, pack_int8(levels), scale, levels.sum(dim=1, dtype=torch.int32), bias)
+    assert torch.equal(unpack_int8(pack_int8(levels), outputs), levels)
+    with use_backend("cpu"):
+        found = ops.int8_linear(*arguments)
+    assert torch.equal(found, ops.int8_linear.reference(*arguments))
+
+
+@compiled
 def test_kernels_refuse_what_does_not_fit() -> None:
     x, y = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16)
     qkv, table = torch.zeros(1, 2, 3, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
@@ -242,7 +261,7 @@ def test_where_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_library_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(library, "FILE", tmp_path / "_cpu.so")
     monkeypatch.setattr(library, "REASON", tmp_path / "_cpu.absent")
-    monkeypatch.setattr(library, "instructions", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(library, "instructions", lambda: frozenset({"avx512_bf16", "avx512_vnni"}))
     (tmp_path / "_cpu.absent").write_text("g++ was not found (CXX, PATH)\n", encoding="utf-8")
     with forgotten(), caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -18,7 +18,7 @@ from ..precision import instructions
 FILE = Path(__file__).resolve().parents[2] / "_cpu.so"
 REASON = FILE.with_suffix(".absent")  # written by setup.py: why no library was built
 INTERFACE = 1  # ABI version, equal to csrc/cpu/library.cpp's
-NEEDS = "avx512_bf16"
+NEEDS = ("avx512_bf16", "avx512_vnni")  # no x86 CPU has the first alone
 HOW = "to build it: HART_INFER_BUILD_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir . in the sources, with g++"
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def refusal(where: Any) -> str | None:
         return "it is for CPUs"
     if where.dtype != torch.bfloat16:
         return f"{where.dtype} is not supported"
-    if NEEDS not in instructions():
-        return f"this CPU has no {NEEDS.upper()}"
+    if lacking := [name for name in NEEDS if name not in instructions()]:
+        return f"this CPU has no {lacking[0].upper()}"
     loaded = load()
     if isinstance(loaded, str):
         _say_once(loaded)
