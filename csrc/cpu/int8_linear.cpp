@@ -9,14 +9,16 @@ constexpr int TILE_ROWS = 12;      // 12 rows by 32 outputs: 24 sums in register
 constexpr int64_t TASK_ROWS = 192;  // whose quantised values stay in the second-level cache beside a panel
 constexpr int64_t TASK_PANELS = 8;
 
-// One row -> levels + 128, which vpdpbusd wants unsigned, and the row's scale: its largest magnitude / 127. Levels lie as a tile
-// reads them, [in / 4][12 rows][4 inputs]: side by side, where rows 4,096 apart would compete for one set of the cache.
+// One row -> levels + 128, which vpdpbusd wants unsigned, and the row's scale: its largest magnitude / 127. Levels lie as
+// a tile reads them, [in / 4][12 rows][4 inputs]: rows 4,096 bytes apart would compete for one set of the cache.
 void quantise(const Int8Linear &a, int64_t row) {
     const uint16_t *x = a.x + row * a.in;
     uint8_t *levels = a.levels + row / TILE_ROWS * TILE_ROWS * a.in + row % TILE_ROWS * 4;
     const __m512 positive = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     __m512 most = _mm512_setzero_ps();
-    for (int64_t i = 0; i < a.in; i += 16) most = _mm512_max_ps(most, _mm512_and_ps(positive, load(x + i, first_lanes(a.in - i))));
+    for (int64_t i = 0; i < a.in; i += 16) {
+        most = _mm512_max_ps(most, _mm512_and_ps(positive, load(x + i, first_lanes(a.in - i))));
+    }
     const float largest = _mm512_reduce_max_ps(most) / 127.0f, scale = largest > 1.17549435e-38f ? largest : 1.17549435e-38f;
     a.row_scales[row] = scale;
     const __m512 divisor = _mm512_set1_ps(scale);
@@ -30,38 +32,46 @@ void quantise(const Int8Linear &a, int64_t row) {
     }
 }
 
+// Exact sums [rows, 32] -> bf16.
+void finish(const Int8Linear &a, int64_t row, int rows, int64_t panel, const int32_t *sums) {
+    for (int64_t i = 0; i < rows * PANEL; i += 16) {
+        const int64_t column = panel * PANEL + i % PANEL, at = row + i / PANEL;
+        if (column >= a.out_width) continue;
+        const __mmask16 lanes = first_lanes(a.out_width - column);
+        const __m512i excess = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(lanes, a.weight_sums + column), 7);  // 128 of each
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + i), excess));
+        const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(a.row_scales[at]));
+        __m512 out = _mm512_mul_ps(scaled, _mm512_maskz_loadu_ps(lanes, a.scale + column));
+        if (a.bias) out = _mm512_add_ps(out, load(a.bias + column, lanes));
+        store(a.out + at * a.out_width + column, lanes, out);
+    }
+}
+
 template <int N>
 void multiply(const Int8Linear &a, int64_t row, int64_t panel) {
     const uint8_t *levels = a.levels + row / TILE_ROWS * TILE_ROWS * a.in + row % TILE_ROWS * 4;
     const int8_t *weights = a.weight + panel * PANEL * a.in;
-    __m512i sums[N][2];
+    __m512i left[N], right[N];
 #pragma GCC unroll 12
-    for (int i = 0; i < N; i++) sums[i][0] = sums[i][1] = _mm512_setzero_si512();
+    for (int i = 0; i < N; i++) left[i] = right[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < a.in; k += 4, weights += 4 * PANEL, levels += 4 * TILE_ROWS) {
-        const __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 2 * PANEL);
+        const __m512i first = _mm512_loadu_si512(weights), second = _mm512_loadu_si512(weights + 2 * PANEL);
 #pragma GCC unroll 12
         for (int i = 0; i < N; i++) {
             int32_t four;
             memcpy(&four, levels + 4 * i, sizeof four);
             const __m512i x = _mm512_set1_epi32(four);
-            sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], x, left);
-            sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], x, right);
+            left[i] = _mm512_dpbusd_epi32(left[i], x, first);
+            right[i] = _mm512_dpbusd_epi32(right[i], x, second);
         }
     }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-        const int64_t column = panel * PANEL + 16 * j;
-        const __mmask16 lanes = column < a.out_width ? first_lanes(a.out_width - column) : 0;
-        const __m512i excess = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(lanes, a.weight_sums + column), 7);  // 128 of each
-        const __m512 scale = _mm512_maskz_loadu_ps(lanes, a.scale + column);
+    alignas(64) int32_t sums[N * PANEL];  // if the vectors' own addresses were taken, g++ would store them in every step
 #pragma GCC unroll 12
-        for (int i = 0; i < N; i++) {
-            const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][j], excess));
-            __m512 out = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(a.row_scales[row + i])), scale);
-            if (a.bias) out = _mm512_add_ps(out, load(a.bias + column, lanes));
-            store(a.out + (row + i) * a.out_width + column, lanes, out);
-        }
+    for (int i = 0; i < N; i++) {
+        _mm512_store_si512(sums + i * PANEL, left[i]);
+        _mm512_store_si512(sums + i * PANEL + 16, right[i]);
     }
+    finish(a, row, N, panel, sums);
 }
 
 void multiply_block(const Int8Linear &a, int64_t first, int64_t stop, int64_t panel) {
