@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """The record so far, so that a long run that dies leaves what it had."""
-    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
+    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored", "quantize")
     values = {
         "benchmark": "against_official",
         "machine": measure.machine(args.device),

@@ -1,7 +1,8 @@
 // Softmax attention in bf16 for x86 CPUs, forward only: keys stream past a block of queries, whose running maxima and sums,
 // like all products, are in fp32; the softmax is in base 2. Included by one file for each instruction set, which gives `Tile`:
 //
-//   ROWS       queries that a tile holds, at most 32
+//   ROWS       queries that a tile holds; DEPTH: numbers of a head that it multiplies at a time
+//   queries    the queries, as scores reads them
 //   scores     S[ROWS, 32] = Q[ROWS, d] K[32, d]^T
 //   values     O[ROWS, :] = O * decay + P[ROWS, n] V[n, :]
 //
@@ -98,6 +99,11 @@ void pack_values(const uint16_t *values, int64_t token, int64_t count, int64_t w
     }
 }
 
+struct Queries {
+    const uint16_t *data;
+    int64_t token;
+};
+
 struct Row {  // running softmax of one query
     float largest, sum, decay;
 };
@@ -131,7 +137,7 @@ struct Space {
     int64_t pairs, columns, keys;  // of a packed key, of a packed value, and at most in a block
     uint32_t *packed_keys, *packed_values;
     float *scores, *out;
-    uint16_t *weights;
+    uint16_t *weights, *queries;
     Row *rows;
     char *memory;
 
@@ -141,14 +147,14 @@ struct Space {
         keys = BLOCK_ELEMENTS / columns / PANEL * PANEL;
         keys = keys < PANEL ? PANEL : keys > MAX_KEYS ? MAX_KEYS : keys;
         const int64_t sizes[] = {keys * pairs * 4, keys * columns * 2, Tile::ROWS * keys * 4, BLOCK_QUERIES * columns * 4,
-                                 Tile::ROWS * keys * 2, BLOCK_QUERIES * (int64_t)sizeof(Row)};
+                                 Tile::ROWS * keys * 2, Tile::ROWS * pairs * 4, BLOCK_QUERIES * (int64_t)sizeof(Row)};
         int64_t total = 0;
         for (int64_t size : sizes) total += round_up(size, 64);
         memory = (char *)aligned_alloc(64, total);
         char *next = memory;
         void **places[] = {(void **)&packed_keys, (void **)&packed_values, (void **)&scores, (void **)&out, (void **)&weights,
-                           (void **)&rows};
-        for (int i = 0; i < 6 && memory; i++) *places[i] = next, next += round_up(sizes[i], 64);
+                           (void **)&queries,     (void **)&rows};
+        for (int i = 0; i < 7 && memory; i++) *places[i] = next, next += round_up(sizes[i], 64);
     }
     ~Space() { free(memory); }
 };
@@ -162,9 +168,9 @@ void add_keys(const Attention &a, const uint16_t *q, int64_t queries, const uint
     const int64_t padded = round_up(count, PANEL);
     for (int64_t first = 0; first < queries; first += Tile::ROWS) {
         const int rows = queries - first < Tile::ROWS ? (int)(queries - first) : Tile::ROWS;
+        const Queries tile = Tile::queries(rows, q + first * a.q.token, a.q.token, a.head_dim, space.pairs, space.queries);
         for (int64_t panel = 0; panel < padded; panel += PANEL) {
-            Tile::scores(rows, q + first * a.q.token, a.q.token, a.head_dim, space.packed_keys + panel * space.pairs,
-                         space.scores + panel, padded);
+            Tile::scores(rows, tile, a.head_dim, space.packed_keys + panel * space.pairs, space.scores + panel, padded);
         }
         for (int row = 0; row < rows; row++) {
             float *scores = space.scores + row * padded;

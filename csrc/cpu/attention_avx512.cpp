@@ -38,8 +38,11 @@ struct Avx512 {
         }
     }
 
-    static void scores(int rows, const uint16_t *q, int64_t token, int64_t width, const uint32_t *panel, float *out,
-                       int64_t stride) {
+    static Queries queries(int, const uint16_t *q, int64_t token, int64_t, int64_t, uint16_t *) { return {q, token}; }
+
+    static void scores(int rows, Queries queries, int64_t width, const uint32_t *panel, float *out, int64_t stride) {
+        const uint16_t *q = queries.data;
+        const int64_t token = queries.token;
         while (rows > 0) {
             const int step = rows >= 12 ? 12 : rows >= 4 ? 4 : 1;
             (step == 12 ? scores_of<12> : step == 4 ? scores_of<4> : scores_of<1>)(q, token, width, panel, out, stride);

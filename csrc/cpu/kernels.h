@@ -34,6 +34,7 @@ struct Attention {
     int64_t num_ranges;
     float scale_log2;  // the softmax scale times log2(e), above 0
     float bonus;       // log2 of the multiplicity of the first range's keys
+    int32_t tiles;     // 1 for AMX, where the CPU has it and Linux gave it
 };
 
 // See `hart_infer/ops/rms_norm.py`. All contiguous; `update` and `total` are null where nothing is added.

@@ -93,7 +93,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         `model.fp16.safetensors`. `strict_config`: raise ConfigError for unknown configuration keys, instead of one warning.
         `revision`, `cache_dir`, `token`, `local_files_only`: passed to huggingface_hub.
         `quantize`: "int8" runs the blocks' linear maps in int8, "int8_weight_only" stores their weights so; both are
-        approximate (docs/int8.md has what they save and cost), and such a pipeline can't be saved.
+        approximate (docs/cpu.md has what they save and cost), and such a pipeline can't be saved.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """

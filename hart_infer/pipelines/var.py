@@ -86,7 +86,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         `local_files_only`: passed to huggingface_hub. A `classes.json` beside the weights names the classes; without it 1000
         classes have ImageNet's names.
         `quantize`: "int8" runs the blocks' linear maps in int8, "int8_weight_only" stores their weights so; both are
-        approximate (docs/int8.md has what they save and cost), and such a pipeline can't be saved.
+        approximate (docs/cpu.md has what they save and cost), and such a pipeline can't be saved.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import LimitExceeded, Operand, call
+from .library import LimitExceeded, Operand, call, has_tiles
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 1024
@@ -27,6 +27,7 @@ class Arguments(ctypes.Structure):
         ("num_ranges", ctypes.c_int64),
         ("scale_log2", ctypes.c_float),
         ("bonus", ctypes.c_float),
+        ("tiles", ctypes.c_int32),
     ]
 
 
@@ -51,7 +52,7 @@ def attention(
             "attention",
             Arguments(
                 Operand.of(q), Operand.of(k), Operand.of(v), out.data_ptr(), rows, heads, queries, head_dim,
-                ctypes.addressof(places), len(pairs) // 2, scale * LOG2E, bonus,
+                ctypes.addressof(places), len(pairs) // 2, scale * LOG2E, bonus, has_tiles(),
             ),
         )  # fmt: skip
     return out

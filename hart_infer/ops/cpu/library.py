@@ -19,6 +19,7 @@ FILE = Path(__file__).resolve().parents[2] / "_cpu.so"
 REASON = FILE.with_suffix(".absent")  # written by setup.py: why no library was built
 INTERFACE = 1  # ABI version, equal to csrc/cpu/library.cpp's
 NEEDS = ("avx512_bf16", "avx512_vnni")  # no x86 CPU has the first alone
+TILES = frozenset({"amx_bf16", "amx_tile"})  # torch's names for AMX's products in bf16, of its versions
 HOW = "to build it: HART_INFER_BUILD_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir . in the sources, with g++"
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,13 @@ def parallel() -> ctypes.c_void_p:
         except (OSError, AttributeError):
             continue
     return ctypes.c_void_p()
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Return whether this process may use AMX's tiles in bf16."""
+    loaded = load()
+    return not isinstance(loaded, str) and bool(TILES & instructions()) and bool(loaded.hart_infer_cpu_ask_for_tiles())
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
