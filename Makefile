@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
 # What decides whether the installed environment is still the right one.
-BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cpp csrc/include/*)
+BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cpp csrc/include/* csrc/cpu/*)
 
 # For `make newest` and `make oldest`: the tests of what stands on other libraries. Of constraints.txt only torch counts;
 # TORCH=2.14.1 takes another, TORCH="2.*" the newest, on Linux a CUDA build of several GB.

@@ -90,6 +90,7 @@ def compare(model: int, dtype: str, args: argparse.Namespace, folder: Path) -> d
         "guidance": args.guidance,
         "more_smooth": family.more_smooth and not args.hard,
         "threads": args.threads,
+        "quantize": args.quantize,
     }
     run = run_together if args.processes == "together" else run_separately
     loads, rounds = run(request, args, folder)
@@ -206,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
                         help="its bf16: cast is faster and smaller, autocast is as released")  # fmt: skip
     result.add_argument("--hard", action="store_true", help="HART: without more_smooth, which amplifies rounding")
     result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
+    result.add_argument("--quantize", choices=("int8", "int8_weight_only"), help="ours: what the blocks' linear maps run in")
     result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     result.add_argument("--seed", type=int, default=1)
     result.add_argument("--repeats", type=int, default=3)
@@ -249,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """The record so far, so that a long run that dies leaves what it had."""
-    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
+    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored", "quantize")
     values = {
         "benchmark": "against_official",
         "machine": measure.machine(args.device),

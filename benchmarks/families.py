@@ -56,7 +56,11 @@ def load_our_hart(request: dict[str, Any]) -> Loaded:
     from hart_infer.models.text import PromptEmbeds
 
     pipe = HartPipeline.from_pretrained(
-        request["checkpoint"], text_encoder=False, torch_dtype=DTYPES[request["dtype"]], device=request["device"]
+        request["checkpoint"],
+        text_encoder=False,
+        torch_dtype=DTYPES[request["dtype"]],
+        device=request["device"],
+        quantize=request.get("quantize"),
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.num_threads = request["threads"]
@@ -92,7 +96,8 @@ def load_our_var(request: dict[str, Any]) -> Loaded:
     """Our pipeline with one class."""
     from hart_infer import VarPipeline
 
-    pipe = VarPipeline.from_pretrained(request["checkpoint"], dtype=DTYPES[request["dtype"]], device=request["device"])
+    options = {"dtype": DTYPES[request["dtype"]], "device": request["device"], "quantize": request.get("quantize")}
+    pipe = VarPipeline.from_pretrained(request["checkpoint"], **options)
     pipe.set_progress_bar_config(disable=True)
     pipe.num_threads = request["threads"]
     label = measure.var_label(pipe.transformer.config.num_classes)

@@ -26,8 +26,15 @@ RELEASED = PRESETS["1024"]
 Product = Callable[..., Tensor]
 
 
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, chunk: int = 128) -> Tensor:
+    """Attention as two products and a softmax for `chunk` queries at a time: what PyTorch does without a fused kernel."""
+    scores = ((part @ k.transpose(-1, -2)).mul_(scale) for part in q.split(chunk, dim=2))
+    return torch.cat([score.softmax(dim=-1) @ v for score in scores], dim=2)
+
+
 def products() -> dict[str, tuple[Product, list[tuple[int, ...]], float]]:
     """By name: the function, its arguments' shapes, and its floating-point operations."""
+    from hart_infer import ops
     from hart_infer.generation.schedule import hart_schedule
 
     schedule = hart_schedule(RELEASED.patch_nums, context_tokens=RELEASED.context_token, share_quant_resi=4)
@@ -36,6 +43,8 @@ def products() -> dict[str, tuple[Product, list[tuple[int, ...]], float]]:
     heads, head_dim = RELEASED.num_heads, RELEASED.embed_dim // RELEASED.num_heads
     keys = stage.offset + stage.length
     channels, image = RELEASED.ch, RELEASED.size // 4
+    shapes = [(1, heads, stage.length, head_dim), *[(1, heads, keys, head_dim)] * 2]
+    scale, operations = 0.25 / head_dim**0.5, 4 * heads * stage.length * keys * head_dim
     return {
         "linear": (F.linear, [(rows, width), (hidden, width), (hidden,)], 2 * rows * width * hidden),
         "conv2d": (
@@ -44,10 +53,12 @@ def products() -> dict[str, tuple[Product, list[tuple[int, ...]], float]]:
             2 * image**2 * channels**2 * 9,
         ),
         "attention": (
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25 / head_dim**0.5),
-            [(1, heads, stage.length, head_dim), *[(1, heads, keys, head_dim)] * 2],
-            4 * heads * stage.length * keys * head_dim,
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale),
+            shapes,
+            operations,
         ),
+        "attention, 128 queries at a time": (lambda q, k, v: chunked_attention(q, k, v, scale=scale), shapes, operations),
+        "attention as ops.attention runs it": (lambda q, k, v: ops.attention(q, k, v, scale=scale), shapes, operations),
     }
 
 
@@ -82,7 +93,7 @@ def rates(dtypes: list[str], repeats: int) -> dict[str, dict[str, float]]:
                     lambda f=function, a=arguments, d=dtype: f(*(x.float() for x in a)).to(DTYPES[d]), repeats
                 )
                 found[name][f"{dtype} widened"] = operations / seconds / 1e9
-            print(f"{name:<10} {dtype}: {found[name][dtype]:.0f} GFLOP/s", file=sys.stderr, flush=True)
+            print(f"{name:<34} {dtype}: {found[name][dtype]:.0f} GFLOP/s", file=sys.stderr, flush=True)
     return found
 
 
@@ -110,9 +121,9 @@ def main() -> int:
         measure.write_json(args.out, result)
     columns = list(dict.fromkeys(way for ways in found.values() for way in ways))
     print(f"GFLOP/s, {args.threads} thread(s) of {result['machine']['cpu']}")
-    print(f"{'':<10}" + "".join(f"{column:>14}" for column in columns))
+    print(f"{'':<34}" + "".join(f"{column:>14}" for column in columns))
     for name, ways in found.items():
-        print(f"{name:<10}" + "".join(f"{ways[column]:>14.0f}" for column in columns))
+        print(f"{name:<34}" + "".join(f"{ways[column]:>14.0f}" for column in columns))
     return 0
 
 

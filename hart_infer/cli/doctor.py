@@ -74,6 +74,8 @@ def _software() -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from ..ops.cpu import describe
+
     total, available = machine.memory()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -83,6 +85,7 @@ def _cpu() -> dict[str, Any]:
         "memory": _gib(total),
         "memory_available": _gib(available),
         "vectors": torch.backends.cpu.get_cpu_capability(),
+        "compiled_kernels": describe(),
         **{name: _half_precision(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))},
     }
 

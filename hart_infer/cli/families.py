@@ -80,14 +80,14 @@ DRAWS: frozenset[Ability] = frozenset({"draw pictures"})
 TRAITS: dict[Family, Traits] = {
     "HART": Traits(
         can=DRAWS | {"edit pictures"},
-        lacks=frozenset({"preset", "quantize"}),
+        lacks=frozenset({"preset"}),
         defaults={"num_inference_steps": 8, "more_smooth": True},
         subject=_prompt,
         num_codes=_autoencoder_codes,
     ),
     "VAR": Traits(
         can=DRAWS | {"edit pictures"},
-        lacks=frozenset(FLAGS) - {"preset", "more_smooth", *SPEED_OPTIONS},
+        lacks=frozenset(FLAGS) - {"preset", "more_smooth", "quantize", *SPEED_OPTIONS},
         defaults={"more_smooth": False},
         subject=_label,
         num_codes=_autoencoder_codes,

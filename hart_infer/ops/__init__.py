@@ -4,6 +4,7 @@ from .attention import attention, causal_attention
 from .diffusion_step import diffusion_step
 from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
+from .int8_linear import int8_linear
 from .layer_norm_modulate import gated_layer_norm_modulate, layer_norm_modulate
 from .normal_noise import normal_noise
 from .products import conv2d, linear
@@ -22,6 +23,7 @@ __all__ = [
     "gated_layer_norm_modulate",
     "group_norm_silu",
     "guided_sample",
+    "int8_linear",
     "layer_norm_modulate",
     "linear",
     "normal_noise",

@@ -26,7 +26,7 @@ DEFAULTS = (
 )
 
 
-@op(triton=Backend("..kernels.attention:attention"), defaults=DEFAULTS)
+@op(triton=Backend("..kernels.attention:attention"), cpu=Backend(".cpu:attention"), defaults=DEFAULTS)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, multiplicity: int = 1, ranges: Sequence[int] | None = None
 ) -> Tensor:

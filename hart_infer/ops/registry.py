@@ -20,7 +20,8 @@ from ..errors import BackendError, InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 REFERENCE = "torch"
-BACKENDS = ("cuda", "triton", REFERENCE)  # in order of preference
+CPU = "cpu"  # the backend of kernels for CPUs; those of all others are for GPUs
+BACKENDS = ("cuda", "triton", CPU, REFERENCE)  # in order of preference
 logger = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 _told: set[str] = set()
@@ -154,7 +155,7 @@ class Op(Generic[P, R]):
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         x: Any = args[0]
         forced = _forced.get()
-        if forced is None and x.device.type == "cpu":
+        if forced is None and x.device.type == "cpu" and CPU not in self.backends:
             return self.reference(*args, **kwargs)
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():  # Triton launches on the current one
             key = (x.device, x.dtype, forced, self._default(kwargs))
@@ -204,13 +205,13 @@ class Op(Generic[P, R]):
                 raise BackendError(f"{self.name} can't run by {forced} on {where}: {reason}. Leave the choice to the library.")
             return Choice(forced, self.backends[forced].function(), {}, self.backends[forced].limit_error())
         refusals: dict[str, str] = {}
-        if where.device == "cpu":
-            return Choice(REFERENCE, self.reference, dict.fromkeys(self.backends, "kernels are for GPUs"))
         why = default.why if default and where.device == "cuda" else ""
         if why and default and default.backend == REFERENCE:
             return Choice(REFERENCE, self.reference, {}, why=why)
         for name, backend in self.backends.items():
-            reason = backend.refusal(where)
+            if name == CPU and where.device != "cpu":
+                continue
+            reason = "it is for GPUs" if name != CPU and where.device == "cpu" else backend.refusal(where)
             if reason is None:
                 return Choice(name, backend.function(), refusals, backend.limit_error(), why)
             refusals[name] = reason
@@ -262,7 +263,7 @@ def op(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context run operations by backend `name` ("torch", "triton" or "cuda"), or raise BackendError.
+    """Within the context run operations by backend `name` ("torch", "triton", "cuda" or "cpu"), or raise BackendError.
 
     Operations without that backend are unaffected, and so are those whose arguments need gradients. Raises InputError for an
     unknown name.

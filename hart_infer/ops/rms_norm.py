@@ -10,7 +10,7 @@ from .registry import Backend, op
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest magnitude of a quantized row becomes this
 
 
-@op(cuda=Backend(".cuda:rms_norm"))
+@op(cuda=Backend(".cuda:rms_norm"), cpu=Backend(".cpu:rms_norm"))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension of `x` [..., D] in fp32, round to x's dtype, then multiply by `weight` [D].
 
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-@op(cuda=Backend(".cuda:add_rms_norm"))
+@op(cuda=Backend(".cuda:add_rms_norm"), cpu=Backend(".cpu:add_rms_norm"))
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the sum of `x` and `update` [..., D], rounded to their dtype, and the RMS norm of that sum."""
     total = x + update

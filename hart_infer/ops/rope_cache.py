@@ -9,7 +9,7 @@ from .registry import Backend, op
 from .rope import rope
 
 
-@op(mutates=("keys", "values"), triton=Backend("..kernels.rope_cache:rope_cache"))
+@op(mutates=("keys", "values"), triton=Backend("..kernels.rope_cache:rope_cache"), cpu=Backend(".cpu:rope_cache"))
 def rope_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, gains: Tensor | None = None) -> Tensor:
     """Rotate q and k of `qkv` [R, L, 3, H, d] as `rope` does; return q [R, H, L, d].
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .registry import Backend, op
 
 
-@op(triton=Backend("..kernels.swiglu:swiglu"))
+@op(triton=Backend("..kernels.swiglu:swiglu"), cpu=Backend(".cpu:swiglu"))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up for two tensors [..., D] of one dtype; silu(gate) is rounded to that dtype first."""
     return F.silu(gate) * up

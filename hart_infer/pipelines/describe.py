@@ -22,8 +22,10 @@ def describe(
     lines += [f"  {part.replace('_', ' ')}: {_part(module)}" for part, module in components.items()]
     lines += [f"  {fact}: {value}" for fact, value in facts.items()]
     if device.type == "cpu":
-        lines.append("  operations: by PyTorch, every one; kernels are for GPUs")
-        return "\n".join(lines)
+        chosen = operations(Where("cpu", dtype))
+        ours = {operation: by for operation, by in chosen.items() if not by.startswith("PyTorch")}
+        lines.append(f"  operations: by PyTorch, {'all but these' if ours else 'every one'}; most kernels are for GPUs")
+        return "\n".join([*lines, *(f"  {operation}: {by}" for operation, by in ours.items())])
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # refusal() tries kernels on the current device
         chosen = operations(Where.of(torch.empty(0, dtype=dtype, device=device)))
     return "\n".join([*lines, *(f"  {operation}: {by}" for operation, by in chosen.items())])

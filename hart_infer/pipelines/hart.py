@@ -16,6 +16,7 @@ from ..checkpoints.hub import HubOptions
 from ..checkpoints.layouts import BUNDLED_MODEL
 from ..checkpoints.text_encoder import load_text_encoder
 from ..engine.cpu import cpu_threads
+from ..engine.quantize import Quantize
 from ..errors import InputError
 from ..generation.fast import apply
 from ..generation.schedule import Schedule, Settings, hart_schedule
@@ -30,6 +31,7 @@ from .edit import PictureEdit
 from .next_scale import NextScalePipeline
 from .out_of_memory import out_of_memory_advice
 from .outputs import ImageOutput
+from .quantized import check_quantize, quantize_blocks, refuse_to_save
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         device: torch.device | str | None = None,
         variant: str | None = None,
         strict_config: bool = False,
+        quantize: Quantize | None = None,
     ) -> HartPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder (the checkpoint's, or its `llm/`).
 
@@ -89,9 +92,12 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         None keeps the stored one; the quantizer stays fp32. `device` None: CUDA, else MPS, else the CPU. `variant` "fp16" reads
         `model.fp16.safetensors`. `strict_config`: raise ConfigError for unknown configuration keys, instead of one warning.
         `revision`, `cache_dir`, `token`, `local_files_only`: passed to huggingface_hub.
+        `quantize`: "int8" runs the blocks' linear maps in int8, "int8_weight_only" stores their weights so; both are
+        approximate (docs/cpu.md has what they save and cost), and such a pipeline can't be saved.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
+        check_quantize(quantize)
         target, dtype = check_device(device), dtype or torch_dtype
         check_dtype(dtype)
         for name, flag in {"use_ema": use_ema, "local_files_only": local_files_only, "strict_config": strict_config}.items():
@@ -108,6 +114,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         folder = None if text_encoder is False else checkpoint.locate_text_encoder(text_encoder, replace(hub, revision=None))
         with out_of_memory_advice():
             transformer = checkpoint.load_transformer(dtype)
+            quantize_blocks(transformer, quantize)
             autoencoder = checkpoint.load_autoencoder(transformer.dtype)
             width = checkpoint.transformer.context_dim
             encoder = load_text_encoder(folder, dtype=transformer.dtype, device=target, width=width) if folder else None
@@ -119,6 +126,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
 
     def _save(self, path: Path, max_shard_size: str) -> Path:
+        refuse_to_save(self.transformer)
         parts = (self.transformer, self.autoencoder, self.text_encoder)
         return checkpoints.save(path, *parts, self.defaults, max_shard_size=max_shard_size)
 

@@ -12,6 +12,7 @@ import torch
 from ..checkpoints import var as checkpoints
 from ..checkpoints.hub import HubOptions
 from ..checkpoints.var import VarDefaults, find_checkpoint
+from ..engine.quantize import Quantize
 from ..errors import InputError
 from ..generation.fast import apply
 from ..generation.schedule import Settings, var_schedule
@@ -26,6 +27,7 @@ from .labels import Labels
 from .next_scale import NextScalePipeline
 from .out_of_memory import out_of_memory_advice
 from .outputs import ImageOutput
+from .quantized import check_quantize, quantize_blocks, refuse_to_save
 
 Label = int | str
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,6 +71,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        quantize: Quantize | None = None,
     ) -> VarPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder.
 
@@ -79,9 +82,12 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         quantizer stays fp32. `device` None: CUDA, else MPS, else the CPU. `revision`, `cache_dir`, `token`,
         `local_files_only`: passed to huggingface_hub. A `classes.json` beside the weights names the classes; without it 1000
         classes have ImageNet's names.
+        `quantize`: "int8" runs the blocks' linear maps in int8, "int8_weight_only" stores their weights so; both are
+        approximate (docs/cpu.md has what they save and cost), and such a pipeline can't be saved.
 
         Raises InputError, CheckpointNotFoundError, ConfigError, WeightsError, OutOfMemoryError.
         """
+        check_quantize(quantize)
         target, dtype = check_device(device), dtype or torch_dtype
         check_dtype(dtype)
         check_bool(local_files_only, "local_files_only")
@@ -90,6 +96,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         labels = Labels.for_checkpoint(checkpoint.transformer.num_classes, checkpoint.classes)
         with out_of_memory_advice():
             transformer = checkpoint.load_transformer(dtype)
+            quantize_blocks(transformer, quantize)
             autoencoder = checkpoint.load_autoencoder(transformer.dtype)
             pipe = cls(transformer, autoencoder, name=checkpoint.name, labels=labels, defaults=checkpoint.defaults)
             return pipe.to(target)
@@ -100,6 +107,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         return {"transformer": self.transformer, "autoencoder": self.autoencoder}
 
     def _save(self, path: Path, max_shard_size: str) -> Path:
+        refuse_to_save(self.transformer)
         parts = (self.transformer, self.autoencoder)
         return checkpoints.save(path, *parts, self.defaults, class_names=self.labels.names, max_shard_size=max_shard_size)
 

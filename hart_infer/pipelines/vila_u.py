@@ -15,7 +15,7 @@ from ..checkpoints import vila_u as checkpoints
 from ..checkpoints.hub import HubOptions
 from ..checkpoints.vila_u import Parts, VilaUCheckpoint, find_checkpoint
 from ..engine.cpu import cpu_threads
-from ..engine.quantize import Int8Linear, quantize_weights
+from ..engine.quantize import quantize_weights
 from ..errors import InputError
 from ..generation.next_token import GenerationState, KeptPrefix, Networks, Prefix, finish, prefill_alone, run_position, start
 from ..generation.sampling import CodeRule, TokenSampler, make_token_sampler
@@ -27,6 +27,7 @@ from .checks import MAX_GUIDANCE, check_bool, check_float, check_int, check_outp
 from .conversation import ConversationPipeline
 from .out_of_memory import check_memory, out_of_memory_advice
 from .outputs import Callback, ImageOutput, Step, VideoOutput, check_callback
+from .quantized import WEIGHT_ONLY, check_quantize, refuse_to_save
 
 Output = Literal["pil", "np", "pt", "latent"]
 _DECODES = "pictures are decoded one by one, and are small; to save memory use enable_model_cpu_offload()"
@@ -51,9 +52,6 @@ class _Request:
     def repeats(self) -> int:
         """Pictures or videos of a prompt."""
         return len(self.seeds) // len(self.prompts)
-
-
-QUANTIZED = "int8_weight_only"
 
 
 class VilaUPipeline(ConversationPipeline):
@@ -116,8 +114,7 @@ class VilaUPipeline(ConversationPipeline):
         check_dtype(dtype)
         for name, flag in {"local_files_only": local_files_only, "strict_config": strict_config}.items():
             check_bool(flag, name)
-        if quantize not in (None, QUANTIZED):
-            raise InputError(f"quantize must be {QUANTIZED!r} or None, not {quantize!r}.")
+        check_quantize(quantize, WEIGHT_ONLY)
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         found = find_checkpoint(repo_or_path, variant=variant, strict_config=strict_config, hub=hub)
         if dtype is None and target.type == "cuda":
@@ -126,8 +123,7 @@ class VilaUPipeline(ConversationPipeline):
             return cls(_load(found, dtype, quantize is not None), name=found.name).to(target)
 
     def _save(self, path: Path, max_shard_size: str) -> Path:
-        if any(isinstance(module, Int8Linear) for module in self.llama.modules()):
-            raise InputError("Weights in int8 are not saved; load without quantize and save that, then quantize on loading.")
+        refuse_to_save(self.llama)
         parts = Parts(
             self.llama,
             self.vision_tower,

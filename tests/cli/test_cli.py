@@ -317,11 +317,12 @@ def test_every_option_arrives(calls: Calls) -> None:
     arguments = (
         "generate x --size 32 --guidance-scale 3 --steps 5 --top-k 9 --top-p .5 --no-smooth "
         "--negative-prompt b --no-system-prompt -m m --variant v --revision r --local-files-only --no-ema --text-encoder t "
-        "--device cpu --dtype bf16"
+        "--device cpu --dtype bf16 --quantize int8"
     )
     assert main(arguments.split()) == 0
     (load,), (batch,) = calls.loads, calls.batches
     assert load == {
+        "quantize": "int8",
         "path": "m",
         "text_encoder": "t",
         "revision": "r",

@@ -121,7 +121,7 @@ def test_the_choice_is_made_once(declared, monkeypatch):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(InputError, match="no backend 'rocm'; cuda, triton, torch are"), use_backend("rocm"):
+    with pytest.raises(InputError, match="no backend 'rocm'; cuda, triton, cpu, torch are"), use_backend("rocm"):
         pass
 
 
@@ -198,6 +198,7 @@ def test_compilers_know_every_operation():
         "gated_layer_norm_modulate": ((rows, rows + 1, rows, width, None, rows, rows, 1e-6), {}),
         "group_norm_silu": ((torch.randn(1, 4, 2, 3), torch.ones(4), torch.zeros(4), 2, 1e-6), {"silu": True}),
         "guided_sample": ((logits, codebook, seeds, torch.tensor([0]), settings), drawn),
+        "int8_linear": ((rows, torch.ones(1, 2, 32, 4).char(), width, torch.full((8,), 8).int(), None), {}),
         "layer_norm_modulate": ((rows, width, width, rows, rows, 1e-6), {}),
         "normal_noise": ((seeds,), {"step": 2, "tokens": 3, "channels": 4}),
         "rms_norm": ((rows, width, 1e-6), {}),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.precision import widens
 
 
 class WeightsStamp:
@@ -158,6 +160,22 @@ class SinusoidEmbedding(nn.Module):
         return self.fc2(nn.functional.silu(self.fc1(features)))
 
 
+CHUNK = 1024  # rows
+
+
+def in_chunks(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `layer`, which maps every row by itself, to x [..., in] -> [..., out]: on a CPU to CHUNK rows at a time.
+
+    What it computes in between then stays in the caches, and no large memory is mapped for it and given back: an MLP of 8,192
+    rows by 1,536 and 4,096 in bf16 ran at 802 instead of 711 GFLOP/s (two cores of an AMD EPYC with AVX512_BF16). Not where
+    products are widened, since each chunk would widen the weights again.
+    """
+    if x.device.type != "cpu" or x.numel() <= CHUNK * x.shape[-1] or torch.compiler.is_compiling() or widens(x, "linear"):
+        return layer(x)
+    out = torch.cat([layer(rows) for rows in x.reshape(-1, x.shape[-1]).split(CHUNK)])
+    return out.view(*x.shape[:-1], -1)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x), no biases (released `LlamaMLP`)."""
 
@@ -169,7 +187,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+        return in_chunks(lambda rows: self.down(ops.swiglu(self.gate(rows), self.up(rows))), x)
 
 
 class GeluMLP(nn.Module):
@@ -182,4 +200,4 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        return in_chunks(lambda rows: self.fc2(nn.functional.gelu(self.fc1(rows), approximate="tanh")), x)

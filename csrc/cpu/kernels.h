@@ -1,0 +1,111 @@
+// The plain C interface of the CPU's kernels, and how they share out work. Included before any vector code, so it needs none.
+#pragma once
+
+#include <stdint.h>
+
+#define HART_EXPORT extern "C" __attribute__((visibility("default")))
+
+// GOMP_parallel of the OpenMP runtime that PyTorch loaded: calls work(context) in `threads` threads and waits for them.
+// With it the kernels' threads are PyTorch's own, and no second pool competes for the cores.
+typedef void (*Parallel)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+
+struct Threads {
+    int count;
+    Parallel parallel;  // null: one thread
+};
+
+// bf16 tensor [rows, heads, tokens, width] with strides in elements; the width's is 1.
+struct Operand {
+    const uint16_t *data;
+    int64_t row, head, token;
+};
+
+struct Result {
+    uint16_t *data;
+    int64_t row, head, token;
+};
+
+// See `hart_infer/ops/attention.py`. `ranges`: pairs of start and stop, at least one, none empty.
+struct Attention {
+    Operand q, k, v;
+    uint16_t *out;  // [rows, queries, heads * head_dim], contiguous
+    int64_t rows, heads, queries, head_dim;
+    const int64_t *ranges;
+    int64_t num_ranges;
+    float scale_log2;  // the softmax scale times log2(e), above 0
+    float bonus;       // log2 of the multiplicity of the first range's keys
+    int32_t tiles;     // 1 for AMX, where the CPU has it and Linux gave it
+};
+
+// See `hart_infer/ops/rms_norm.py`. All contiguous; `update` and `total` are null where nothing is added.
+struct RmsNorm {
+    const uint16_t *x, *update, *weight;
+    uint16_t *total, *out;
+    int64_t rows, width;
+    float eps;
+};
+
+// See `hart_infer/ops/swiglu.py`. All contiguous.
+struct Swiglu {
+    const uint16_t *gate, *up;
+    uint16_t *out;
+    int64_t rows, width;
+};
+
+// See `hart_infer/ops/rope_cache.py`. q, k, v are the parts of qkv; all heads share the tables; `gains` is null without norms.
+struct RopeCache {
+    Operand q, k, v, cos, sin;
+    Result rotated, keys, values;
+    const uint16_t *gains;
+    int64_t rows, heads, tokens, head_dim;
+};
+
+// See `hart_infer/ops/int8_linear.py`. All contiguous; `levels` [rows, in] and `row_scales` [rows] are room to work in.
+struct Int8Linear {
+    const uint16_t *x;
+    const int8_t *weight;        // [panels][in / 4][32 outputs][4 inputs]
+    const float *scale;          // of each output
+    const int32_t *weight_sums;  // of each output
+    const uint16_t *bias;        // or null
+    uint8_t *levels;
+    float *row_scales;
+    uint16_t *out;
+    int64_t rows, in, out_width;
+};
+
+namespace {
+
+// Numbers of tasks, each given out once; threads take them as they come.
+struct Tasks {
+    int64_t next, total;
+    // The next one, or -1.
+    int64_t take() {
+        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        return task < total ? task : -1;
+    }
+};
+
+template <class Work>
+struct Shared {
+    Tasks tasks;
+    const Work *work;
+    int failed;
+    static void run(void *context) {
+        Shared &shared = *(Shared *)context;
+        if ((*shared.work)(shared.tasks)) __atomic_store_n(&shared.failed, 1, __ATOMIC_RELAXED);
+    }
+};
+
+// Call work(tasks) in every thread: it takes tasks until there are none, and returns 0, or 1 if it failed. 1 if one did.
+template <class Work>
+int share_out(int64_t total, Threads threads, const Work &work) {
+    Shared<Work> shared = {{0, total}, &work, 0};
+    const int64_t count = total < threads.count ? total : threads.count;
+    if (threads.parallel && count > 1)
+        threads.parallel(Shared<Work>::run, &shared, (unsigned)count, 0);
+    else
+        Shared<Work>::run(&shared);
+    return shared.failed;
+}
+
+}  // namespace

@@ -1,0 +1,20 @@
+"""Check arguments and call the compiled kernels for x86 CPUs of `csrc/cpu/`, where they were built."""
+
+from __future__ import annotations
+
+from .attention import attention
+from .int8_linear import int8_linear
+from .library import LimitExceeded, describe, refusal
+from .pointwise import add_rms_norm, rms_norm, rope_cache, swiglu
+
+__all__ = [
+    "LimitExceeded",
+    "add_rms_norm",
+    "attention",
+    "describe",
+    "int8_linear",
+    "refusal",
+    "rms_norm",
+    "rope_cache",
+    "swiglu",
+]
