@@ -45,6 +45,22 @@ struct RmsNorm {
     float eps;
 };
 
+// See `hart_infer/ops/layer_norm_modulate.py`: x [groups, rows, width], contiguous, as are `update`, `total` and `out`; `gate`,
+// `scale` and `shift` are bf16 with strides of their own, 0 where a dimension is shared. `update`, `gate` and `total` are null
+// where nothing is added, `weight` and `bias` [width] where the norm has none.
+struct Rows {
+    const uint16_t *data;
+    int64_t group, row;
+};
+
+struct LayerNorm {
+    const uint16_t *x, *update, *weight, *bias;
+    Rows gate, scale, shift;
+    uint16_t *total, *out;
+    int64_t groups, rows, width;
+    float eps;
+};
+
 // See `hart_infer/ops/swiglu.py`. All contiguous.
 struct Swiglu {
     const uint16_t *gate, *up;

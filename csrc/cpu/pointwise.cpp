@@ -42,6 +42,43 @@ void norm_row(const RmsNorm &a, int64_t row) {
     }
 }
 
+void layer_norm_row(const LayerNorm &a, int64_t index) {
+    const int64_t start = index * a.width, group = index / a.rows, row = index % a.rows;
+    const uint16_t *x = a.x + start, *gate = a.gate.data + group * a.gate.group + row * a.gate.row;
+    const uint16_t *scale = a.scale.data + group * a.scale.group + row * a.scale.row;
+    const uint16_t *shift = a.shift.data + group * a.shift.group + row * a.shift.row;
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t i = 0; i < a.width; i += 16) {
+        const __mmask16 lanes = first_lanes(a.width - i);
+        __m512 value = load(x + i, lanes);
+        if (a.update) {
+            const __m512 added = rounded(_mm512_mul_ps(load(gate + i, lanes), load(a.update + start + i, lanes)));
+            value = rounded(_mm512_add_ps(value, added));
+            store(a.total + start + i, lanes, value);
+        }
+        sums = _mm512_add_ps(sums, value);
+    }
+    if (a.update) x = a.total + start;
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sums) / (float)a.width);
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < a.width; i += 16) {
+        const __mmask16 lanes = first_lanes(a.width - i);
+        const __m512 centred = _mm512_maskz_sub_ps(lanes, load(x + i, lanes), mean);
+        squares = _mm512_fmadd_ps(centred, centred, squares);
+    }
+    const float variance = _mm512_reduce_add_ps(squares) / (float)a.width;
+    const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + a.eps));
+    for (int64_t i = 0; i < a.width; i += 16) {
+        const __mmask16 lanes = first_lanes(a.width - i);
+        __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(x + i, lanes), mean), inverse);
+        if (a.weight) normed = _mm512_mul_ps(normed, load(a.weight + i, lanes));
+        if (a.bias) normed = _mm512_add_ps(normed, load(a.bias + i, lanes));
+        const __m512 scaled = _mm512_mul_ps(rounded(normed), rounded(_mm512_add_ps(one, load(scale + i, lanes))));
+        store(a.out + start + i, lanes, _mm512_add_ps(rounded(scaled), load(shift + i, lanes)));
+    }
+}
+
 void gate_row(const Swiglu &a, int64_t row) {
     const __m512 one = _mm512_set1_ps(1.0f), minus_log2e = _mm512_set1_ps(-1.44269504088896f);
     for (int64_t i = row * a.width, stop = i + a.width; i < stop; i += 16) {
@@ -112,6 +149,10 @@ void rope_token(const RopeCache &a, int64_t index) {
 
 HART_EXPORT int hart_infer_cpu_rms_norm(const RmsNorm *a, int threads, Parallel parallel) {
     return for_rows(a->rows, a->width, {threads, parallel}, [a](int64_t row) { norm_row(*a, row); });
+}
+
+HART_EXPORT int hart_infer_cpu_layer_norm(const LayerNorm *a, int threads, Parallel parallel) {
+    return for_rows(a->groups * a->rows, a->width, {threads, parallel}, [a](int64_t row) { layer_norm_row(*a, row); });
 }
 
 HART_EXPORT int hart_infer_cpu_swiglu(const Swiglu *a, int threads, Parallel parallel) {

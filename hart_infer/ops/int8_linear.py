@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int8(levels: Tensor) -> Tensor:
     """Lay out levels [out, in] int8, in a multiple of QUAD, as [panels, in / QUAD, PANEL, QUAD], with zeros at the end."""
     out, width = levels.shape
-    padded = F.pad(levels, (0, 0, 0, -out % PANEL))
+    padded = F.pad(levels, (0, 0, 0, -out % PANEL)) if out % PANEL else levels
     return padded.view(-1, PANEL, width // QUAD, QUAD).transpose(1, 2).contiguous()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .registry import Backend, op
 
 
-@op(cuda=Backend(".cuda:layer_norm_modulate"))
+@op(cuda=Backend(".cuda:layer_norm_modulate"), cpu=Backend(".cpu:layer_norm_modulate"))
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
@@ -16,7 +16,7 @@ def layer_norm_modulate(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
 
 
-@op(cuda=Backend(".cuda:gated_layer_norm_modulate"))
+@op(cuda=Backend(".cuda:gated_layer_norm_modulate"), cpu=Backend(".cpu:gated_layer_norm_modulate"))
 def gated_layer_norm_modulate(
     x: Tensor,
     update: Tensor,

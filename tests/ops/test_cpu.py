@@ -172,6 +172,27 @@ def test_rms_norm(shape: tuple[int, ...], added: bool) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("learned", [False, True], ids=["plain", "learned"])
+@pytest.mark.parametrize("gated", [False, True], ids=["alone", "gated"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (2, 3, 64), (7, 1024), (2, 40, 1000)], ids=str)
+def test_layer_norm_modulate(shape: tuple[int, ...], gated: bool, learned: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    shared = (*shape[:-2], 1, shape[-1]) if len(shape) == 3 else shape
+    x, update = (strided(torch.randn(shape, generator=generator).bfloat16() * 3 + 1) for _ in range(2))
+    gate, scale, shift = (strided(torch.randn(shared, generator=generator).bfloat16()) for _ in range(3))
+    weight, bias = (torch.randn(shape[-1], generator=generator).bfloat16() if learned else None for _ in range(2))
+    rest = (weight, bias, scale, shift, 1e-6)
+    with use_backend("cpu"):
+        total, found = (
+            ops.gated_layer_norm_modulate(x, update, gate, *rest) if gated else (x, ops.layer_norm_modulate(x, *rest))
+        )
+    assert torch.equal(total, x + gate * update if gated else x)
+    wide = [None if y is None else y.double() for y in (weight, bias)]
+    exact = F.layer_norm(total.double(), shape[-1:], *wide, 1e-6) * (1 + scale.double()) + shift.double()
+    check(found, ops.layer_norm_modulate.reference(total, *rest), exact)
+
+
+@compiled
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_swiglu(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(6)

@@ -22,6 +22,24 @@ class RmsNorm(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """A tensor [groups, rows, width] with stride 1 along the width: its address, its other strides in elements."""
+
+    _fields_ = [("data", _POINTER), ("group", _LONG), ("row", _LONG)]
+
+
+class LayerNorm(ctypes.Structure):
+    """`struct LayerNorm` of csrc/cpu/kernels.h."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "update", "weight", "bias")),
+        *((name, Rows) for name in ("gate", "scale", "shift")),
+        *((name, _POINTER) for name in ("total", "out")),
+        *((name, _LONG) for name in ("groups", "rows", "width")),
+        ("eps", ctypes.c_float),
+    ]
+
+
 class Swiglu(ctypes.Structure):
     """`struct Swiglu` of csrc/cpu/kernels.h."""
 
@@ -63,6 +81,67 @@ def _rms_norm(name: str, x: Tensor, update: Tensor | None, weight: Tensor, eps: 
         pointers = (x.data_ptr(), addresses[0], weight.data_ptr(), addresses[1], out.data_ptr())
         call("rms_norm", RmsNorm(*pointers, x.numel() // width, width, eps))
     return total, out
+
+
+def layer_norm_modulate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> Tensor:
+    """Compute what the reference in `hart_infer/ops/layer_norm_modulate.py` computes."""
+    return _layer_norm("layer_norm_modulate", x, None, None, weight, bias, scale, shift, eps)[1]
+
+
+def gated_layer_norm_modulate(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute what the reference in `hart_infer/ops/layer_norm_modulate.py` computes."""
+    return _layer_norm("gated_layer_norm_modulate", x, update, gate, weight, bias, scale, shift, eps)
+
+
+def _layer_norm(
+    name: str,
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return (x + gate * update, its modulated norm); x itself without update."""
+    vectors = [None if y is None else y.contiguous() for y in (weight, bias)]
+    _check(name, x, x.shape[-1:], *(y for y in vectors if y is not None))
+    x = x.contiguous()
+    shape = x.shape if x.dim() == 3 else torch.Size((1, x.numel() // max(1, x.shape[-1]), x.shape[-1]))
+    shared = [None if y is None else _spread(name, y, x, shape) for y in (gate, scale, shift)]
+    total, out = x if update is None else x.new_empty(x.shape), x.new_empty(x.shape)
+    if update is not None:
+        _check(name, x, x.shape, update)
+        update = update.contiguous()
+    if x.numel():
+        pointers = [None if y is None else y.data_ptr() for y in (update, *vectors)]
+        rows = [Rows() if y is None else Rows(y.data_ptr(), *y.stride()[:2]) for y in shared]
+        written = None if update is None else total.data_ptr()
+        call("layer_norm", LayerNorm(x.data_ptr(), *pointers, *rows, written, out.data_ptr(), *shape, eps))
+    return total, out
+
+
+def _spread(name: str, y: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+    """Return `y`, which broadcasts to x's shape, as a view [groups, rows, width] with strides 0 where it is shared."""
+    _check(name, x, y.shape, y)
+    try:
+        wide = y.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: {list(y.shape)} does not broadcast to {list(x.shape)}.") from None
+    wide = wide if wide.stride(-1) == 1 or x.shape[-1] == 1 else wide.contiguous()
+    return wide if x.dim() == 3 else wide.reshape(shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
