@@ -56,7 +56,8 @@ class Listener:
 
     def __init__(self, inner: Sampler, sides: Sequence[int], tokens: int, heard: list[Logits]) -> None:
         self.inner, self.sides, self.tokens, self.heard = inner, sides, tokens, heard
-        self.batch_size, self.noise, self.check = inner.batch_size, inner.noise, inner.check
+        self.batch_size, self.noise = inner.batch_size, inner.noise
+        self.settings, self.failed = inner.settings, inner.failed
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """As `Sampler.draw`."""

@@ -226,11 +226,19 @@ def group_norm_silu(x: Inputs) -> Call:
     return (picture, x(s.decoder_channels), x(s.decoder_channels), s.norm_groups, EPS), {}
 
 
+def int8_linear(x: Inputs) -> Call:
+    """An MLP's first map."""
+    s = x.shapes
+    levels = torch.randint(-127, 128, (s.mlp, s.width), generator=x.generator, device=x.device, dtype=torch.int8)
+    scale = x(s.mlp, dtype=torch.float32).abs()
+    return (x.tokens(), pack_int8(levels), scale, levels.sum(dim=1, dtype=torch.int32), x(s.mlp)), {}
+
+
 CASES: dict[str, Callable[[Inputs], Call]] = {
     case.__name__: case
     for case in (
         attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
-        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu,
+        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu, int8_linear,
     )
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
 from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
 CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
@@ -76,7 +77,13 @@ def forward(
 ) -> tuple[list[Tensor], Modulation]:
     """Hidden states [B, p * p, D] of the given `stages`, the first ones, from the teacher-forced inputs [B, C, p, p] of all
     but the first."""
-    condition = once(condition)
+    with use_backend("torch"):  # a kernel has no gradient, and wants one dtype
+        return _forward(transformer, stages, once(condition), inputs)
+
+
+def _forward(
+    transformer: NextScaleTransformer, stages: Sequence[Stage], condition: Condition, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Modulation]:
     cache = TeacherCache(len(condition.inputs), transformer.num_heads, transformer.head_dim)
     place: Any = cache.at(condition.inputs.shape[1])
     hidden = [transformer(condition.inputs, condition.modulation, condition.table, place)[:, -1:]]

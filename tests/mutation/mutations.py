@@ -385,8 +385,8 @@ MUTATIONS = [
     Mutation(
         "the exact GELU",
         "hart_infer/models/parts/layers.py",
-        'nn.functional.gelu(self.fc1(x), approximate="tanh")',
-        "nn.functional.gelu(self.fc1(x))",
+        'nn.functional.gelu(self.fc1(rows), approximate="tanh")',
+        "nn.functional.gelu(self.fc1(rows))",
         "tests/models/test_var.py::test_logits_of_every_scale[False]",
     ),
     Mutation(
