@@ -45,26 +45,27 @@ def run_batch(
 
     Called again with the same rows, after whatever ended it, it goes on. Rows that have failed are tried again. `described` is
     what all pictures of the folder share, in JSON's types: a folder begun with another is refused. `pool` None draws in this
-    process. Raises InputError, OutputError, and what loading a model raises.
+    process. Raises InputError, also while another run writes into the folder, OutputError, and what loading a model raises.
     """
     import_pyarrow()
     storage = open_storage(options.out)
-    claim(storage, described)
-    finished = finished_ids(storage)
-    good = [row for row in rows if row.error is None]
-    bad = [row for row in rows if row.error is not None]
-    before = sum(row.id in finished for row in rows)
-    drawn, failed = before, sum(row.id not in finished for row in bad)
-    _record(storage, [row for row in bad if row.id not in finished])
-    on_progress(Progress(len(rows), drawn, failed, before))
-    chunks = make_chunks(good, chunk_size, finished)
-    for done in (pool or run_here)(options, chunks) if chunks else ():
-        drawn, failed = drawn + done.drawn, failed + done.failed
+    with storage.alone():
+        claim(storage, described)
+        finished = finished_ids(storage)
+        good = [row for row in rows if row.error is None]
+        bad = [row for row in rows if row.error is not None]
+        before = sum(row.id in finished for row in rows)
+        drawn, failed = before, sum(row.id not in finished for row in bad)
+        _record(storage, [row for row in bad if row.id not in finished])
         on_progress(Progress(len(rows), drawn, failed, before))
-    compact(storage, (row.id for row in rows))
-    for folder in (IMAGES, SHARDS, SHEETS, ""):
-        storage.tidy(folder)
-    return Progress(len(rows), drawn, failed, before)
+        chunks = make_chunks(good, chunk_size, finished)
+        for done in (pool or run_here)(options, chunks) if chunks else ():
+            drawn, failed = drawn + done.drawn, failed + done.failed
+            on_progress(Progress(len(rows), drawn, failed, before))
+        compact(storage, (row.id for row in rows))
+        for folder in (IMAGES, SHARDS, SHEETS, ""):
+            storage.tidy(folder)
+        return Progress(len(rows), drawn, failed, before)
 
 
 def run_here(options: WorkerOptions, chunks: Sequence[Chunk]) -> Iterator[Done]:
