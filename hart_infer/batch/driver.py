@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .claim import claim
-from .manifest import Record, compact, finished_ids, import_pyarrow, write_part
+from .manifest import Record, compact, finished_prompts, import_pyarrow, remove_orphans, write_part
 from .plan import Chunk, make_chunks
 from .rows import Row
 from .storage import Storage, open_storage
@@ -51,7 +51,7 @@ def run_batch(
     storage = open_storage(options.out)
     with storage.alone():
         claim(storage, described)
-        finished = finished_ids(storage)
+        finished = finished_prompts(storage)
         good = [row for row in rows if row.error is None]
         bad = [row for row in rows if row.error is not None]
         before = sum(row.id in finished for row in rows)
@@ -62,7 +62,8 @@ def run_batch(
         for done in (pool or run_here)(options, chunks) if chunks else ():
             drawn, failed = drawn + done.drawn, failed + done.failed
             on_progress(Progress(len(rows), drawn, failed, before))
-        compact(storage, (row.id for row in rows))
+        compact(storage, [row.id for row in rows])
+        remove_orphans(storage)
         for folder in (IMAGES, SHARDS, SHEETS, ""):
             storage.tidy(folder)
         return Progress(len(rows), drawn, failed, before)
