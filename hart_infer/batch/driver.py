@@ -19,12 +19,16 @@ Pool = Callable[[WorkerOptions, Sequence[Chunk]], Iterable[Done]]  # finishes al
 
 @dataclass(frozen=True)
 class Progress:
-    """Rows of the input: in all, with a picture, and with an error; `before`: those that earlier runs drew."""
+    """Rows of the input: in all, with a picture, and with an error.
+
+    `before`: those that earlier runs drew; `changed`: those of them that have another prompt now.
+    """
 
     total: int
     drawn: int
     failed: int
     before: int
+    changed: int = 0
 
     @property
     def left(self) -> int:
@@ -56,17 +60,18 @@ def run_batch(
         bad = [row for row in rows if row.error is not None]
         before = sum(row.id in finished for row in rows)
         drawn, failed = before, sum(row.id not in finished for row in bad)
+        changed = sum(row.id in finished and finished[row.id] != row.prompt for row in good)
         _record(storage, [row for row in bad if row.id not in finished])
-        on_progress(Progress(len(rows), drawn, failed, before))
+        on_progress(Progress(len(rows), drawn, failed, before, changed))
         chunks = make_chunks(good, chunk_size, finished)
         for done in (pool or run_here)(options, chunks) if chunks else ():
             drawn, failed = drawn + done.drawn, failed + done.failed
-            on_progress(Progress(len(rows), drawn, failed, before))
+            on_progress(Progress(len(rows), drawn, failed, before, changed))
         compact(storage, [row.id for row in rows])
         remove_orphans(storage)
         for folder in (IMAGES, SHARDS, SHEETS, ""):
             storage.tidy(folder)
-        return Progress(len(rows), drawn, failed, before)
+        return Progress(len(rows), drawn, failed, before, changed)
 
 
 def run_here(options: WorkerOptions, chunks: Sequence[Chunk]) -> Iterator[Done]:
