@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -379,3 +380,13 @@ def test_the_error_of_a_row_that_is_gone_goes_too_and_a_picture_stays(tmp_path):
     assert run(read_table(str(rows)).rows, tmp_path / "out").failed == 0
     lines = list(manifest(tmp_path / "out").values())
     assert [(line["prompt"], line["error"]) for line in lines] == [("a", None), ("b", None)]
+
+
+def test_a_disk_without_locks_is_written_unguarded(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run(make_rows(tmp_path, "a"), tmp_path / "out").drawn == 1
