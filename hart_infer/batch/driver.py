@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .claim import claim
-from .manifest import Record, compact, finished_ids, import_pyarrow, write_part
+from .manifest import Record, compact, finished_prompts, import_pyarrow, remove_orphans, write_part
 from .plan import Chunk, make_chunks
 from .rows import Row
 from .storage import Storage, open_storage
@@ -19,12 +19,16 @@ Pool = Callable[[WorkerOptions, Sequence[Chunk]], Iterable[Done]]  # finishes al
 
 @dataclass(frozen=True)
 class Progress:
-    """Rows of the input: in all, with a picture, and with an error; `before`: those that earlier runs drew."""
+    """Rows of the input: in all, with a picture, and with an error.
+
+    `before`: those that earlier runs drew; `changed`: those of them that have another prompt now.
+    """
 
     total: int
     drawn: int
     failed: int
     before: int
+    changed: int = 0
 
     @property
     def left(self) -> int:
@@ -45,26 +49,29 @@ def run_batch(
 
     Called again with the same rows, after whatever ended it, it goes on. Rows that have failed are tried again. `described` is
     what all pictures of the folder share, in JSON's types: a folder begun with another is refused. `pool` None draws in this
-    process. Raises InputError, OutputError, and what loading a model raises.
+    process. Raises InputError, also while another run writes into the folder, OutputError, and what loading a model raises.
     """
     import_pyarrow()
     storage = open_storage(options.out)
-    claim(storage, described)
-    finished = finished_ids(storage)
-    good = [row for row in rows if row.error is None]
-    bad = [row for row in rows if row.error is not None]
-    before = sum(row.id in finished for row in rows)
-    drawn, failed = before, sum(row.id not in finished for row in bad)
-    _record(storage, [row for row in bad if row.id not in finished])
-    on_progress(Progress(len(rows), drawn, failed, before))
-    chunks = make_chunks(good, chunk_size, finished)
-    for done in (pool or run_here)(options, chunks) if chunks else ():
-        drawn, failed = drawn + done.drawn, failed + done.failed
-        on_progress(Progress(len(rows), drawn, failed, before))
-    compact(storage, (row.id for row in rows))
-    for folder in (IMAGES, SHARDS, SHEETS, ""):
-        storage.tidy(folder)
-    return Progress(len(rows), drawn, failed, before)
+    with storage.alone():
+        claim(storage, described)
+        finished = finished_prompts(storage)
+        good = [row for row in rows if row.error is None]
+        bad = [row for row in rows if row.error is not None]
+        before = sum(row.id in finished for row in rows)
+        drawn, failed = before, sum(row.id not in finished for row in bad)
+        changed = sum(row.id in finished and finished[row.id] != row.prompt for row in good)
+        _record(storage, [row for row in bad if row.id not in finished])
+        on_progress(Progress(len(rows), drawn, failed, before, changed))
+        chunks = make_chunks(good, chunk_size, finished)
+        for done in (pool or run_here)(options, chunks) if chunks else ():
+            drawn, failed = drawn + done.drawn, failed + done.failed
+            on_progress(Progress(len(rows), drawn, failed, before, changed))
+        compact(storage, [row.id for row in rows])
+        remove_orphans(storage)
+        for folder in (IMAGES, SHARDS, SHEETS, ""):
+            storage.tidy(folder)
+        return Progress(len(rows), drawn, failed, before, changed)
 
 
 def run_here(options: WorkerOptions, chunks: Sequence[Chunk]) -> Iterator[Done]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
 from ..errors import InputError
 from .storage import Storage
+from .writers import SHARDS, SHEETS
 
 MANIFEST = "manifest.parquet"
+SHEETS_KEY = b"hart_infer.sheets"  # of its metadata: a JSON list of the sheets that are complete
 PARTS = "manifest"  # folder
 READ_TOGETHER = 256  # parts
 TYPES = {  # of Arrow
@@ -55,18 +58,18 @@ def write_part(storage: Storage, name: str, records: Sequence[Record]) -> None:
     _write(storage, f"{PARTS}/{name}.parquet", _table(records))
 
 
-def finished_ids(storage: Storage) -> set[str]:
-    """Return the ids of rows that have a picture."""
-    table = _read(storage, [MANIFEST, *storage.names(PARTS)], ["id", "error"])
-    ids, errors = table.column("id").to_pylist(), table.column("error").to_pylist()
-    return {row_id for row_id, error in zip(ids, errors, strict=True) if error is None}
+def finished_prompts(storage: Storage) -> dict[str, str | None]:
+    """Return the prompts of rows that have a picture, by id."""
+    table = _read(storage, [MANIFEST, *storage.names(PARTS)], ["id", "prompt", "error"])
+    lines = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+    return {row_id: prompt for row_id, prompt, error in lines if error is None}
 
 
-def compact(storage: Storage, order: Iterable[str]) -> None:
+def compact(storage: Storage, order: Sequence[str]) -> None:
     """Put all parts into one file, one line per id.
 
-    A picture stands above an error, and among equals the last counts. Lines come in the `order` of ids, then those of
-    other ids. A kill leaves all parts, or the whole file, or both, which say the same.
+    A picture stands above an error, and among equals the last counts. Lines come in the `order` of ids, then pictures of
+    other ids, whose errors are dropped. A kill leaves all parts, or the whole file, or both, which say the same.
     """
     parts = storage.names(PARTS)
     table = _read(storage, [MANIFEST, *parts], list(TYPES))
@@ -76,10 +79,41 @@ def compact(storage: Storage, order: Iterable[str]) -> None:
         if row_id not in chosen or error is None or errors[chosen[row_id]] is not None:
             chosen[row_id] = i
     ordered = [chosen.pop(row_id) for row_id in order if row_id in chosen]
-    ordered += chosen.values()
+    ordered += [i for i in chosen.values() if errors[i] is None]
     if parts or len(ordered) != len(ids):
-        _write(storage, MANIFEST, table.take(ordered))
+        sheets = json.dumps(sorted(_known_sheets(storage)))
+        _write(storage, MANIFEST, table.take(ordered).replace_schema_metadata({SHEETS_KEY: sheets.encode()}))
         storage.remove(parts)
+
+
+def remove_orphans(storage: Storage) -> None:
+    """Remove shards and sheets that the manifest does not name: a kill left them, and their rows are in others by now."""
+    shards, sheets = storage.names(SHARDS), storage.names(SHEETS)
+    known = _known_shards(storage) if shards else set()
+    known |= _known_sheets(storage) if sheets else set()
+    storage.remove(name for name in [*shards, *sheets] if name not in known)
+
+
+def _known_shards(storage: Storage) -> set[str]:
+    files = _read(storage, [MANIFEST, *storage.names(PARTS)], ["file"]).column("file").to_pylist()
+    return {file.rpartition("/")[0] for file in files if file is not None}
+
+
+def _known_sheets(storage: Storage) -> set[str]:
+    """Return the sheets of parts, and those that the whole manifest names; one that names none, not even none, knows all."""
+    known = {name.replace(PARTS, SHEETS, 1).removesuffix(".parquet") + ".png" for name in storage.names(PARTS)}
+    sheets = storage.names(SHEETS)
+    if sheets and MANIFEST in storage.names(""):
+        told = _metadata(storage.read([MANIFEST])[0]).get(SHEETS_KEY)
+        known |= set(sheets if told is None else json.loads(told))
+    return known & set(sheets)
+
+
+def _metadata(content: bytes) -> dict[bytes, bytes]:
+    pyarrow = import_pyarrow()
+    from pyarrow import parquet
+
+    return parquet.read_schema(pyarrow.BufferReader(content)).metadata or {}
 
 
 def _schema() -> Any:

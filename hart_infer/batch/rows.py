@@ -51,14 +51,11 @@ def make_rows(found: Iterable[tuple[str, Mapping[str, Any] | InputError]], base_
     """
     rows: list[Row] = []
     ids: set[str] = set()
-    stems: set[str] = set()
     repeats: dict[str, int] = {}
     for place, values in found:
         row = _parse(place, values, base_seed, ids, repeats)
-        stem = _stem(row.id, stems)
         ids.add(row.id)
-        stems.add(stem.casefold())
-        rows.append(Row(row.id, stem, row.prompt, row.seed, row.settings, row.error))
+        rows.append(Row(row.id, _stem(row.id), row.prompt, row.seed, row.settings, row.error))
     return rows
 
 
@@ -106,10 +103,13 @@ def _numbered(digest: str, repeats: dict[str, int]) -> str:
     return digest if repeats[digest] == 1 else f"{digest}-{repeats[digest]}"
 
 
-def _stem(row_id: str, taken: set[str]) -> str:
-    """Return the id where it is a plain name that no other row has, case aside; else what is plain of it, and a hash."""
+def _stem(row_id: str) -> str:
+    """Return the id where it is a plain name without capitals; else what is plain of it, and a hash.
+
+    So it depends on the id alone, and no two are equal, even case aside.
+    """
     plain = re.sub(r"[^A-Za-z0-9_]+", "-", row_id).strip("-")[:MAX_STEM]
-    if plain == row_id and plain.casefold() not in taken:
+    if plain == row_id and plain == plain.lower() and not re.search(r"-[0-9a-f]{16}$", plain):
         return plain
     return f"{plain}-{_digest(row_id)}".lstrip("-")
 

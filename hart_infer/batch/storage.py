@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import HartError, InputError, OutputError
 from ..images.files import PARTIAL, check_writable, whole_file, write_failure
+from .lock import LOCK, acquire, release
 
 # Object stores, which show an upload only when it is complete, and what fsspec needs to reach them.
 STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "memory": "fsspec"}
@@ -19,6 +20,10 @@ class Storage(Protocol):
     """A folder; names are relative to it, with / between folders. Its methods raise OutputError, or InputError for reading."""
 
     title: str
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder for a while, where that can be done. Raises InputError if one is in it."""
+        ...
 
     def whole(self, name: str) -> AbstractContextManager[BinaryIO]:
         """Yield a file to write, which gets its name if the block ends without an exception, and else is gone."""
@@ -72,6 +77,20 @@ class LocalStorage:
     def check(self) -> None:
         """Raise OutputError if nothing can be written here."""
         check_writable([self._folder / "probe"], check=lambda path: None)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold a lock."""
+        try:
+            held = acquire(self._folder)
+        except BlockingIOError as error:
+            raise InputError(f"Another run writes into {self.title}; wait for it, or give another folder.") from error
+        except OSError as error:
+            raise write_failure(self._folder / LOCK, error) from error
+        try:
+            yield
+        finally:
+            release(held, self._folder)
 
     def whole(self, name: str) -> AbstractContextManager[BinaryIO]:
         """Write to a temporary name in the same folder, then rename."""
@@ -138,6 +157,10 @@ class RemoteStorage:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}" if name else self._folder
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Do nothing: object stores have no locks."""
+        return nullcontext()
 
     @contextmanager
     def whole(self, name: str) -> Iterator[BinaryIO]:

@@ -246,6 +246,9 @@ class _Meter:
         parts = [f"{progress.before:,} drawn before"] if progress.before else []
         parts += [f"{progress.failed:,} refused"] if progress.failed else []
         note(f"{progress.total:,} rows: {', '.join([*parts, f'{progress.left:,} to draw'])}")
+        if progress.changed:
+            told = "Rows drawn before that have another prompt now, and keep their picture"
+            note(f"{told}: {progress.changed:,}. New ids have them drawn.")
 
     def _draw_bar(self, progress: Progress) -> None:
         from tqdm import tqdm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -328,3 +329,64 @@ def test_a_kill_between_writing_and_removing_loses_and_doubles_nothing(tmp_path,
     assert (end.drawn, end.before) == (4, 4)
     assert len(manifest(tmp_path / "out")) == 4
     assert not list((tmp_path / "out" / "manifest").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["png", "webdataset"])
+def test_a_shard_or_sheet_that_a_kill_left_without_its_part_is_removed(tmp_path, monkeypatch, kind):
+    from hart_infer.batch import worker
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: Any) -> None:
+        raise Killed
+
+    rows, out = make_rows(tmp_path, *"abcdef"), tmp_path / "out"
+    folders = ["sheets"] if kind == "png" else ["sheets", "shards"]
+    run(rows[:2], out, format=kind, sheets=True)
+    kept = {folder: set((out / folder).iterdir()) for folder in folders}
+    monkeypatch.setattr(worker, "write_part", die)
+    with pytest.raises(Killed):
+        run(rows, out, chunk_size=3, format=kind, sheets=True)
+    monkeypatch.undo()
+    left = {folder: set((out / folder).iterdir()) - kept[folder] for folder in folders}
+    assert all(left.values())
+    run(rows, out, format=kind, sheets=True)
+    run(rows, out, format=kind, sheets=True)
+    for folder in folders:
+        there = set((out / folder).iterdir())
+        assert len(there) == 3
+        assert kept[folder] < there
+        assert not left[folder] & there
+    if kind == "webdataset":
+        shards = {Path(line["file"]).parent.name for line in manifest(out).values()}
+        assert {path.name for path in (out / "shards").iterdir()} == shards
+
+
+def test_sheets_of_a_manifest_that_names_none_stay(tmp_path):
+    rows, out = make_rows(tmp_path, *"abcd"), tmp_path / "out"
+    run(rows[:2], out, sheets=True)
+    parquet.write_table(parquet.read_table(out / "manifest.parquet").replace_schema_metadata(None), out / "manifest.parquet")
+    run(rows, out, sheets=True)
+    assert len(list((out / "sheets").iterdir())) == 2
+
+
+def test_the_error_of_a_row_that_is_gone_goes_too_and_a_picture_stays(tmp_path):
+    """A row without an id that is mended has another id."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "seed": "x"}\n{"prompt": "b"}\n')
+    assert run(read_table(str(rows)).rows, tmp_path / "out").failed == 1
+    rows.write_text('{"prompt": "a", "seed": 3}\n')
+    assert run(read_table(str(rows)).rows, tmp_path / "out").failed == 0
+    lines = list(manifest(tmp_path / "out").values())
+    assert [(line["prompt"], line["error"]) for line in lines] == [("a", None), ("b", None)]
+
+
+def test_a_disk_without_locks_is_written_unguarded(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run(make_rows(tmp_path, "a"), tmp_path / "out").drawn == 1

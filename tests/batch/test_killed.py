@@ -98,6 +98,30 @@ def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path, kind):
     }
 
 
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
+    rows, out = tmp_path / "rows.txt", tmp_path / "out"
+    rows.write_text("a cat\na dog\n")
+    for_ever = SLOWLY.replace("time.sleep(0.02)", "print('drawing', flush=True); time.sleep(600)")
+    command = [sys.executable, "-c", for_ever, str(rows), str(out), "png"]
+    asked = WorkerOptions(lambda: Model(stand_in.draw, "stand-in", {}, {}, stand_in.subject, "0123"), str(out))
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == b"drawing\n"
+            half = out / "images" / ".hart-0123456789ab.part"
+            half.parent.mkdir()
+            half.write_bytes(b"half")
+            with pytest.raises(InputError, match=rf"^Another run writes into {out}; wait for it, or give another folder\.$"):
+                run_batch(read_table(str(rows)).rows, asked, chunk_size=4, described={})
+            assert half.exists()
+            assert parts(out) == 0
+        finally:
+            first.kill()
+    assert (out / ".lock").exists()
+    assert run_batch(read_table(str(rows)).rows, asked, chunk_size=4, described={}).drawn == 2
+    assert not (out / ".lock").exists()
+
+
 def digests(out: Path) -> dict[str, str]:
     """The hash of every picture and shard, by its name; nothing else may be there but the manifest and batch.json."""
     found = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}

@@ -137,8 +137,19 @@ def test_a_file_s_name_is_plain_whatever_the_id(tmp_path, row_id):
 
 
 def test_a_plain_id_is_the_file_s_name(tmp_path):
-    rows = rows_of(tmp_path / "p.jsonl", '{"id": "COCO_0001", "prompt": "a"}\n{"id": 12, "prompt": "a"}')
-    assert [(row.id, row.stem) for row in rows] == [("COCO_0001", "COCO_0001"), ("12", "12")]
+    rows = rows_of(tmp_path / "p.jsonl", '{"id": "coco_0001", "prompt": "a"}\n{"id": 12, "prompt": "a"}')
+    assert [(row.id, row.stem) for row in rows] == [("coco_0001", "coco_0001"), ("12", "12")]
+
+
+def test_a_file_s_name_follows_from_the_id_alone(tmp_path):
+    stems = []
+    for ids in (["Cat"], ["cat"], ["cat", "Cat"], ["Cat", "cat"]):
+        rows = rows_of(tmp_path / "p.jsonl", "\n".join(json.dumps({"id": each, "prompt": "a"}) for each in ids))
+        stems.append({row.id: row.stem for row in rows})
+    assert {**stems[0], **stems[1]} == stems[2] == stems[3]
+    hashed = stems[2]["Cat"].lower()
+    (row,) = rows_of(tmp_path / "p.jsonl", json.dumps({"id": hashed, "prompt": "a"}))
+    assert row.stem != hashed
 
 
 def test_unknown_columns_are_named(tmp_path):

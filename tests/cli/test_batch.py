@@ -70,6 +70,19 @@ def test_hart_mini_draws_a_table(capsys):
     assert "out was begun with guidance_scale left out, not 3.0. Give the same again" in capsys.readouterr().err
 
 
+def test_a_changed_prompt_of_a_drawn_row_is_counted(capsys):
+    Path("p.csv").write_text("id,prompt\na,a cat\nb,a dog\n")
+    assert main(["batch", "p.csv", "-o", "out"]) == 0
+    assert "another prompt" not in capsys.readouterr().err
+    Path("p.csv").write_text("id,prompt\na,a cat\nb,an owl\n")
+    assert main(["batch", "p.csv", "-o", "out"]) == 0
+    told = capsys.readouterr().err
+    assert "\nRows drawn before that have another prompt now, and keep their picture: 1. New ids have them drawn.\n" in told
+    assert "owl" not in told
+    assert main(["batch", "p.csv", "-o", "out", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_says_how_far_it_is_and_what_is_left(monkeypatch, terminal):
     class Stderr(io.StringIO):
