@@ -76,7 +76,8 @@ class Listener:
 
     def __init__(self, inner: Sampler, codes: dict[int, Tensor]) -> None:
         self.inner, self.codes = inner, codes
-        self.batch_size, self.noise, self.check = inner.batch_size, inner.noise, inner.check
+        self.batch_size, self.noise = inner.batch_size, inner.noise
+        self.settings, self.failed = inner.settings, inner.failed
 
     def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
         """As `Sampler.draw`."""

@@ -228,6 +228,8 @@ def group_norm_silu(x: Inputs) -> Call:
 
 def int8_linear(x: Inputs) -> Call:
     """An MLP's first map."""
+    from hart_infer.ops.int8_linear import pack_int8
+
     s = x.shapes
     levels = torch.randint(-127, 128, (s.mlp, s.width), generator=x.generator, device=x.device, dtype=torch.int8)
     scale = x(s.mlp, dtype=torch.float32).abs()
@@ -238,7 +240,8 @@ CASES: dict[str, Callable[[Inputs], Call]] = {
     case.__name__: case
     for case in (
         attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
-        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu, int8_linear,
+        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu,
+        int8_linear,
     )
 }  # fmt: skip
 

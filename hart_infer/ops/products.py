@@ -32,6 +32,8 @@ def _calls_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not x.numel() or not instructions() & NATIVE[x.dtype]["linear"]:
         return False
+    if not x.dtype == weight.dtype == bias.dtype:  # as under autocast, which casts them in F.linear
+        return False
     learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     return not learning and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
