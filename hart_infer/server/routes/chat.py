@@ -7,16 +7,16 @@ import binascii
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import JSONServerSentEvent, ServerSentEvent
 
 from ...errors import InputError
 from ..jobs import AskJob, Event, JobError, Ticket
-from ..pictures import read_picture
+from ..pictures import Budget, in_turn, read_picture
 from ..problems import ApiError, as_api_error
 from ..protocol import Picture, Piece
 from ..schemas import STREAM, ChatRequest, Message, documented
@@ -34,8 +34,8 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
     engine, facts = await service.engine(body.model)
     if not facts.answers:
         raise ApiError(400, f"{facts.name} draws pictures and answers no questions.", code="unsupported", param="model")
-    job = await to_thread.run_sync(_job, body, service)
     service.take(caller, 1)
+    job = await in_turn(partial(_job, body, service))
     ticket = engine.submit(job)
     try:
         if not body.stream:
@@ -85,14 +85,15 @@ def _answer(kind: str, model: str) -> dict[str, Any]:
 
 
 def _job(body: ChatRequest, service: Service) -> AskJob:
-    """Check a request and read its pictures. Raises InputError."""
+    """Check a request and read its pictures. Raises InputError and ApiError."""
+    budget = Budget(service.settings.max_pixels)
     history: list[tuple[Question, str]] = []
     question: Question = ()
     for number, message in enumerate(body.messages):
         name = f"messages[{number}]"
         if message.role in ("system", "developer"):
             raise InputError(f"{name}: the model has no {message.role} messages; put it into the user's.")
-        parts = _parts(message, name, service)
+        parts = _parts(message, name, service, budget)
         if message.role == "user":
             question += parts
         elif not question:
@@ -119,7 +120,7 @@ def _options(body: ChatRequest) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in given.items() if value is not None)
 
 
-def _parts(message: Message, name: str, service: Service) -> Question:
+def _parts(message: Message, name: str, service: Service, budget: Budget) -> Question:
     if isinstance(message.content, str):
         return (service.check_text(message.content, name),)
     found: list[str | Picture] = []
@@ -127,7 +128,7 @@ def _parts(message: Message, name: str, service: Service) -> Question:
         if part.type == "text":
             found.append(service.check_text(part.text, name))
         else:
-            found.append(read_picture(_data(part.image_url.url, name), name, service.settings.max_pixels))
+            found.append(read_picture(_data(part.image_url.url, name), name, budget))
     return tuple(found)
 
 

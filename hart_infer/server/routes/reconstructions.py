@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import time
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Form, Request
 
 from ..jobs import ReconstructJob, Ticket, UnavailableError
-from ..pictures import Encoding, encode, read_picture
+from ..pictures import Budget, Encoding, encode, in_turn, read_picture
 from ..protocol import Picture, Rebuilt
 from ..schemas import ReconstructedData, ReconstructionAnswer, ReconstructionRequest, documented
 from ..service import TheCaller, TheService
@@ -29,8 +30,8 @@ async def reconstructions(
     """Encode a picture to tokens and decode them, in every mode of the model's."""
     engine, _ = await service.engine(body.model)
     content = await body.image.read()
-    picture = await to_thread.run_sync(read_picture, content, "image", service.settings.max_pixels)
     service.take(caller, 1)
+    picture = await in_turn(partial(read_picture, content, "image", Budget(service.settings.max_pixels)))
     ticket = engine.submit(ReconstructJob(picture))
     try:
         rebuilt = await unless_left(request, _rebuilt(ticket))
