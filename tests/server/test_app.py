@@ -669,6 +669,30 @@ async def test_conversations_that_cannot_be_had(messages: Any, message: str) -> 
         assert message in told(await http.post(CHAT, json={"messages": messages}), 400)
 
 
+async def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    nulls = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    engine = FakeEngine()
+    first, last = {"role": "user", "content": "What?"}, {"role": "user", "content": "Sure?"}
+    async with client(engine) as http:
+        message = (await http.post(CHAT, json={"messages": [first]})).json()["choices"][0]["message"]
+        for turn in (message, message | nulls):
+            assert (await http.post(CHAT, json={"messages": [first, turn, last]})).status_code == 200
+        told(await http.post(CHAT, json={"messages": [first, message | {"refusal": "No."}, last]}), 400)
+    assert engine.jobs[1] == engine.jobs[2] == AskJob(("Sure?",), ((("What?",), "It is a cat."),), ())
+
+
+async def test_a_stream_has_its_usage_when_asked() -> None:
+    body = {"messages": [{"role": "user", "content": "?"}], "stream_options": {"include_usage": True}}
+    async with client() as http:
+        assert "stream_options goes with stream: true." in told(await http.post(CHAT, json=body), 400)
+        response = await http.post(CHAT, json=body | {"stream": True})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    *chunks, last = map(json.loads, lines)
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert (last["choices"], set(last["usage"].values())) == ([], {0})
+
+
 async def test_the_pictures_of_a_conversation_have_so_many_pixels_together() -> None:
     part = {"type": "image_url", "image_url": {"url": CAT}}
     text = {"type": "text", "text": "What?"}

@@ -25,6 +25,7 @@ from ..streams import event_stream, unless_left
 
 router = APIRouter()
 Question = tuple[str | Picture, ...]
+NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # tokens are not counted here
 ANSWERS = STREAM | documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
@@ -34,6 +35,8 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
     engine, facts = await service.engine(body.model)
     if not facts.answers:
         raise ApiError(400, f"{facts.name} draws pictures and answers no questions.", code="unsupported", param="model")
+    if body.stream_options is not None and not body.stream:
+        raise InputError("stream_options goes with stream: true.")
     service.take(caller, 1)
     job = await in_turn(partial(_job, body, service))
     ticket = engine.submit(job)
@@ -45,7 +48,8 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
     except BaseException:
         ticket.cancel()
         raise
-    return event_stream(_stream(ticket, first, events, facts.name), service.settings.drain)
+    has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return event_stream(_stream(ticket, first, events, facts.name, has_usage=has_usage), service.settings.drain)
 
 
 async def _whole(ticket: Ticket, model: str) -> Response:
@@ -56,10 +60,10 @@ async def _whole(ticket: Ticket, model: str) -> Response:
 
 
 async def _stream(
-    ticket: Ticket, first: Event | None, events: AsyncIterator[Event], model: str
+    ticket: Ticket, first: Event | None, events: AsyncIterator[Event], model: str, *, has_usage: bool
 ) -> AsyncIterator[ServerSentEvent]:
-    """Yield pieces as they come, and [DONE] or an error."""
-    head = _answer("chat.completion.chunk", model)
+    """Yield pieces as they come, the usage where it is asked for, and [DONE] or an error."""
+    head = _answer("chat.completion.chunk", model) | ({"usage": None} if has_usage else {})
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> JSONServerSentEvent:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -73,6 +77,8 @@ async def _stream(
                 yield chunk({"content": event.text})
             event = await anext(events, None)
         yield chunk({}, "stop")
+        if has_usage:
+            yield JSONServerSentEvent(head | {"choices": [], "usage": NO_USAGE})
         yield ServerSentEvent("[DONE]")
     except JobError as error:
         yield JSONServerSentEvent(as_api_error(error).body.model_dump(), event="error")
