@@ -266,6 +266,18 @@ async def test_two_pictures_are_too_many_and_the_client_s_list_of_one_is_fine() 
         assert (await http.post(EDITS, data={"prompt": "a"}, files=files[:1])).status_code == 200
 
 
+@pytest.mark.parametrize("name", ["image", "mask", "prompt"])
+async def test_a_field_that_comes_twice_is_not_dropped(name: str) -> None:
+    picture = png(transparent((0, 0, 8, 16)))
+    files: list[tuple[str, Any]] = [("image", picture), ("mask", picture), ("prompt", (None, "a"))]
+    twice = files + [each for each in files if each[0] == name]
+    async with client() as http:
+        assert (await http.post(EDITS, files=files)).status_code == 200
+        assert told(await http.post(EDITS, files=twice), 400) == f"Send {name} once, not 2 times."
+        reconstructed = await http.post("/v1/images/reconstructions", files=[("image", picture)] * 2)
+        assert told(reconstructed, 400) == "Send image once, not 2 times."
+
+
 async def test_a_model_that_does_not_edit_says_so() -> None:
     async with client(FakeEngine(edits=False)) as http:
         response = await http.post(EDITS, data={"prompt": "a"}, files={"image": png(transparent((0, 0, 1, 1)))})
@@ -352,6 +364,29 @@ async def test_prompts_of_all_kinds_reach_the_engine_as_they_are(prompt: str) ->
     async with client(engine) as http:
         assert (await http.post(GENERATIONS, json={"prompt": prompt})).status_code == 200
     assert engine.jobs[0].prompt == prompt  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_a_body_must_say_that_it_is_json(kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    async with client() as http:
+        for path in (GENERATIONS, CHAT):
+            response = await http.post(path, content=b'{"prompt": "a"}', headers=headers)
+            assert told(response, 400).endswith("send Content-Type: application/json.")
+        typed = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await http.post(GENERATIONS, content=b'{"prompt": "a"}', headers=typed)).status_code == 200
+
+
+@pytest.mark.parametrize("page", [False, True])
+async def test_the_api_s_paths_are_the_same_beside_the_page(page: bool) -> None:
+    async with client(page=page) as http:
+        for path in (GENERATIONS, CHAT):
+            response = await http.get(path)
+            assert told(response, 405) == f"GET is not a method of {path}."
+            assert response.headers["allow"] == "POST"
+        for method in ("GET", "POST"):
+            told(await http.request(method, "/v1/nothing"), 404)
+        told(await http.post("/v1/models"), 405)
 
 
 async def test_unknown_models_and_paths_and_methods() -> None:

@@ -22,6 +22,7 @@ from ..protocol import Picture, Piece
 from ..schemas import STREAM, ChatRequest, Message, documented
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
+from .bodies import JSON_ONLY
 
 router = APIRouter()
 Question = tuple[str | Picture, ...]
@@ -29,7 +30,7 @@ NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # to
 ANSWERS = STREAM | documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
-@router.post("/v1/chat/completions", responses=ANSWERS)
+@router.post("/v1/chat/completions", responses=ANSWERS, dependencies=JSON_ONLY)
 async def completions(request: Request, body: ChatRequest, service: TheService, caller: TheCaller) -> Response:
     """Answer the last message of a conversation."""
     engine, facts = await service.engine(body.model)

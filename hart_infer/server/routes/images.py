@@ -36,6 +36,7 @@ from ..schemas import (
 )
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
+from .bodies import FIELDS_ONCE, JSON_ONLY
 
 LOG = logging.getLogger(__name__)
 FRESH_SEEDS = 2**32
@@ -44,13 +45,13 @@ ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504, 507)
 Kind = Literal["image_generation", "image_edit"]
 
 
-@router.post("/v1/images/generations", response_model=ImagesAnswer, responses=ERRORS | STREAM)
+@router.post("/v1/images/generations", response_model=ImagesAnswer, responses=ERRORS | STREAM, dependencies=JSON_ONLY)
 async def generations(request: Request, body: GenerationRequest, service: TheService, caller: TheCaller) -> Response:
     """Draw pictures of a prompt."""
     return await _draw(request, body, service, caller, "image_generation")
 
 
-@router.post("/v1/images/edits", response_model=ImagesAnswer, responses=ERRORS | STREAM)
+@router.post("/v1/images/edits", response_model=ImagesAnswer, responses=ERRORS | STREAM, dependencies=FIELDS_ONCE)
 async def edits(
     request: Request,
     body: Annotated[EditRequest, Form(media_type="multipart/form-data")],

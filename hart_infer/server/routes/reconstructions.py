@@ -16,11 +16,15 @@ from ..protocol import Picture, Rebuilt
 from ..schemas import ReconstructedData, ReconstructionAnswer, ReconstructionRequest, documented
 from ..service import TheCaller, TheService
 from ..streams import unless_left
+from .bodies import FIELDS_ONCE
 
 router = APIRouter()
 
 
-@router.post("/v1/images/reconstructions", responses=documented(400, 401, 404, 408, 413, 429, 500, 503, 504))
+ANSWERS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
+
+
+@router.post("/v1/images/reconstructions", responses=ANSWERS, dependencies=FIELDS_ONCE)
 async def reconstructions(
     request: Request,
     body: Annotated[ReconstructionRequest, Form(media_type="multipart/form-data")],
