@@ -9,6 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.formparsers import MultiPartParser
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from ..version import __version__
 from .gate import Gate, needs_key
@@ -35,11 +37,19 @@ def create_app(service: Service, *background: Background, page: bool = False) ->
     for router in (images.router, reconstructions.router, chat.router, status.router):
         app.include_router(router)
     if page:
-        app.mount("/", Page(), name="page")
+        app.router.routes.append(_PageMount("/", Page(), name="page"))
     add_handlers(app)
     app.add_middleware(Gate, service=service)
     _describe(app, has_keys=service.keys is not None)
     return app
+
+
+class _PageMount(Mount):
+    """The page at /, which leaves what is wrong with a request for the API to the API."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match all but paths of the API."""
+        return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
 
 
 def _beside(background: tuple[Background, ...]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

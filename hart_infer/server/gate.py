@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import secrets
@@ -9,9 +10,12 @@ import time
 from collections.abc import Awaitable, Callable
 
 import anyio
+from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .log import origin
 from .problems import CLIENT_LEFT, ApiError
 from .service import Service
 
@@ -19,7 +23,10 @@ LOG = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BODY_SECONDS = 60.0  # for a request's body to arrive
 ANYONE = "anyone"  # the caller's name where no keys are asked for
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
+OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site of programs, of the page, and of an address typed in
+
+
+_MISTAKE = ApiError(500, "The server has made a mistake; its log says more.", code="internal_error")
 
 
 class Gate:
@@ -52,6 +59,15 @@ class Gate:
             await self._app(scope, limited, marked)
         except ApiError as error:
             await error.response(scope, receive, marked)
+        except (ClientDisconnect, SendTimeoutError):
+            raise
+        except Exception as error:
+            noted = {"id": request_id, "reason": type(error).__name__, "traceback": origin(error)}
+            LOG.error("a request failed", extra=noted)  # without what the exception says, which may quote the request
+            if status:
+                status = 500
+                raise  # breaks off what has been sent of the answer
+            await _MISTAKE.response(scope, receive, marked)
         finally:
             self._note(scope, request_id, status or CLIENT_LEFT, time.perf_counter() - start)
 
@@ -59,10 +75,10 @@ class Gate:
         """Keep web pages from using a local server, under a name of theirs (DNS rebinding) or across sites. Raises ApiError."""
         if not self._service.settings.is_local:
             return
-        host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
-        if host not in LOCAL_HOSTS:
-            raise ApiError(403, f"This server is for {LOCAL_HOSTS[0]} alone, not for {host[:100]!r}.", code="wrong_host")
-        if headers.get("sec-fetch-site") == "cross-site":
+        host = headers.get("host", "").lower()
+        if not _is_local(host):
+            raise ApiError(403, f"This server is for localhost alone, not for {host[:100]!r}.", code="wrong_host")
+        if headers.get("sec-fetch-site") not in OWN_SITES:
             raise ApiError(403, "This server is not for pages of other sites.", code="cross_site")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
@@ -90,6 +106,18 @@ class Gate:
 def needs_key(path: str) -> bool:
     """Return whether a path is for callers with a key, where there are keys. Names of kept pictures are secrets themselves."""
     return path == "/metrics" or (path.startswith("/v1/") and not path.startswith("/v1/pictures/"))
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a Host header names this machine: localhost, or a loopback address."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::\d+)?", host)
+    name = found and (found[1] or found[2])
+    if not name or name == "localhost":
+        return name == "localhost"
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _limited(receive: Receive, headers: Headers, limit: int) -> Callable[[], Awaitable[Message]]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
+import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,14 +37,7 @@ class Keys:
     @classmethod
     def read(cls, path: Path) -> Keys:
         """Read lines "NAME HASH"; # begins a comment. Raises ConfigError."""
-        names: dict[str, str] = {}
-        for number, line in enumerate(_lines(path), 1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            if len(words) != 2 or not NAME.fullmatch(words[0]) or not HASH.fullmatch(words[1]):
-                raise ConfigError(f"{path}, line {number}: expected a name and a hash, as --new-key writes them.")
-            names[words[1]] = words[0]
+        names = _names(path, _text(path))
         if not names:
             raise ConfigError(f"{path} has no key; make one with --keys {path} --new-key NAME.")
         return cls(names)
@@ -54,24 +52,61 @@ class Keys:
 
 
 def add_key(path: Path, name: str) -> str:
-    """Make a key, add its hash to a file that only its owner may read, and return the key. Raises InputError, OutputError."""
+    """Make a key, add its hash to a file that only its owner may read, and return the key.
+
+    Raises InputError, OutputError, and ConfigError for a file that is not of keys.
+    """
     if not NAME.fullmatch(name):
         raise InputError(f"A key's name has up to 64 letters, digits, dots, dashes and underscores, not {name!r}.")
-    if path.exists() and name in Keys.read(path).names.values():
+    text = _text(path) if path.exists() else ""
+    if name in _names(path, text).values():
         raise InputError(f"{path} has a key named {name} already; take another name, or delete its line.")
     key = PREFIX + secrets.token_urlsafe(32)
+    glue = "\n" if text and not text.endswith("\n") else ""
     try:
-        path.touch(mode=0o600)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{name} {digest(key)}\n")
+        _replace(path, f"{text}{glue}{name} {digest(key)}\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}.") from error
     return key
 
 
-def _lines(path: Path) -> list[str]:
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a new one is for its owner alone, an old one stays whose it was."""
+    path = path.resolve()  # a link stays
+    old = path.stat() if path.exists() else None
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner alone
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if old is not None:
+            with suppress(OSError):  # only root may give a file away
+                shutil.chown(temporary, old.st_uid, old.st_gid)
+            os.chmod(temporary, stat.S_IMODE(old.st_mode))
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _names(path: Path, text: str) -> dict[str, str]:
+    """Return the names by their hashes. Raises ConfigError."""
+    names: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not NAME.fullmatch(words[0]) or not HASH.fullmatch(words[1]):
+            raise ConfigError(f"{path}, line {number}: expected a name and a hash, as --new-key writes them.")
+        names[words[1]] = words[0]
+    return names
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is no text"
         raise ConfigError(f"{path} cannot be read: {reason}.") from error

@@ -13,6 +13,7 @@ from .pictures import Encoding, Format
 MAX_PREVIEWS = 32  # OpenAI's API has 3
 SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 MAX_N = 1000
+Nothing = Annotated[list[str], Field(max_length=0)] | None
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 
 
@@ -197,13 +198,27 @@ class ImagePart(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn of a conversation."""
+    """A turn of a conversation. Those from `refusal` on are what OpenAI's clients send back of an answer; they hold nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[TextPart | ImagePart]
     name: str | None = None
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside the answer; `include_obfuscation` changes nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class ChatRequest(BaseModel):
@@ -214,6 +229,7 @@ class ChatRequest(BaseModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     model: str | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import logging
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from PIL import Image
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect
 
+from hart_infer.server.gate import Gate
 from hart_infer.server.jobs import AskJob, BusyError, DeadlineError, DrawJob, RowFailedError, UnavailableError
 from hart_infer.server.keys import Keys, add_key
 from hart_infer.server.log import JsonFormatter
 from hart_infer.server.page import FOLDER
+from hart_infer.server.pictures import READERS, in_turn
 from hart_infer.server.protocol import Failed, Picture, RowId
+from hart_infer.server.service import Service
+from hart_infer.server.settings import make_settings
 from tests.server import stand_in
 from tests.server.fake import FakeEngine, client
 
@@ -239,12 +248,34 @@ async def test_pictures_that_cannot_be_edited(files: dict[str, bytes], message: 
     assert message in told(response, 400)
 
 
+@pytest.mark.parametrize("exif", [b"MM\0*", b"Exif\0\0XXXXXXXXX"])
+async def test_broken_exif_is_the_client_s_mistake(exif: bytes) -> None:
+    buffer = io.BytesIO()
+    transparent((0, 0, 8, 16)).save(buffer, "PNG", exif=exif)
+    async with client() as http:
+        for path, data in ((EDITS, {"prompt": "a"}), ("/v1/images/reconstructions", {})):
+            response = await http.post(path, data=data, files={"image": buffer.getvalue()})
+            assert told(response, 400) == "image is not a whole picture in PNG, JPEG or WebP."
+
+
 async def test_two_pictures_are_too_many_and_the_client_s_list_of_one_is_fine() -> None:
     photo = png(transparent((0, 0, 8, 8)))
     async with client() as http:
         files = [("image[]", ("a.png", photo)), ("image[]", ("b.png", photo))]
         assert told(await http.post(EDITS, data={"prompt": "a"}, files=files), 400) == "Send one image, not 2."
         assert (await http.post(EDITS, data={"prompt": "a"}, files=files[:1])).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "prompt"])
+async def test_a_field_that_comes_twice_is_not_dropped(name: str) -> None:
+    picture = png(transparent((0, 0, 8, 16)))
+    files: list[tuple[str, Any]] = [("image", picture), ("mask", picture), ("prompt", (None, "a"))]
+    twice = files + [each for each in files if each[0] == name]
+    async with client() as http:
+        assert (await http.post(EDITS, files=files)).status_code == 200
+        assert told(await http.post(EDITS, files=twice), 400) == f"Send {name} once, not 2 times."
+        reconstructed = await http.post("/v1/images/reconstructions", files=[("image", picture)] * 2)
+        assert told(reconstructed, 400) == "Send image once, not 2 times."
 
 
 async def test_a_model_that_does_not_edit_says_so() -> None:
@@ -335,6 +366,29 @@ async def test_prompts_of_all_kinds_reach_the_engine_as_they_are(prompt: str) ->
     assert engine.jobs[0].prompt == prompt  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_a_body_must_say_that_it_is_json(kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    async with client() as http:
+        for path in (GENERATIONS, CHAT):
+            response = await http.post(path, content=b'{"prompt": "a"}', headers=headers)
+            assert told(response, 400).endswith("send Content-Type: application/json.")
+        typed = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await http.post(GENERATIONS, content=b'{"prompt": "a"}', headers=typed)).status_code == 200
+
+
+@pytest.mark.parametrize("page", [False, True])
+async def test_the_api_s_paths_are_the_same_beside_the_page(page: bool) -> None:
+    async with client(page=page) as http:
+        for path in (GENERATIONS, CHAT):
+            response = await http.get(path)
+            assert told(response, 405) == f"GET is not a method of {path}."
+            assert response.headers["allow"] == "POST"
+        for method in ("GET", "POST"):
+            told(await http.request(method, "/v1/nothing"), 404)
+        told(await http.post("/v1/models"), 405)
+
+
 async def test_unknown_models_and_paths_and_methods() -> None:
     async with client() as http:
         response = await http.post(GENERATIONS, json={"prompt": "a", "model": "gpt-image-2"})
@@ -369,6 +423,61 @@ async def test_a_mistake_of_ours_is_a_500_that_tells_nothing() -> None:
     engine.error = ZeroDivisionError("secret")  # type: ignore[assignment]
     async with client(engine) as http:
         assert "secret" not in told(await http.post(GENERATIONS, json={"prompt": "a"}), 500)
+
+
+async def test_a_mistake_of_ours_is_logged_and_counted_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    engine.error = ZeroDivisionError("secret")  # type: ignore[assignment]
+    async with client(engine) as http:
+        response = await http.post(GENERATIONS, json={"prompt": "a"}, headers={"X-Request-Id": "given-1"})
+        page = (await http.get("/metrics")).text
+    assert response.headers["x-request-id"] == "given-1"
+    assert f'hart_infer_requests_total{{route="{GENERATIONS}",status="500"}} 1.0' in page
+    assert 'status="499"' not in page
+    (failed,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    line = json.loads(JsonFormatter().format(failed))
+    assert (line["id"], line["reason"]) == ("given-1", "ZeroDivisionError")
+    assert "submit" in line["traceback"]
+    assert "secret" not in caplog.text + json.dumps(line)
+
+
+def passed(inner: Any) -> tuple[list[Any], Service, Any]:
+    """What a gate before an app sends, its service, and the call of it."""
+    sent: list[Any] = []
+    service = Service(make_settings(), {})
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    return sent, service, lambda: Gate(inner, service)(scope, receive, send)
+
+
+async def test_a_mistake_in_an_answer_that_has_begun_breaks_it_off() -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ZeroDivisionError
+
+    sent, service, call = passed(inner)
+    with pytest.raises(ZeroDivisionError):
+        await call()
+    assert len(sent) == 1
+    assert b'status="500"' in service.metrics.page()
+
+
+@pytest.mark.parametrize("error", [ClientDisconnect(), asyncio.CancelledError(), SendTimeoutError()])
+async def test_a_client_that_leaves_is_no_mistake(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    _, service, call = passed(inner)
+    with pytest.raises(type(error)):
+        await call()
+    assert b'status="499"' in service.metrics.page()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 # Limits, keys, names.
@@ -440,13 +549,15 @@ async def test_each_key_has_a_rate(keys: tuple[Keys, str, str]) -> None:
         assert (await ask(bob, 5)).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "evil@localhost:1x"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "evil@localhost:1x", "10.0.0.1"]
+)
 async def test_a_local_server_is_not_used_under_a_foreign_name(host: str) -> None:
     async with client() as http:
         told(await http.get("/v1/models", headers={"Host": host}), 403)
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:1"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:1", "127.0.0.2:8000"])
 async def test_a_local_server_s_own_names(host: str) -> None:
     async with client() as http:
         assert (await http.get("/v1/models", headers={"Host": host})).status_code == 200
@@ -454,8 +565,10 @@ async def test_a_local_server_s_own_names(host: str) -> None:
 
 async def test_a_local_server_is_not_used_by_pages_of_other_sites() -> None:
     async with client() as http:
-        told(await http.post(GENERATIONS, json={"prompt": "a"}, headers={"Sec-Fetch-Site": "cross-site"}), 403)
-        assert (await http.get("/v1/models", headers={"Sec-Fetch-Site": "same-origin"})).status_code == 200
+        for site in ("cross-site", "same-site", "else"):
+            told(await http.post(GENERATIONS, json={"prompt": "a"}, headers={"Sec-Fetch-Site": site}), 403)
+        for site in ("same-origin", "none"):
+            assert (await http.get("/v1/models", headers={"Sec-Fetch-Site": site})).status_code == 200
         told(await http.post(GENERATIONS, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"}), 400)
 
 
@@ -589,6 +702,77 @@ async def test_an_answer_as_a_stream() -> None:
 async def test_conversations_that_cannot_be_had(messages: Any, message: str) -> None:
     async with client() as http:
         assert message in told(await http.post(CHAT, json={"messages": messages}), 400)
+
+
+async def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    nulls = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    engine = FakeEngine()
+    first, last = {"role": "user", "content": "What?"}, {"role": "user", "content": "Sure?"}
+    async with client(engine) as http:
+        message = (await http.post(CHAT, json={"messages": [first]})).json()["choices"][0]["message"]
+        for turn in (message, message | nulls):
+            assert (await http.post(CHAT, json={"messages": [first, turn, last]})).status_code == 200
+        told(await http.post(CHAT, json={"messages": [first, message | {"refusal": "No."}, last]}), 400)
+    assert engine.jobs[1] == engine.jobs[2] == AskJob(("Sure?",), ((("What?",), "It is a cat."),), ())
+
+
+async def test_a_stream_has_its_usage_when_asked() -> None:
+    body = {"messages": [{"role": "user", "content": "?"}], "stream_options": {"include_usage": True}}
+    async with client() as http:
+        assert "stream_options goes with stream: true." in told(await http.post(CHAT, json=body), 400)
+        response = await http.post(CHAT, json=body | {"stream": True})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    *chunks, last = map(json.loads, lines)
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert (last["choices"], set(last["usage"].values())) == ([], {0})
+
+
+async def test_the_pictures_of_a_conversation_have_so_many_pixels_together() -> None:
+    part = {"type": "image_url", "image_url": {"url": CAT}}
+    text = {"type": "text", "text": "What?"}
+    engine = FakeEngine()
+    async with client(engine, max_pixels=100) as http:
+        for count, status in ((3, 200), (4, 413)):
+            parts = [{"role": "user", "content": [part]}] * count + [{"role": "user", "content": [text]}]
+            assert (await http.post(CHAT, json={"messages": parts})).status_code == status
+    assert len(engine.jobs) == 1
+
+
+async def test_pictures_are_decoded_only_within_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = Image.open
+
+    def noted(*given: Any, **named: Any) -> Any:
+        opened.append(given)
+        return real(*given, **named)
+
+    monkeypatch.setattr(Image, "open", noted)
+    picture = png(transparent((0, 0, 8, 16)))
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": CAT}}]}]}
+    async with client(rate=1) as http:
+        assert (await http.post(CHAT, json=body)).status_code == 200
+        seen = len(opened)
+        told(await http.post(CHAT, json=body), 429)
+        told(await http.post(EDITS, data={"prompt": "a"}, files={"image": picture}), 429)
+        told(await http.post("/v1/images/reconstructions", files={"image": picture}), 429)
+    assert len(opened) == seen
+
+
+async def test_few_pictures_are_decoded_at_once() -> None:
+    lock, running, most = threading.Lock(), 0, 0
+
+    def read() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+
+    await asyncio.gather(*(in_turn(read) for _ in range(8)))
+    assert most == READERS
 
 
 async def test_a_model_that_only_draws_says_so() -> None:

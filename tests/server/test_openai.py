@@ -181,3 +181,17 @@ def test_answers_and_their_streams() -> None:
         chunks = list(made.chat.completions.create(**asked, stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told
         assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_second_turn_and_the_usage_of_a_stream() -> None:
+    with stand_in() as (address, _), openai.OpenAI(base_url=f"{address}/v1", api_key="unused") as made:
+        messages: list[Any] = [{"role": "user", "content": "What is it?"}]
+        first = made.chat.completions.create(model="stand-in", messages=messages, temperature=0)
+        messages += [first.choices[0].message, {"role": "user", "content": "Are you sure?"}]
+        asked: Any = {"model": "stand-in", "messages": messages, "temperature": 0}
+        told = made.chat.completions.create(**asked).choices[0].message.content
+        assert told is not None and told.startswith("1 turns before, now Are you sure?")
+        *chunks, last = made.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told
+        assert all(chunk.usage is None for chunk in chunks)
+        assert last.choices == [] and last.usage is not None and last.usage.total_tokens == 0

@@ -85,6 +85,36 @@ def test_files_that_are_no_keys(tmp_path: Path, text: str) -> None:
         Keys.read(path)
 
 
+@pytest.mark.parametrize("text", ["", "# of the team", "# of the team\n", f"bob {digest('b')}", f"bob {digest('b')}\r\n"])
+def test_a_key_is_added_to_what_a_file_has(tmp_path: Path, text: str) -> None:
+    path, link = tmp_path / "keys.txt", tmp_path / "link.txt"
+    path.write_bytes(text.encode())
+    path.chmod(0o640)
+    link.symlink_to(path)
+    key = add_key(link, "alice")
+    keys = Keys.read(path)
+    assert keys.name_of(key) == "alice"
+    assert keys.name_of("b") == ("bob" if "bob" in text else None)
+    assert path.read_bytes().startswith(text.encode())
+    assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert {each.name for each in tmp_path.iterdir()} == {"keys.txt", "link.txt"}
+
+
+def test_a_key_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.txt"
+    add_key(path, "alice")
+    before = path.read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="cannot be written: no space left"):
+        add_key(path, "bob")
+    assert path.read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.txt"]
+
+
 def test_keys_that_cannot_be_made(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     add_key(path, "alice")

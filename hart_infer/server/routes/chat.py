@@ -7,35 +7,39 @@ import binascii
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import JSONServerSentEvent, ServerSentEvent
 
 from ...errors import InputError
 from ..jobs import AskJob, Event, JobError, Ticket
-from ..pictures import read_picture
+from ..pictures import Budget, in_turn, read_picture
 from ..problems import ApiError, as_api_error
 from ..protocol import Picture, Piece
 from ..schemas import STREAM, ChatRequest, Message, documented
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
+from .bodies import JSON_ONLY
 
 router = APIRouter()
 Question = tuple[str | Picture, ...]
+NO_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # tokens are not counted here
 ANSWERS = STREAM | documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
-@router.post("/v1/chat/completions", responses=ANSWERS)
+@router.post("/v1/chat/completions", responses=ANSWERS, dependencies=JSON_ONLY)
 async def completions(request: Request, body: ChatRequest, service: TheService, caller: TheCaller) -> Response:
     """Answer the last message of a conversation."""
     engine, facts = await service.engine(body.model)
     if not facts.answers:
         raise ApiError(400, f"{facts.name} draws pictures and answers no questions.", code="unsupported", param="model")
-    job = await to_thread.run_sync(_job, body, service)
+    if body.stream_options is not None and not body.stream:
+        raise InputError("stream_options goes with stream: true.")
     service.take(caller, 1)
+    job = await in_turn(partial(_job, body, service))
     ticket = engine.submit(job)
     try:
         if not body.stream:
@@ -45,7 +49,8 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
     except BaseException:
         ticket.cancel()
         raise
-    return event_stream(_stream(ticket, first, events, facts.name), service.settings.drain)
+    has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return event_stream(_stream(ticket, first, events, facts.name, has_usage=has_usage), service.settings.drain)
 
 
 async def _whole(ticket: Ticket, model: str) -> Response:
@@ -56,10 +61,10 @@ async def _whole(ticket: Ticket, model: str) -> Response:
 
 
 async def _stream(
-    ticket: Ticket, first: Event | None, events: AsyncIterator[Event], model: str
+    ticket: Ticket, first: Event | None, events: AsyncIterator[Event], model: str, *, has_usage: bool
 ) -> AsyncIterator[ServerSentEvent]:
-    """Yield pieces as they come, and [DONE] or an error."""
-    head = _answer("chat.completion.chunk", model)
+    """Yield pieces as they come, the usage where it is asked for, and [DONE] or an error."""
+    head = _answer("chat.completion.chunk", model) | ({"usage": None} if has_usage else {})
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> JSONServerSentEvent:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -73,6 +78,8 @@ async def _stream(
                 yield chunk({"content": event.text})
             event = await anext(events, None)
         yield chunk({}, "stop")
+        if has_usage:
+            yield JSONServerSentEvent(head | {"choices": [], "usage": NO_USAGE})
         yield ServerSentEvent("[DONE]")
     except JobError as error:
         yield JSONServerSentEvent(as_api_error(error).body.model_dump(), event="error")
@@ -85,14 +92,15 @@ def _answer(kind: str, model: str) -> dict[str, Any]:
 
 
 def _job(body: ChatRequest, service: Service) -> AskJob:
-    """Check a request and read its pictures. Raises InputError."""
+    """Check a request and read its pictures. Raises InputError and ApiError."""
+    budget = Budget(service.settings.max_pixels)
     history: list[tuple[Question, str]] = []
     question: Question = ()
     for number, message in enumerate(body.messages):
         name = f"messages[{number}]"
         if message.role in ("system", "developer"):
             raise InputError(f"{name}: the model has no {message.role} messages; put it into the user's.")
-        parts = _parts(message, name, service)
+        parts = _parts(message, name, service, budget)
         if message.role == "user":
             question += parts
         elif not question:
@@ -119,7 +127,7 @@ def _options(body: ChatRequest) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in given.items() if value is not None)
 
 
-def _parts(message: Message, name: str, service: Service) -> Question:
+def _parts(message: Message, name: str, service: Service, budget: Budget) -> Question:
     if isinstance(message.content, str):
         return (service.check_text(message.content, name),)
     found: list[str | Picture] = []
@@ -127,7 +135,7 @@ def _parts(message: Message, name: str, service: Service) -> Question:
         if part.type == "text":
             found.append(service.check_text(part.text, name))
         else:
-            found.append(read_picture(_data(part.image_url.url, name), name, service.settings.max_pixels))
+            found.append(read_picture(_data(part.image_url.url, name), name, budget))
     return tuple(found)
 
 

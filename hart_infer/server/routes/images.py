@@ -6,8 +6,9 @@ import base64
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 from anyio import to_thread
@@ -19,7 +20,7 @@ from ...errors import InputError, OutputError
 from ...pipelines.checks import check_int, check_seeds
 from ..jobs import DrawJob, Event, JobError, Ticket
 from ..model import CLIENT_OPTIONS
-from ..pictures import encode, read_given
+from ..pictures import encode, in_turn, read_given
 from ..problems import ApiError, as_api_error
 from ..protocol import Drawn, Facts, Given, Picture, Preview, Settings
 from ..schemas import (
@@ -35,6 +36,7 @@ from ..schemas import (
 )
 from ..service import Service, TheCaller, TheService
 from ..streams import event_stream, unless_left
+from .bodies import FIELDS_ONCE, JSON_ONLY
 
 LOG = logging.getLogger(__name__)
 FRESH_SEEDS = 2**32
@@ -43,13 +45,13 @@ ERRORS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504, 507)
 Kind = Literal["image_generation", "image_edit"]
 
 
-@router.post("/v1/images/generations", response_model=ImagesAnswer, responses=ERRORS | STREAM)
+@router.post("/v1/images/generations", response_model=ImagesAnswer, responses=ERRORS | STREAM, dependencies=JSON_ONLY)
 async def generations(request: Request, body: GenerationRequest, service: TheService, caller: TheCaller) -> Response:
     """Draw pictures of a prompt."""
     return await _draw(request, body, service, caller, "image_generation")
 
 
-@router.post("/v1/images/edits", response_model=ImagesAnswer, responses=ERRORS | STREAM)
+@router.post("/v1/images/edits", response_model=ImagesAnswer, responses=ERRORS | STREAM, dependencies=FIELDS_ONCE)
 async def edits(
     request: Request,
     body: Annotated[EditRequest, Form(media_type="multipart/form-data")],
@@ -64,8 +66,8 @@ async def edits(
     if len(images) != 1:
         raise ApiError(400, f"Send one image, not {len(images)}.", code="invalid_value", param="image")
     mask = None if body.mask is None else await body.mask.read()
-    given = await to_thread.run_sync(read_given, await images[0].read(), mask, service.settings.max_pixels)
-    return await _draw(request, body, service, caller, "image_edit", given)
+    read = partial(read_given, await images[0].read(), mask, service.settings.max_pixels)
+    return await _draw(request, body, service, caller, "image_edit", read)
 
 
 @router.get("/v1/pictures/{name}", response_class=FileResponse, responses=documented(404))
@@ -138,11 +140,14 @@ class _Answer:
 
 
 async def _draw(
-    request: Request, body: PictureRequest, service: Service, caller: str, kind: Kind, given: Given | None = None
+    request: Request, body: PictureRequest, service: Service, caller: str, kind: Kind, read: Callable[[], Given] | None = None
 ) -> Response:
     engine, facts = await service.engine(body.model)
-    job = _job(body, service, facts, given)
+    job = _job(body, service, facts)
     service.take(caller, len(job.seeds))
+    if read is not None:
+        given = await in_turn(read)
+        job = replace(job, given=given, settings=replace(job.settings, edited=given.digest))
     answer = _Answer(kind, body, job, service, str(request.base_url))
     ticket = engine.submit(job)
     try:
@@ -187,7 +192,7 @@ async def _stream(
         ticket.cancel()
 
 
-def _job(body: PictureRequest, service: Service, facts: Facts, given: Given | None) -> DrawJob:
+def _job(body: PictureRequest, service: Service, facts: Facts) -> DrawJob:
     """Check a request. Raises ApiError and InputError."""
     count = check_int(1 if body.n is None else body.n, "n", 1, service.settings.max_n)
     if body.partial_images and not body.stream:
@@ -208,9 +213,8 @@ def _job(body: PictureRequest, service: Service, facts: Facts, given: Given | No
     return DrawJob(
         prompt=service.check_text(body.prompt, "prompt"),
         seeds=tuple(range(first, first + count)),
-        settings=Settings(_side(body.size, facts), tuple(sorted(options.items())), None if given is None else given.digest),
+        settings=Settings(_side(body.size, facts), tuple(sorted(options.items()))),
         previews=body.partial_images or 0,
-        given=given,
     )
 
 

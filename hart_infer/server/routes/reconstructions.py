@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import base64
 import time
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Form, Request
 
 from ..jobs import ReconstructJob, Ticket, UnavailableError
-from ..pictures import Encoding, encode, read_picture
+from ..pictures import Budget, Encoding, encode, in_turn, read_picture
 from ..protocol import Picture, Rebuilt
 from ..schemas import ReconstructedData, ReconstructionAnswer, ReconstructionRequest, documented
 from ..service import TheCaller, TheService
 from ..streams import unless_left
+from .bodies import FIELDS_ONCE
 
 router = APIRouter()
 
 
-@router.post("/v1/images/reconstructions", responses=documented(400, 401, 404, 408, 413, 429, 500, 503, 504))
+ANSWERS = documented(400, 401, 404, 408, 413, 429, 500, 503, 504)
+
+
+@router.post("/v1/images/reconstructions", responses=ANSWERS, dependencies=FIELDS_ONCE)
 async def reconstructions(
     request: Request,
     body: Annotated[ReconstructionRequest, Form(media_type="multipart/form-data")],
@@ -29,8 +34,8 @@ async def reconstructions(
     """Encode a picture to tokens and decode them, in every mode of the model's."""
     engine, _ = await service.engine(body.model)
     content = await body.image.read()
-    picture = await to_thread.run_sync(read_picture, content, "image", service.settings.max_pixels)
     service.take(caller, 1)
+    picture = await in_turn(partial(read_picture, content, "image", Budget(service.settings.max_pixels)))
     ticket = engine.submit(ReconstructJob(picture))
     try:
         rebuilt = await unless_left(request, _rebuilt(ticket))
