@@ -118,8 +118,9 @@ class Scheduler:
         return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
 
     def close(self, reason: str) -> None:
-        """Take no more jobs; those that are open go on."""
+        """Take no more jobs, and let nobody wait for the model; jobs that are open go on."""
         self._closed = reason
+        self._supervisor.give_up(reason)
         self._changed.set()
 
     def abandon(self, reason: str) -> None:

@@ -158,6 +158,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("fails", [True, False])
+async def test_who_waits_for_the_model_is_told_when_the_server_ends(fails: bool) -> None:
+    """Because the model can't be loaded, or by a signal while it still is."""
+    with stand_in(loads=3 if fails else 60, **({"fails": 1} if fails else {})) as (address, running):
+        async with http(address) as made:
+            waiting = asyncio.create_task(ask(made, "plain"))
+            await asyncio.sleep(0.5)
+            start = time.monotonic()
+            if not fails:
+                running.process.send_signal(signal.SIGTERM)
+            assert ("could not be loaded" if fails else "ending") in told(await waiting, 503)
+        status, log = await asyncio.to_thread(running.end, 0)
+    assert status == int(fails)
+    assert time.monotonic() - start < 30
+    assert "CancelledError" not in log
+
+
 # Clients.
 
 

@@ -30,6 +30,7 @@ from hart_infer.server.protocol import (
 )
 from hart_infer.server.scheduler import Limits, Scheduler
 from hart_infer.server.supervisor import Supervisor, WorkerDiedError
+from tests.server import stand_in
 
 pytestmark = pytest.mark.anyio
 PICTURE = Picture(1, 1, b"abc")
@@ -75,6 +76,7 @@ class FakeProcess:
 
 class FakeSupervisor(Supervisor):
     def __init__(self) -> None:
+        super().__init__(stand_in.load, EngineMetrics(Metrics(), "fake"))
         self.facts = Facts("fake", "HART", (16,), frozenset(), True, True, (), (), 1.0, 6, "cpu", "float32")
         self.process = FakeProcess()
 
