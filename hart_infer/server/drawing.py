@@ -166,7 +166,7 @@ def is_broken(error: Exception) -> bool:
 
 
 def failure(row: RowId, error: Exception) -> Failed:
-    """Return what to say of a row that raised `error`; log what nobody foresaw, without its words, which may quote a request."""
+    """Return what to say of a row that raised `error`; log what nobody foresaw, not its words: they may quote a request."""
     if isinstance(error, HartError):
         reasons: dict[type[HartError], Reason] = {RefusedError: "refused", InputError: "input", OutOfMemoryError: "memory"}
         reason: Reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "failed")

@@ -66,7 +66,7 @@ class Process:
         self.send(Stop())
         try:
             await asyncio.wait_for(self.died.wait(), seconds)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another class before Python 3.11
             self.kill()
             await self.died.wait()
 
@@ -125,7 +125,7 @@ class Supervisor:
         return self._is_ready.is_set()
 
     async def loaded(self) -> Facts:
-        """Wait until a first worker has loaded the model; return what it says of it. Raises UnavailableError once it is given up."""
+        """Wait until a first worker has loaded the model; return what it says of it. Raises UnavailableError if none will."""
         if self.facts is None:
             await self._is_settled.wait()
         if self.facts is None:

@@ -152,7 +152,10 @@ def fail_to_load() -> Model:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve with settings NAME=VALUE; `seconds` is a step's, `loads` the model's, `fails` makes that fail, `page` serves the web page."""
+    """Serve with settings NAME=VALUE; `seconds` is a step's, `loads` the model's.
+
+    `fails` makes loading fail; `page` serves the web page.
+    """
     from hart_infer.server.run import Server, bind
     from hart_infer.server.settings import make_settings
 
