@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from hart_infer.server.jobs import AskJob, BusyError, DeadlineError, DrawJob, Event, RowFailedError, Ticket, UnavailableError
+from hart_infer.server.jobs import (
+    MAX_UNSENT,
+    AskJob,
+    BusyError,
+    DeadlineError,
+    DrawJob,
+    Event,
+    RowFailedError,
+    Ticket,
+    UnavailableError,
+)
 from hart_infer.server.metrics import EngineMetrics, Metrics
 from hart_infer.server.protocol import (
     Answered,
@@ -190,6 +200,31 @@ async def test_given_pictures_are_bounded_in_bytes() -> None:
         scheduler.submit(job("c"))
         ticket.cancel()
         scheduler.submit(job("b", given=given))
+
+
+async def test_previews_that_nobody_reads_are_bounded_and_pictures_are_all_kept() -> None:
+    ticket = Ticket(2, lambda ticket: None)
+    large = Picture(1024, 1024, bytes(3 * 2**20))
+    for number in range(32):
+        for row in ticket.rows:
+            ticket.put(Preview(row, number, large))
+    for row in ticket.rows:
+        ticket.put(Drawn(row, large))
+    found = await events(ticket)
+    previews = [event for event in found if isinstance(event, Preview)]
+    assert sum(len(event.picture.pixels) for event in previews) <= MAX_UNSENT
+    assert [(event.row.place, event.number) for event in previews][-2:] == [(0, 31), (1, 31)]
+    assert [type(event) for event in found[-2:]] == [Drawn, Drawn]
+
+
+async def test_each_row_keeps_a_preview_however_large() -> None:
+    ticket = Ticket(3, lambda ticket: None)
+    huge = Picture(1, 1, bytes(MAX_UNSENT))
+    for number in range(3):
+        for row in ticket.rows:
+            ticket.put(Preview(row, number, huge))
+    ticket.cancel()
+    assert [event.number for event in await events(ticket) if isinstance(event, Preview)] == [2, 2, 2]
 
 
 async def test_a_failed_row_ends_its_job_alone() -> None:
