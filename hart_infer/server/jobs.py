@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ..errors import HartError
 from .protocol import Answered, Drawn, Facts, Failed, Given, Options, Picture, Piece, Preview, Rebuilt, RowId, Settings
@@ -37,6 +37,10 @@ class BusyError(JobError):
         self.retry_after = retry_after
 
 
+class TooLargeError(JobError):
+    """The job's given pictures are larger than all that may wait."""
+
+
 class UnavailableError(JobError):
     """There is no worker for this job: it died, is not there yet, or the server is ending."""
 
@@ -56,6 +60,11 @@ class DrawJob:
     given: Given | None = None
 
     @property
+    def count(self) -> int:
+        """How many pictures it asks for."""
+        return len(self.seeds)
+
+    @property
     def size(self) -> int:
         """Bytes of its given picture."""
         return 0 if self.given is None else len(self.given.picture.pixels) + len(self.given.mask.pixels)
@@ -68,6 +77,7 @@ class AskJob:
     question: tuple[str | Picture, ...]
     history: tuple[tuple[tuple[str | Picture, ...], str], ...] = ()
     options: Options = ()
+    count: ClassVar[int] = 1
 
     @property
     def size(self) -> int:
@@ -81,6 +91,7 @@ class ReconstructJob:
     """A picture to send through the tokenizer and back."""
 
     picture: Picture
+    count: ClassVar[int] = 1
 
     @property
     def size(self) -> int:
@@ -114,7 +125,7 @@ class Engine(Protocol):
         ...
 
     def submit(self, job: Job) -> Ticket:
-        """Queue a job. Raises BusyError or UnavailableError."""
+        """Queue a job. Raises BusyError, UnavailableError, TooLargeError; InputError for more than may ever wait."""
         ...
 
 

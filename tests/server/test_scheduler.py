@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hart_infer.errors import InputError
 from hart_infer.server.jobs import (
     MAX_UNSENT,
     AskJob,
@@ -18,6 +19,7 @@ from hart_infer.server.jobs import (
     Event,
     RowFailedError,
     Ticket,
+    TooLargeError,
     UnavailableError,
 )
 from hart_infer.server.metrics import EngineMetrics, Metrics
@@ -200,6 +202,19 @@ async def test_given_pictures_are_bounded_in_bytes() -> None:
         scheduler.submit(job("c"))
         ticket.cancel()
         scheduler.submit(job("b", given=given))
+
+
+async def test_a_job_that_never_fits_is_not_told_to_come_back() -> None:
+    from hart_infer.server.protocol import Given
+
+    given = Given(Picture(1, 1, bytes(60)), Picture(1, 1, bytes(20)), "digest")
+    async with scheduling(max_queue=2, max_queue_bytes=79) as (scheduler, _):
+        with pytest.raises(InputError, match="At most 2 pictures may wait here, so 3 at once are too many"):
+            scheduler.submit(job("a", 1, 2, 3))
+        with pytest.raises(TooLargeError, match="80 bytes of pixels, more than the 79 bytes"):
+            scheduler.submit(job("a", given=given))
+        assert scheduler.is_idle
+        scheduler.submit(job("a", 1, 2))
 
 
 async def test_previews_that_nobody_reads_are_bounded_and_pictures_are_all_kept() -> None:

@@ -35,8 +35,7 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
     if not facts.answers:
         raise ApiError(400, f"{facts.name} draws pictures and answers no questions.", code="unsupported", param="model")
     job = await to_thread.run_sync(_job, body, service)
-    service.take(caller, 1)
-    ticket = engine.submit(job)
+    ticket = service.submit(engine, job, caller)
     try:
         if not body.stream:
             return await unless_left(request, _whole(ticket, facts.name))

@@ -142,9 +142,8 @@ async def _draw(
 ) -> Response:
     engine, facts = await service.engine(body.model)
     job = _job(body, service, facts, given)
-    service.take(caller, len(job.seeds))
     answer = _Answer(kind, body, job, service, str(request.base_url))
-    ticket = engine.submit(job)
+    ticket = service.submit(engine, job, caller)
     try:
         if not body.stream:
             return await unless_left(request, _whole(ticket, answer))

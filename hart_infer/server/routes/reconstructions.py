@@ -30,8 +30,7 @@ async def reconstructions(
     engine, _ = await service.engine(body.model)
     content = await body.image.read()
     picture = await to_thread.run_sync(read_picture, content, "image", service.settings.max_pixels)
-    service.take(caller, 1)
-    ticket = engine.submit(ReconstructJob(picture))
+    ticket = service.submit(engine, ReconstructJob(picture), caller)
     try:
         rebuilt = await unless_left(request, _rebuilt(ticket))
     finally:
