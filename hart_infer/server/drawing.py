@@ -50,13 +50,15 @@ def preview_steps(count: int, num_steps: int) -> list[int]:
 def draw(model: Model, job: Draw, send: Send, is_dropped: IsDropped) -> None:
     """Draw a job's rows together and send what becomes of each."""
     arguments: dict[Row, Any] = {}
+    negative = [text for name, text in job.settings.options if name == "negative_prompt"]
     for row in job.rows:
         try:
-            if model.judge is not None:
-                model.judge.check(row.prompt)
+            _judge(model, row.prompt, *negative)
             arguments[row] = model.argument(row.prompt)
-        except HartError as error:
-            send(failure(row.id, error, row.prompt))
+        except Exception as error:
+            if is_broken(error):
+                raise
+            send(failure(row.id, error))
     if arguments:
         _Batch(model, job, send, is_dropped, arguments).draw(list(arguments))
 
@@ -81,7 +83,7 @@ class _Batch:
             if is_broken(error):
                 raise
             if len(rows) == 1:
-                return self._send(failure(rows[0].id, error, rows[0].prompt))
+                return self._send(failure(rows[0].id, error))
         else:
             for row, image in zip(rows, images, strict=True):
                 self._send(Drawn(row.id, sent(image)))
@@ -130,8 +132,7 @@ class _Batch:
 def answer(model: Model, job: Ask, send: Send, is_dropped: IsDropped) -> None:
     """Answer a question piece by piece."""
     try:
-        if model.judge is not None:
-            model.judge.check("\n".join(_texts(job)))
+        _judge(model, "\n".join(_texts(job)))
         history = [(_message(question), reply) for question, reply in job.history]
         pieces = model.pipe.answer(None, _message(job.question), history=history, stream=True, **dict(job.options))
         for piece in pieces:
@@ -141,7 +142,7 @@ def answer(model: Model, job: Ask, send: Send, is_dropped: IsDropped) -> None:
     except Exception as error:
         if is_broken(error):
             raise
-        return send(failure(job.id, error, *_texts(job)))
+        return send(failure(job.id, error))
     send(Answered(job.id))
 
 
@@ -164,22 +165,27 @@ def is_broken(error: Exception) -> bool:
     return "CUDA error" in str(error)
 
 
-def failure(row: RowId, error: Exception, *texts: str) -> Failed:
-    """Return what to say of a row that raised `error`; log what nobody foresaw, without the client's `texts`."""
+def failure(row: RowId, error: Exception) -> Failed:
+    """Return what to say of a row that raised `error`; log what nobody foresaw, not its words: they may quote a request."""
     if isinstance(error, HartError):
         reasons: dict[type[HartError], Reason] = {RefusedError: "refused", InputError: "input", OutOfMemoryError: "memory"}
         reason: Reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "failed")
         return Failed(row, reason, str(error))
-    told = f"{type(error).__name__}: {error}"
-    for text in texts:
-        told = told.replace(text, "...").replace(repr(text)[1:-1], "...")
-    LOG.error("a row failed", exc_info=error, extra={"error": told})
+    LOG.error("a row failed", exc_info=error, extra={"error": type(error).__name__})
     return Failed(row, "failed", f"The picture could not be made: {type(error).__name__}. The server's log says more.")
 
 
+def _judge(model: Model, *texts: str) -> None:
+    """Raise RefusedError for a text that the safety model, if there is one, objects to."""
+    if model.judge is not None:
+        for text in texts:
+            model.judge.check(text)
+
+
 def _texts(job: Ask) -> list[str]:
-    """Return all that a client wrote."""
-    return [part for message in (job.question, *(each for each, _ in job.history)) for part in message if isinstance(part, str)]
+    """Return all that a client wrote, the model's earlier answers too, as the client says that they were."""
+    history = [part for question, reply in job.history for part in (*question, reply)]
+    return [part for part in (*history, *job.question) if isinstance(part, str)]
 
 
 def sent(image: Image) -> Picture:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ..errors import HartError
 from .protocol import Answered, Drawn, Facts, Failed, Given, Options, Picture, Piece, Preview, Rebuilt, RowId, Settings
 
 Event = Preview | Drawn | Piece | Rebuilt
+MAX_UNSENT = 2**24  # bytes of a job's previews that wait for its client; beyond them only each row's newest is kept
 _numbers = itertools.count(1)
 
 
@@ -35,6 +37,10 @@ class BusyError(JobError):
         self.retry_after = retry_after
 
 
+class TooLargeError(JobError):
+    """The job's given pictures are larger than all that may wait."""
+
+
 class UnavailableError(JobError):
     """There is no worker for this job: it died, is not there yet, or the server is ending."""
 
@@ -54,6 +60,11 @@ class DrawJob:
     given: Given | None = None
 
     @property
+    def count(self) -> int:
+        """How many pictures it asks for."""
+        return len(self.seeds)
+
+    @property
     def size(self) -> int:
         """Bytes of its given picture."""
         return 0 if self.given is None else len(self.given.picture.pixels) + len(self.given.mask.pixels)
@@ -66,6 +77,7 @@ class AskJob:
     question: tuple[str | Picture, ...]
     history: tuple[tuple[tuple[str | Picture, ...], str], ...] = ()
     options: Options = ()
+    count: ClassVar[int] = 1
 
     @property
     def size(self) -> int:
@@ -79,6 +91,7 @@ class ReconstructJob:
     """A picture to send through the tokenizer and back."""
 
     picture: Picture
+    count: ClassVar[int] = 1
 
     @property
     def size(self) -> int:
@@ -112,7 +125,7 @@ class Engine(Protocol):
         ...
 
     def submit(self, job: Job) -> Ticket:
-        """Queue a job. Raises BusyError or UnavailableError."""
+        """Queue a job. Raises BusyError, UnavailableError, TooLargeError; InputError for more than may ever wait."""
         ...
 
 
@@ -125,11 +138,12 @@ class Ticket:
         self.rows = [RowId(self.number, place) for place in range(count)]
         self._missing = set(self.rows)
         self._leave: Callable[[Ticket], None] | None = leave
-        self._events: asyncio.Queue[Event | JobError | None] = asyncio.Queue()
+        self._events: deque[Event | JobError | None] = deque()
+        self._has_events = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Yield the events. Raises JobError."""
-        while (event := await self._events.get()) is not None:
+        while (event := await self._next()) is not None:
             if isinstance(event, JobError):
                 raise event
             yield event
@@ -144,7 +158,9 @@ class Ticket:
         if not self.is_open:
             return
         if not isinstance(event, Answered):
-            self._events.put_nowait(event)
+            self._add(event)
+        if isinstance(event, Preview):
+            self._thin()
         if isinstance(event, Drawn | Answered | Rebuilt):
             self._missing.discard(event.row)
             if not self._missing:
@@ -160,8 +176,26 @@ class Ticket:
         if self.is_open:
             self._close(None)
 
+    async def _next(self) -> Event | JobError | None:
+        await self._has_events.wait()
+        event = self._events.popleft()
+        if not self._events:
+            self._has_events.clear()
+        return event
+
+    def _add(self, event: Event | JobError | None) -> None:
+        self._events.append(event)
+        self._has_events.set()
+
+    def _thin(self) -> None:
+        """Drop all but the newest preview of each row, where the client takes them too slowly."""
+        previews = [event for event in self._events if isinstance(event, Preview)]
+        if sum(len(event.picture.pixels) for event in previews) > MAX_UNSENT:
+            newest = {event.row: event for event in previews}
+            self._events = deque(each for each in self._events if not isinstance(each, Preview) or newest[each.row] is each)
+
     def _close(self, error: JobError | None) -> None:
-        self._events.put_nowait(error)
+        self._add(error)
         if self._leave is not None:
             leave, self._leave = self._leave, None
             leave(self)

@@ -9,7 +9,19 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from .jobs import AskJob, BusyError, DeadlineError, DrawJob, Job, ReconstructJob, RowFailedError, Ticket, UnavailableError
+from ..errors import InputError
+from .jobs import (
+    AskJob,
+    BusyError,
+    DeadlineError,
+    DrawJob,
+    Job,
+    ReconstructJob,
+    RowFailedError,
+    Ticket,
+    TooLargeError,
+    UnavailableError,
+)
 from .metrics import EngineMetrics
 from .protocol import (
     Ask,
@@ -94,16 +106,16 @@ class Scheduler:
         return await self._supervisor.loaded()
 
     def submit(self, job: Job) -> Ticket:
-        """Queue a job. Raises BusyError or UnavailableError."""
+        """Queue a job. Raises BusyError, UnavailableError, TooLargeError; InputError for more than may ever wait."""
         if self._closed is not None:
             raise UnavailableError(self._closed)
-        count = len(job.seeds) if isinstance(job, DrawJob) else 1
-        if len(self._queue) + count > self._limits.max_queue:
+        self._check_size(job)
+        if len(self._queue) + job.count > self._limits.max_queue:
             waiting = f"{len(self._queue)} pictures wait already, and at most {self._limits.max_queue} may"
             raise BusyError(f"{waiting}; try again later.", self.retry_after())
-        if self._held and sum(self._held.values()) + job.size > self._limits.max_queue_bytes:
+        if sum(self._held.values()) + job.size > self._limits.max_queue_bytes:
             raise BusyError("Too many given pictures wait already; try again later.", self.retry_after())
-        ticket = Ticket(count, self._left)
+        ticket = Ticket(job.count, self._left)
         self._queue |= {row.id: row for row in _rows(ticket, job)}
         loop = asyncio.get_running_loop()
         self._tickets[ticket] = loop.call_later(self._limits.deadline, self._expire, ticket)
@@ -112,14 +124,23 @@ class Scheduler:
         self._changed.set()
         return ticket
 
+    def _check_size(self, job: Job) -> None:
+        """Refuse a job that would not be taken by an empty queue either."""
+        if job.count > self._limits.max_queue:
+            raise InputError(f"At most {self._limits.max_queue} pictures may wait here, so {job.count} at once are too many.")
+        if job.size > self._limits.max_queue_bytes:
+            limit = f"{self._limits.max_queue_bytes:,} bytes that may wait here"
+            raise TooLargeError(f"The given pictures have {job.size:,} bytes of pixels, more than the {limit}.")
+
     def retry_after(self) -> int:
         """Return in how many seconds there will be room, by the pace of late."""
         seconds = self._row_seconds * len(self._queue)
         return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
 
     def close(self, reason: str) -> None:
-        """Take no more jobs; those that are open go on."""
+        """Take no more jobs, and let nobody wait for the model; jobs that are open go on."""
         self._closed = reason
+        self._supervisor.give_up(reason)
         self._changed.set()
 
     def abandon(self, reason: str) -> None:

@@ -9,9 +9,9 @@ from typing import Annotated
 import anyio
 from fastapi import Depends, Request
 
-from ..errors import InputError
+from ..errors import HartError, InputError
 from ..pipelines.checks import check_prompts
-from .jobs import Engine
+from .jobs import Engine, Job, Ticket, TooLargeError
 from .keys import Allowance, Keys
 from .metrics import Metrics
 from .pictures import PictureStore
@@ -57,6 +57,16 @@ class Service:
         if seconds > 0:
             told = f"This key may ask for {self.allowance.rate} pictures a minute; try again later."
             raise ApiError(429, told, code="rate_limit_exceeded", retry_after=int(seconds) + 1)
+
+    def submit(self, engine: Engine, job: Job, caller: str) -> Ticket:
+        """Queue a job whose pictures `take` took; give them back if it is refused. Raises HartError, ApiError."""
+        try:
+            return engine.submit(job)
+        except HartError as error:
+            self.allowance.take(caller, -job.count)
+            if isinstance(error, TooLargeError):
+                raise ApiError(413, str(error), code="too_large") from None
+            raise
 
 
 def service_of(request: Request) -> Service:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from . import worker
+from .jobs import UnavailableError
 from .metrics import EngineMetrics
 from .model import Model
 from .protocol import Facts, FromWorker, LoadFailed, Ready, Stop, ToWorker
@@ -19,6 +20,7 @@ from .protocol import Facts, FromWorker, LoadFailed, Ready, Stop, ToWorker
 LOG = logging.getLogger(__name__)
 MAX_PAUSE = 30.0  # seconds between two starts of a worker that dies at once
 LIVED_LONG = 60.0  # seconds after which a death counts as the first
+NOT_LOADED = "The model could not be loaded, and the server is ending."
 Load = Callable[[], Model]
 
 
@@ -64,7 +66,7 @@ class Process:
         self.send(Stop())
         try:
             await asyncio.wait_for(self.died.wait(), seconds)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another class before Python 3.11
             self.kill()
             await self.died.wait()
 
@@ -114,6 +116,8 @@ class Supervisor:
         self._process: Process | None = None
         self._starting: Process | None = None
         self._is_ready = asyncio.Event()
+        self._is_settled = asyncio.Event()  # the model is loaded for the first time, or nobody should wait for that
+        self._given_up = ""
 
     @property
     def is_ready(self) -> bool:
@@ -121,11 +125,17 @@ class Supervisor:
         return self._is_ready.is_set()
 
     async def loaded(self) -> Facts:
-        """Wait until a first worker has loaded the model; return what it says of it."""
+        """Wait until a first worker has loaded the model; return what it says of it. Raises UnavailableError if none will."""
         if self.facts is None:
-            await self._is_ready.wait()
-        assert self.facts is not None
+            await self._is_settled.wait()
+        if self.facts is None:
+            raise UnavailableError(self._given_up)
         return self.facts
+
+    def give_up(self, reason: str) -> None:
+        """Let nobody wait any longer for a first worker."""
+        self._given_up = reason
+        self._is_settled.set()
 
     async def ready(self) -> Process:
         """Return a worker that has loaded the model, as soon as there is one."""
@@ -143,6 +153,9 @@ class Supervisor:
             self._starting = process = Process(self._load)
             try:
                 await self._live(process)
+            except LoadError:
+                self.give_up(NOT_LOADED)
+                raise
             finally:
                 self._is_ready.clear()
                 self._process = None
@@ -171,5 +184,6 @@ class Supervisor:
         elif isinstance(message, Ready):
             self.facts, self._process = message.facts, process
             self._is_ready.set()
+            self._is_settled.set()
             LOG.info("ready", extra={"model": message.facts.name, "device": message.facts.device, "pid": process.pid})
         await process.died.wait()

@@ -140,8 +140,10 @@ def picture(prompt: str, seed: int, side: int = SIDE) -> Image.Image:
     return painted(colour(prompt, seed), side)
 
 
-def load(name: str = NAME, seconds: float = 0.0, *, talks: bool = False, loads: float = 0.0) -> Model:
+def load(name: str = NAME, seconds: float = 0.0, *, talks: bool = False, loads: float = 0.0, fails: bool = False) -> Model:
     time.sleep(loads)
+    if fails:
+        fail_to_load()
     return Model(Talker(seconds) if talks else StandIn(seconds), name, "HART", argument)
 
 
@@ -150,16 +152,21 @@ def fail_to_load() -> Model:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve with settings NAME=VALUE; `seconds` is a step's, `loads` the model's, `page` serves the web page."""
+    """Serve with settings NAME=VALUE; `seconds` is a step's, `loads` the model's.
+
+    `fails` makes loading fail; `page` serves the web page.
+    """
     from hart_infer.server.run import Server, bind
     from hart_infer.server.settings import make_settings
 
     given: dict[str, Any] = dict(argument.split("=", 1) for argument in arguments)
-    page = bool(given.pop("page", ""))
+    page, fails = (bool(given.pop(name, "")) for name in ("page", "fails"))
     times = {name: float(given.pop(name, 0)) for name in ("seconds", "loads")}
     settings = make_settings(**{"port": 0, **given})
     listening = bind(settings.host, settings.port)
-    Server({NAME: partial(load, talks=True, **times)}, settings, page=page).run(listening, partial(print, flush=True))
+    Server({NAME: partial(load, talks=True, fails=fails, **times)}, settings, page=page).run(
+        listening, partial(print, flush=True)
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hart_infer.server.drawing import draw, preview_steps
 from hart_infer.server.log import JsonFormatter
 from hart_infer.server.model import Model
 from hart_infer.server.protocol import (
+    Ask,
     Draw,
     Drawn,
     Failed,
@@ -28,7 +29,7 @@ from hart_infer.server.protocol import (
     Settings,
 )
 from tests.server import stand_in
-from tests.server.stand_in import SIDE, StandIn, load
+from tests.server.stand_in import SIDE, StandIn, Talker, load
 
 PLAIN = Settings(SIDE)
 
@@ -95,9 +96,37 @@ def test_a_broken_row_leaves_its_neighbours_alone(caplog: pytest.LogCaptureFixtu
     assert "RuntimeError" in failed.message
     (record,) = caplog.records
     logged = JsonFormatter().format(record)
-    assert "RuntimeError: broken by ..." in logged
+    assert '"error": "RuntimeError"' in logged
     assert "stand_in.py" in logged
     assert "break this" not in failed.message + logged
+
+
+def test_what_an_error_says_of_other_texts_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Telling(Talker):
+        def __call__(self, prompt: Any, *, negative_prompt: str = "", **arguments: Any) -> Any:
+            raise RuntimeError(f"can't leave out {negative_prompt}")
+
+        def answer(self, media: Any, question: Any, *, history: Any, **options: Any) -> Any:
+            raise RuntimeError(f"can't go on after {history}")
+
+    model = replace(load(), pipe=Telling())
+    messages = run(model, Draw(rows("a"), Settings(SIDE, (("negative_prompt", "my secret"),))))
+    drawing.answer(model, Ask(RowId(1, 0), ("why?",), ((("so?",), "a secret"),)), messages.append, lambda row: False)
+    assert [type(each) for each in messages] == [Failed, Failed]
+    assert len(caplog.records) == 2
+    assert "secret" not in str(messages) + "".join(JsonFormatter().format(record) for record in caplog.records)
+
+
+def test_a_prompt_that_cannot_be_prepared_leaves_its_neighbours_alone() -> None:
+    def argument(prompt: str) -> str:
+        if prompt == "b":
+            raise RuntimeError("It can't be prepared.")
+        return prompt
+
+    messages = run(replace(load(), argument=argument), Draw(rows("a", "b", "c"), PLAIN))
+    assert set(drawn(messages)) == {RowId(0, 0), RowId(2, 0)}
+    (failed,) = (each for each in messages if isinstance(each, Failed))
+    assert (failed.row, failed.reason) == (RowId(1, 0), "failed")
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [("unknown", "input"), ("too much", "memory")])

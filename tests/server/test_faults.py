@@ -24,9 +24,11 @@ import httpx2
 import pytest
 from PIL import Image
 
+from hart_infer.errors import InputError
+from hart_infer.server.jobs import BusyError, TooLargeError, UnavailableError
 from tests.server import stand_in as model
 from tests.server.conftest import ROOT, Running, stand_in
-from tests.server.fake import client
+from tests.server.fake import FakeEngine, client
 from tests.server.test_app import events, told
 
 pytestmark = pytest.mark.anyio
@@ -158,6 +160,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("fails", [True, False])
+async def test_who_waits_for_the_model_is_told_when_the_server_ends(fails: bool) -> None:
+    """Because the model can't be loaded, or by a signal while it still is."""
+    with stand_in(loads=3 if fails else 60, **({"fails": 1} if fails else {})) as (address, running):
+        async with http(address) as made:
+            waiting = asyncio.create_task(ask(made, "plain"))
+            await asyncio.sleep(0.5)
+            start = time.monotonic()
+            if not fails:
+                running.process.send_signal(signal.SIGTERM)
+            assert ("could not be loaded" if fails else "ending") in told(await waiting, 503)
+        status, log = await asyncio.to_thread(running.end, 0)
+    assert status == int(fails)
+    assert time.monotonic() - start < 30
+    assert "CancelledError" not in log
+
+
 # Clients.
 
 
@@ -249,6 +268,26 @@ async def test_broken_requests_among_good_ones() -> None:
         expected = {"break": 500, "unknown": 400, "too much": 503}.get(prompt, 200)
         assert response.status_code == expected
         assert expected != 200 or right(response, prompt, seed)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (BusyError("It is full.", 1), 429),
+        (UnavailableError("It ends."), 503),
+        (TooLargeError("It is large."), 413),
+        (InputError("It is too many."), 400),
+    ],
+)
+async def test_what_is_refused_costs_nothing_of_the_rate(error: Any, status: int) -> None:
+    engine = FakeEngine()
+    async with client(engine, rate=3) as made:
+        engine.error = error
+        for _ in range(5):
+            assert told(await ask(made, "a", n=3), status) == str(error)
+        engine.error = None
+        assert (await ask(made, "a", n=3)).status_code == 200
+        assert "3 pictures a minute" in told(await ask(made, "a", n=3), 429)
 
 
 @pytest.mark.parametrize(("count", "room"), [(1000, 1000), (200, 20)])

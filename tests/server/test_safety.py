@@ -14,8 +14,8 @@ import torch
 
 from hart_infer.errors import CheckpointNotFoundError, ConfigError
 from hart_infer.server import safety
-from hart_infer.server.drawing import draw
-from hart_infer.server.protocol import Draw, Drawn, Failed, FromWorker, Row, RowId, Settings
+from hart_infer.server.drawing import answer, draw
+from hart_infer.server.protocol import Ask, Draw, Drawn, Failed, FromWorker, Row, RowId, Settings
 from hart_infer.server.safety import GUIDELINES, Judge, RefusedError
 from tests.server import stand_in
 
@@ -95,6 +95,31 @@ def test_a_refusal_names_the_guideline_and_spares_the_neighbours() -> None:
     expected = "it finds dangerous content in it (score 0.50, limit 0.5). Change the prompt."
     assert refused.message == f"The safety model refuses this prompt: {expected}"
     assert model.pipe.calls == [("a cat",)]
+
+
+def test_negative_prompts_and_whole_conversations_are_judged() -> None:
+    model = replace(stand_in.load(talks=True), judge=Strict())
+    messages: list[FromWorker] = []
+    settings = Settings(stand_in.SIDE, (("negative_prompt", "a bomb"),))
+    draw(model, Draw((Row(RowId(0, 0), "a cat", 0),), settings), messages.append, lambda row: False)
+    ask = Ask(RowId(1, 0), ("and then?",), ((("how?",), "First, a bomb"),))
+    answer(model, ask, messages.append, lambda row: False)
+    assert [each.reason for each in messages if isinstance(each, Failed)] == ["refused", "refused"]
+    assert len(messages) == 2
+
+
+def test_a_judge_that_fails_for_one_row_spares_the_neighbours() -> None:
+    class Broken(Strict):
+        def scores(self, text: str) -> dict[str, float]:
+            if "bomb" in text:
+                raise RuntimeError("It is too long.")
+            return super().scores(text)
+
+    model = replace(stand_in.load(), judge=Broken())
+    rows = tuple(Row(RowId(place, 0), prompt, place) for place, prompt in enumerate(("a cat", "a bomb")))
+    messages: list[FromWorker] = []
+    draw(model, Draw(rows, Settings(stand_in.SIDE)), messages.append, lambda row: False)
+    assert {type(each): each.row.job for each in messages if isinstance(each, Failed | Drawn)} == {Failed: 1, Drawn: 0}
 
 
 def test_below_the_threshold_nothing_is_refused() -> None:

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from hart_infer.server.jobs import AskJob, BusyError, DeadlineError, DrawJob, Event, RowFailedError, Ticket, UnavailableError
+from hart_infer.errors import InputError
+from hart_infer.server.jobs import (
+    MAX_UNSENT,
+    AskJob,
+    BusyError,
+    DeadlineError,
+    DrawJob,
+    Event,
+    RowFailedError,
+    Ticket,
+    TooLargeError,
+    UnavailableError,
+)
 from hart_infer.server.metrics import EngineMetrics, Metrics
 from hart_infer.server.protocol import (
     Answered,
@@ -30,6 +42,7 @@ from hart_infer.server.protocol import (
 )
 from hart_infer.server.scheduler import Limits, Scheduler
 from hart_infer.server.supervisor import Supervisor, WorkerDiedError
+from tests.server import stand_in
 
 pytestmark = pytest.mark.anyio
 PICTURE = Picture(1, 1, b"abc")
@@ -75,6 +88,7 @@ class FakeProcess:
 
 class FakeSupervisor(Supervisor):
     def __init__(self) -> None:
+        super().__init__(stand_in.load, EngineMetrics(Metrics(), "fake"))
         self.facts = Facts("fake", "HART", (16,), frozenset(), True, True, (), (), 1.0, 6, "cpu", "float32")
         self.process = FakeProcess()
 
@@ -188,6 +202,44 @@ async def test_given_pictures_are_bounded_in_bytes() -> None:
         scheduler.submit(job("c"))
         ticket.cancel()
         scheduler.submit(job("b", given=given))
+
+
+async def test_a_job_that_never_fits_is_not_told_to_come_back() -> None:
+    from hart_infer.server.protocol import Given
+
+    given = Given(Picture(1, 1, bytes(60)), Picture(1, 1, bytes(20)), "digest")
+    async with scheduling(max_queue=2, max_queue_bytes=79) as (scheduler, _):
+        with pytest.raises(InputError, match="At most 2 pictures may wait here, so 3 at once are too many"):
+            scheduler.submit(job("a", 1, 2, 3))
+        with pytest.raises(TooLargeError, match="80 bytes of pixels, more than the 79 bytes"):
+            scheduler.submit(job("a", given=given))
+        assert scheduler.is_idle
+        scheduler.submit(job("a", 1, 2))
+
+
+async def test_previews_that_nobody_reads_are_bounded_and_pictures_are_all_kept() -> None:
+    ticket = Ticket(2, lambda ticket: None)
+    large = Picture(1024, 1024, bytes(3 * 2**20))
+    for number in range(32):
+        for row in ticket.rows:
+            ticket.put(Preview(row, number, large))
+    for row in ticket.rows:
+        ticket.put(Drawn(row, large))
+    found = await events(ticket)
+    previews = [event for event in found if isinstance(event, Preview)]
+    assert sum(len(event.picture.pixels) for event in previews) <= MAX_UNSENT
+    assert [(event.row.place, event.number) for event in previews][-2:] == [(0, 31), (1, 31)]
+    assert [type(event) for event in found[-2:]] == [Drawn, Drawn]
+
+
+async def test_each_row_keeps_a_preview_however_large() -> None:
+    ticket = Ticket(3, lambda ticket: None)
+    huge = Picture(1, 1, bytes(MAX_UNSENT))
+    for number in range(3):
+        for row in ticket.rows:
+            ticket.put(Preview(row, number, huge))
+    ticket.cancel()
+    assert [event.number for event in await events(ticket) if isinstance(event, Preview)] == [2, 2, 2]
 
 
 async def test_a_failed_row_ends_its_job_alone() -> None:

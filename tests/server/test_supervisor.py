@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hart_infer.server.jobs import UnavailableError
 from hart_infer.server.metrics import EngineMetrics, Metrics
 from hart_infer.server.protocol import Draw, Drawn, Drop, Finished, Row, RowId, Settings
 from hart_infer.server.supervisor import LoadError, Process, Supervisor, WorkerDiedError
@@ -104,6 +105,16 @@ async def test_a_model_that_cannot_be_loaded_says_so() -> None:
     with pytest.raises(LoadError, match="There is no such checkpoint"):
         await asyncio.wait_for(supervisor.run(), SECONDS)
     assert not supervisor.is_ready
+
+
+async def test_who_waits_for_a_model_that_cannot_be_loaded_is_told() -> None:
+    supervisor = Supervisor(stand_in.fail_to_load, EngineMetrics(Metrics(), "x"))
+    waiting = asyncio.create_task(supervisor.loaded())
+    with pytest.raises(LoadError):
+        await asyncio.wait_for(supervisor.run(), SECONDS)
+    for each in (waiting, supervisor.loaded()):
+        with pytest.raises(UnavailableError, match="could not be loaded"):
+            await asyncio.wait_for(each, 1)
 
 
 async def test_a_worker_that_does_not_end_is_killed() -> None:

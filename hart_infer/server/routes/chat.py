@@ -40,7 +40,7 @@ async def completions(request: Request, body: ChatRequest, service: TheService, 
         raise InputError("stream_options goes with stream: true.")
     service.take(caller, 1)
     job = await in_turn(partial(_job, body, service))
-    ticket = engine.submit(job)
+    ticket = service.submit(engine, job, caller)
     try:
         if not body.stream:
             return await unless_left(request, _whole(ticket, facts.name))

@@ -149,7 +149,7 @@ async def _draw(
         given = await in_turn(read)
         job = replace(job, given=given, settings=replace(job.settings, edited=given.digest))
     answer = _Answer(kind, body, job, service, str(request.base_url))
-    ticket = engine.submit(job)
+    ticket = service.submit(engine, job, caller)
     try:
         if not body.stream:
             return await unless_left(request, _whole(ticket, answer))

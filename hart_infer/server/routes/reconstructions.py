@@ -36,7 +36,7 @@ async def reconstructions(
     content = await body.image.read()
     service.take(caller, 1)
     picture = await in_turn(partial(read_picture, content, "image", Budget(service.settings.max_pixels)))
-    ticket = engine.submit(ReconstructJob(picture))
+    ticket = service.submit(engine, ReconstructJob(picture), caller)
     try:
         rebuilt = await unless_left(request, _rebuilt(ticket))
     finally:
