@@ -25,7 +25,7 @@ LIMIT = f"head_dim up to {MAX_HEAD_DIM} and a scale above 0"
 TIMED: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = ()
 CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     *TIMED,
-    # 5.4/195 with all 255 registers and two blocks a multiprocessor; with 8 warps 5.6/322, 64 x 64 takes 6.1/354. A fourth
+    # 5.3/195 with all 255 registers and two blocks a multiprocessor; with 8 warps 5.6/322, 64 x 64 takes 6.1/354. A fourth
     # stage saves nothing. On sm_86, 89 and 120, whose matrix units are half as fast, 322 is no bound, and 4 warps spill.
     ((80,), 2, 64, 64, Config(128, 64, warps=4, stages=3)),
     # On sm_90 301 instructions of a warp for 64 keys and two blocks a multiprocessor; 128 x 128 takes 323, and leaves one.
@@ -34,7 +34,7 @@ CONFIGS: tuple[tuple[tuple[int, ...], int, int, int, Config], ...] = (
     ((90, 100, 103), 2, 128, 64, Config(128, 64, warps=8, stages=2)),
     # 4.9/358. 128 x 64 takes 4.1/323, but spills where a head is narrower than its tile; with 4 warps every tile spills.
     ((80, 86, 89), 2, 128, 64, Config(128, 32, warps=8, stages=2)),
-    ((), 2, 128, 64, Config(128, 32, warps=8, stages=1)),  # sm_120: 4.9/352; with two stages, or 64 keys, it spills
+    ((), 2, 128, 64, Config(128, 32, warps=8, stages=1)),  # sm_120: 4.8/352; with two stages, or 64 keys, it spills
     ((120,), 2, 128, 0, Config(16, 32, warps=4, stages=3)),  # 16 x 64 spills over ranges
     ((), 2, 128, 0, Config(16, 64, warps=4, stages=3)),
     ((), 4, 64, 64, Config(64, 32, warps=8, stages=2)),

@@ -202,7 +202,7 @@ void attend(const Attention &a, int64_t row, int64_t head, int64_t first, Space<
         const __m512 inverse = _mm512_set1_ps(1.0f / space.rows[i].sum);
         for (int64_t column = 0; column < a.head_dim; column += 16) {
             const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(space.out + i * space.columns + column), inverse);
-            _mm256_mask_storeu_epi16(out + column, first_lanes(a.head_dim - column), (__m256i)_mm512_cvtneps_pbh(x));
+            store(out + column, first_lanes(a.head_dim - column), x);
         }
     }
 }

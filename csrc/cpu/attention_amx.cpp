@@ -41,10 +41,7 @@ struct Amx {
             _tile_loadd(7, panel + 16, PANEL * 4);
             multiply();
         }
-        _tile_stored(0, out, stride * 4);
-        _tile_stored(1, out + 16, stride * 4);
-        _tile_stored(2, out + 16 * stride, stride * 4);
-        _tile_stored(3, out + 16 * stride + 16, stride * 4);
+        keep(out, stride);
     }
 
     static void values(int rows, const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns, const Row *row,
@@ -61,6 +58,13 @@ struct Amx {
     }
 
   private:
+    static inline void keep(float *out, int64_t stride) {
+        _tile_stored(0, out, stride * 4);
+        _tile_stored(1, out + 16, stride * 4);
+        _tile_stored(2, out + 16 * stride, stride * 4);
+        _tile_stored(3, out + 16 * stride + 16, stride * 4);
+    }
+
     static inline void multiply() {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -80,10 +84,7 @@ struct Amx {
             _tile_loadd(7, values + 16, columns * 4);
             multiply();
         }
-        _tile_stored(0, out, columns * 4);
-        _tile_stored(1, out + 16, columns * 4);
-        _tile_stored(2, out + 16 * columns, columns * 4);
-        _tile_stored(3, out + 16 * columns + 16, columns * 4);
+        keep(out, columns);
     }
 
     static void left(const uint16_t *weights, int64_t keys, const uint32_t *values, int64_t columns, float *out) {

@@ -84,13 +84,7 @@ void multiply_block(const Int8Linear &a, int64_t first, int64_t stop, int64_t pa
 }  // namespace
 
 HART_EXPORT int hart_infer_cpu_int8_linear(const Int8Linear *a, int threads, Parallel parallel) {
-    const int64_t step = 32768 / a->in + 1;
-    share_out((a->rows + step - 1) / step, {threads, parallel}, [=](Tasks &tasks) {
-        for (int64_t task; (task = tasks.take()) >= 0;) {
-            for (int64_t row = task * step; row < (task + 1) * step && row < a->rows; row++) quantise(*a, row);
-        }
-        return 0;
-    });
+    for_rows(a->rows, a->in, {threads, parallel}, [a](int64_t row) { quantise(*a, row); });
     const int64_t panels = (a->out_width + PANEL - 1) / PANEL, groups = (panels + TASK_PANELS - 1) / TASK_PANELS;
     const int64_t blocks = (a->rows + TASK_ROWS - 1) / TASK_ROWS;
     return share_out(blocks * groups, {threads, parallel}, [=](Tasks &tasks) {

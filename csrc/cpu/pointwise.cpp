@@ -1,23 +1,8 @@
-// RMS norm, SwiGLU and rotary positions in bf16: each reads its input once and rounds where PyTorch's operations do.
+// RMS norm, layer norm, SwiGLU and rotary positions in bf16: each rounds where PyTorch's operations do.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include "vectors.h"
 
 namespace {
-
-constexpr int64_t TASK_ELEMENTS = 32768;  // a task's, at least: some 10 microseconds
-
-// Call row(i) for each of `rows` rows of `width` elements, in tasks of many.
-template <class Row>
-int for_rows(int64_t rows, int64_t width, Threads threads, const Row &row) {
-    const int64_t step = TASK_ELEMENTS / width + 1;
-    return share_out((rows + step - 1) / step, threads, [&](Tasks &tasks) {
-        for (int64_t task; (task = tasks.take()) >= 0;) {
-            const int64_t stop = (task + 1) * step < rows ? (task + 1) * step : rows;
-            for (int64_t i = task * step; i < stop; i++) row(i);
-        }
-        return 0;
-    });
-}
 
 void norm_row(const RmsNorm &a, int64_t row) {
     const int64_t start = row * a.width;

@@ -30,15 +30,15 @@ inline float widened(uint16_t x) {
     return result;
 }
 
-// 2^x to 4e-6, far below bf16's 2e-3; 0 for x under -150.
+// 2^x to 3e-6, by the best polynomial of degree 4, far below bf16's 2e-3; 0 for x under -150.
 inline __m512 exp2_vector(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(0.00961812910763f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05550410866482f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022650695910f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69314718055995f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512 p = _mm512_set1_ps(0.0095701f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05591786f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24024745f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69312181f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99999926f));
     return _mm512_scalef_ps(p, whole);
 }
 

@@ -100,12 +100,12 @@ class Engine(Generic[TransformerT]):
         if not isinstance(sampler, PhiloxSampler):
             return None
         negative = negative if schedule.guided else None
-        known = self.unconditional() if schedule.guided and negative is None else None
         rows = sampler.batch_size * (2 if schedule.guided else 1)
         cache_key = self._cache_key(schedule, rows)
 
         def capture(recorder: Recorder) -> CapturedGeneration:
             cache = graphs.cache(cache_key, self._allocate)
+            known = self.unconditional() if schedule.guided and negative is None else None
 
             def begin(own: PhiloxSampler, prompt: Condition, negative: Condition | None) -> GenerationState:
                 chosen = [self._fill(cache, 0, own.batch_size, prompt, None)]

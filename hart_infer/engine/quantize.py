@@ -17,7 +17,24 @@ Quantize = Literal["int8", "int8_weight_only"]
 UNIT = 128  # products are of levels / UNIT, which is exact in every dtype: sums of plain levels overflow fp16
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """A linear map whose weight is in int8, with one fp32 scale per output."""
+
+    scale: Tensor  # [out] fp32
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move as modules do, but keep the scale in fp32 when the dtype changes."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
+class Int8Linear(QuantizedLinear):
     """A linear map whose weight is int8 with one fp32 scale per output; products are taken in the input's dtype.
 
     Each weight is off by at most half a step, 1/254 of its row's largest. Weights are widened in every call, so this saves
@@ -25,12 +42,10 @@ class Int8Linear(nn.Module):
     """
 
     weight: Tensor  # [out, in] int8
-    scale: Tensor  # [out] fp32
 
     def __init__(self, linear: nn.Linear) -> None:
         """Quantise `linear`: symmetric, rounded to the nearest."""
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        super().__init__(linear)
         weight, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -40,29 +55,20 @@ class Int8Linear(nn.Module):
         out = ops.linear(x, self.weight.to(x.dtype).div_(UNIT), None).float() * (self.scale * UNIT)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Move as modules do, but keep the scale in fp32 when the dtype changes."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = scale.to(self.scale.device)
-        return self
 
-
-class DynamicInt8Linear(nn.Module):
+class DynamicInt8Linear(QuantizedLinear):
     """A linear map of int8 by int8: weights have a scale per output, activations one per row, found as they come.
 
     Products are exact, so each output is off by what the two roundings are. On a CPU with AVX512_VNNI and AVX512_BF16 it takes
-    about half of bf16's time; elsewhere it saves memory.
+    about half of bf16's time; elsewhere it saves memory and takes longer.
     """
 
     packed: Tensor  # the levels, as `pack_int8` lays them out
-    scale: Tensor  # [out] fp32
     sums: Tensor  # [out] int32, of the levels
 
     def __init__(self, linear: nn.Linear) -> None:
         """Quantise `linear`, whose number of inputs is a multiple of QUAD."""
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        super().__init__(linear)
         levels, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("packed", pack_int8(levels))
         self.register_buffer("scale", scale)
@@ -71,13 +77,6 @@ class DynamicInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
         return ops.int8_linear(x, self.packed, self.scale, self.sums, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicInt8Linear:
-        """Move as modules do, but keep the scale in fp32 when the dtype changes."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale = scale.to(self.scale.device)
-        return self
 
 
 def quantize_weights(module: ModuleT, mode: Quantize = "int8_weight_only", *, keep: tuple[str, ...] = ()) -> ModuleT:
@@ -99,4 +98,4 @@ def quantize_weights(module: ModuleT, mode: Quantize = "int8_weight_only", *, ke
 
 def is_quantized(module: nn.Module) -> bool:
     """Return whether `module` holds weights in int8."""
-    return any(isinstance(part, (Int8Linear, DynamicInt8Linear)) for part in module.modules())
+    return any(isinstance(part, QuantizedLinear) for part in module.modules())

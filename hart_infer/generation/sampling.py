@@ -43,10 +43,9 @@ class Noise(Protocol):
 class ResidualNoise:
     """Standard normal noise of the residual diffusion, [B, L, C] fp32: one generator per seed, for `images_per_seed` images."""
 
-    def __init__(self, seeds: Sequence[int], device: torch.device, *, images_per_seed: int = 1) -> None:
-        self.device = device
+    def __init__(self, seeds: Sequence[int], *, images_per_seed: int = 1) -> None:
         self.images_per_seed = images_per_seed
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def start(self, tokens: int, channels: int, device: torch.device) -> Tensor:
         """x_T of all images, moved to `device`."""
@@ -57,7 +56,7 @@ class ResidualNoise:
         return self._draw(2 * self.images_per_seed, tokens, channels, device)
 
     def _draw(self, rows: int, tokens: int, channels: int, device: torch.device) -> Tensor:
-        drawn = [torch.randn(rows, tokens, channels, generator=g, device=self.device) for g in self._generators]
+        drawn = [torch.randn(rows, tokens, channels, generator=g) for g in self._generators]
         return torch.cat([noise[: self.images_per_seed] for noise in drawn]).to(device)
 
 
@@ -144,7 +143,7 @@ class GeneratorSampler:
 
     def __init__(self, seeds: Sequence[int], *, images_per_seed: int = 1) -> None:
         self.batch_size = len(seeds) * images_per_seed
-        self.noise = ResidualNoise(seeds, torch.device("cpu"), images_per_seed=images_per_seed)
+        self.noise = ResidualNoise(seeds, images_per_seed=images_per_seed)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def settings(self, stage: Stage, device: torch.device) -> Tensor:

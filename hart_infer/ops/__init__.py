@@ -10,7 +10,7 @@ from .normal_noise import normal_noise
 from .products import conv2d, linear
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_modulate, rms_norm_quantized
 from .rope_cache import rope_cache
-from .settings import draw_settings
+from .settings import draw_settings as draw_settings
 from .swiglu import swiglu
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "causal_attention",
     "conv2d",
     "diffusion_step",
-    "draw_settings",
     "gated_layer_norm_modulate",
     "group_norm_silu",
     "guided_sample",

@@ -9,6 +9,7 @@ from torch import Tensor
 from .registry import Backend, op
 
 LEVELS = 127  # the largest magnitude of a row, of weights as of activations, becomes this
+CUDA_ROWS = 17  # torch._int_mm takes no fewer there
 PANEL, QUAD = 32, 4  # outputs that lie together, and inputs that one instruction multiplies
 
 
@@ -37,8 +38,11 @@ def int8_linear(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor, bias: Te
 
     `packed`: the weight's levels, as `pack_int8` lays them out; `scale` [out] fp32 and `sums` [out] int32: each output's scale
     and the sum of its levels, which a kernel needs that knows unsigned levels alone. `bias` [out] in x's dtype.
+    The reference unpacks the weight in every call.
     """
     levels, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-    product = torch._int_mm(levels, unpack_int8(packed, len(scale)).t()).float() * scales[:, None] * scale
+    rows = len(levels)
+    levels = F.pad(levels, (0, 0, 0, max(CUDA_ROWS - rows, 0)))
+    product = torch._int_mm(levels, unpack_int8(packed, len(scale)).t())[:rows].float() * scales[:, None] * scale
     out = (product if bias is None else product + bias).to(x.dtype)
     return out.view(*x.shape[:-1], len(scale))

@@ -8,8 +8,13 @@ from torch import Tensor
 
 def guide(rows: Tensor, guidance: float) -> Tensor:
     """Guide `rows` [2B, ...], the conditional half first -> (1 + t) conditional - t unconditional [B, ...], t: `guidance`."""
-    conditional, unconditional = rows.chunk(2)
-    return (1 + guidance) * conditional - guidance * unconditional
+    return weigh(rows, 1 + guidance, guidance)
+
+
+def weigh(rows: Tensor, conditional: float | Tensor, unconditional: float | Tensor) -> Tensor:
+    """Return the first half of `rows` [2B, ...] times `conditional` less the second times `unconditional`, [B, ...]."""
+    first, second = rows.chunk(2)
+    return conditional * first - unconditional * second
 
 
 def blend(rows: Tensor, guidance_scale: float) -> Tensor:
@@ -34,11 +39,19 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
         lowest = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits.masked_fill_(logits < lowest, -torch.inf)
     if top_p > 0:
-        ascending, order = logits.sort(dim=-1, descending=False)
-        remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= 1 - top_p
-        remove[..., -1] = False
-        logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
+        drop_tail(logits, 1 - top_p)
     return logits
+
+
+def drop_tail(logits: Tensor, removable: float | Tensor) -> None:
+    """Set to -inf the least likely of `logits` [..., V] while their probabilities add up to at most `removable`; in place.
+
+    Never the best one.
+    """
+    ascending, order = logits.sort(dim=-1, descending=False)
+    remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= removable
+    remove[..., -1] = False
+    logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -86,8 +86,9 @@ class Backend:
 
 @dataclass(frozen=True)
 class Default:
-    """A row of an operation's table of defaults on CUDA: which backend runs the calls it is for, and why.
+    """A row of an operation's table of defaults on CUDA: what runs the calls it is for, and why.
 
+    `backend`: the reference, or a kernel, which is looked for in the usual order.
     `uses`: the row is for calls that give one of these arguments a value other than its default; () for all calls.
     """
 

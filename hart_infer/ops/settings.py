@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .logits import drop_tail, weigh
+
 # Places in the tensor; kernels/guided_sample.py and kernels/diffusion_step.py read it in this order.
 GUIDANCE, WITH_GUIDANCE, LOGIT_GAIN, TEMPERATURE, TOP_K, REMOVABLE = range(6)
-COUNT = 6
 
 
 def draw_settings(
@@ -23,13 +24,12 @@ def draw_settings(
 
 
 def guide_by(rows: Tensor, settings: Tensor) -> Tensor:
-    """As `logits.guide`, by the guidance in `settings` [COUNT]: rows [2B, ...] -> [B, ...]."""
-    conditional, unconditional = rows.chunk(2)
-    return settings[WITH_GUIDANCE] * conditional - settings[GUIDANCE] * unconditional
+    """As `logits.guide`, by the guidance in `settings` [6]: rows [2B, ...] -> [B, ...]."""
+    return weigh(rows, settings[WITH_GUIDANCE], settings[GUIDANCE])
 
 
 def filter_by(logits: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tensor:
-    """As `logits.filter_logits`, by the k and p in `settings` [COUNT], without waiting for the device; in place.
+    """As `logits.filter_logits`, by the k and p in `settings` [6], without waiting for the device; in place.
 
     `top_k`, `top_p`: whether each is applied at all.
     """
@@ -38,8 +38,5 @@ def filter_by(logits: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> 
         lowest = logits.sort(dim=-1, descending=True).values.index_select(-1, place[None])
         logits.masked_fill_(logits < lowest, -torch.inf)
     if top_p:
-        ascending, order = logits.sort(dim=-1, descending=False)
-        remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= settings[REMOVABLE]
-        remove[..., -1] = False
-        logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
+        drop_tail(logits, settings[REMOVABLE])
     return logits

@@ -148,7 +148,8 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         The first call of a kind runs as ever, the second is captured, later ones are replayed, with the same pictures. A kind
         is the number of pictures, the settings' kinds (guidance on or off, top-k, top-p, speed) and the dtype; prompts, seeds
         and numbers may differ. What is captured keeps its memory: docs/memory.md. Edits, and callbacks of calls that draw
-        pictures one by one, run without. `disable_graphs` and `to` end it. Raises InputError without a CUDA device.
+        pictures one by one, run without. `disable_graphs` and moving to another device end it. Raises InputError without a CUDA
+        device.
         """
         if self.device.type != "cuda":
             raise InputError(f"enable_graphs needs a CUDA device; this pipeline is on {self.device}, which has no graphs.")
@@ -254,13 +255,14 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
+        interrupts = self._interrupts  # of all generations of the call
         if self.engine.graphs is None or call.callback is not None:
-            return self._run(schedule, samplers, prompts, negatives, call)
+            return self._run(schedule, samplers, prompts, negatives, call, interrupts)
         parts = []
         for i, sampler in enumerate(samplers):
             prompt = prompts[i * len(prompts) // len(samplers)]
             negative = None if negatives is None else [negatives[i * len(negatives) // len(samplers)]]
-            parts.append(self._run(schedule, [sampler], [prompt], negative, call))
+            parts.append(self._run(schedule, [sampler], [prompt], negative, call, interrupts))
         return torch.cat([f_hat for f_hat, _ in parts]), [flag for _, flags in parts for flag in flags]
 
     def _run(
@@ -270,9 +272,13 @@ class NextScalePipeline(Pipeline, Generic[TransformerT]):
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None,
         call: Call,
+        interrupts: int,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`."""
-        interrupts, callback = self._interrupts, call.callback
+        """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`.
+
+        It ends after a scale at which `_interrupts` is no longer `interrupts`.
+        """
+        callback = call.callback
 
         def preview(f_hat: Tensor) -> Tensor:
             return call.edit.blend(self._decode(f_hat, call.reproducible))

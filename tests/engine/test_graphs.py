@@ -67,6 +67,20 @@ def test_replayed_pictures_are_the_eager_ones(by_graphs: HartPipeline, recorder:
     assert {tape.replays for tape in recorder.tapes} == {len(CALLS) - 1}
 
 
+def test_an_interruption_ends_all_generations_of_a_call(by_graphs: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run one after the other: those behind the one that was interrupted end after their first scale."""
+    run_scale, ran = by_graphs.engine.run_scale, []
+
+    def interrupting(states: Any, stage: Any) -> None:
+        run_scale(states, stage)
+        ran.append(stage.index)
+        by_graphs._interrupt = len(ran) == 2
+
+    monkeypatch.setattr(by_graphs.engine, "run_scale", interrupting)
+    assert len(latents(by_graphs, "a cat", seed=1, num_images_per_prompt=3)) == 3
+    assert ran == [0, 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

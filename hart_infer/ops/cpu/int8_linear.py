@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..int8_linear import PANEL, QUAD
 from .library import call
 
 TILE_ROWS = 12  # csrc/cpu/int8_linear.cpp's
@@ -42,10 +43,8 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor, bias: Tensor 
     expected = [*((y, torch.bfloat16) for y in halves), *others]
     if any(y.dtype != dtype or y.device.type != "cpu" for y, dtype in expected):
         raise ValueError("int8_linear: x and bias must be bfloat16, packed int8, scale float32, sums int32, all on the CPU.")
-    if width % 4 or packed.shape != (-(-outputs // 32), width // 4, 32, 4):
+    if width % QUAD or packed.shape != (-(-outputs // PANEL), width // QUAD, PANEL, QUAD):
         raise ValueError(f"int8_linear: packed {list(packed.shape)} is not of {outputs} outputs and {width} inputs.")
     vectors = [y for y in (scale, sums, bias) if y is not None]
-    if width % 4 or packed.shape != (-(-outputs // 32), width // 4, 32, 4):
-        raise ValueError(f"int8_linear: packed {list(packed.shape)} is not of {outputs} outputs and {width} inputs.")
     if any(y.shape != (outputs,) or not y.is_contiguous() for y in vectors):
         raise ValueError(f"int8_linear: scale, sums and bias must be [{outputs}], contiguous.")
