@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models.parts.diffusion import ResidualDiffusion
-from .sampling import Noise
+from .noise import Noise
 
 TRAIN_STEPS = 1000
 LATENT_SCALE = 0.6  # latent = sample * LATENT_SCALE

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hart_infer.checkpoints.hart import find_checkpoint
 from hart_infer.generation.next_scale import new_cache
-from hart_infer.generation.sampling import GeneratorSampler, ResidualNoise
+from hart_infer.generation.noise import ResidualNoise
+from hart_infer.generation.sampling import GeneratorSampler
 from hart_infer.generation.schedule import Schedule, Settings, hart_schedule
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder

@@ -249,8 +249,8 @@ MUTATIONS = [
     Mutation(
         "a top-p that keeps one code too many",
         "hart_infer/ops/logits.py",
-        "cumsum_(dim=-1) <= 1 - top_p",
-        "cumsum_(dim=-1) < 1 - top_p",
+        "cumsum_(dim=-1) <= removable",
+        "cumsum_(dim=-1) < removable",
         "tests/ops/test_logits.py::test_top_p_removes_what_cumulates_to_at_most_one_minus_p",
     ),
     Mutation(
@@ -269,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a generator that step noise leaves too early",
-        "hart_infer/generation/sampling.py",
+        "hart_infer/generation/noise.py",
         "self._draw(2 * self.images_per_seed,",
         "self._draw(self.images_per_seed,",
         "tests/generation/test_sampling.py::test_the_draws_are_those_that_the_released_code_makes",
@@ -277,8 +277,8 @@ MUTATIONS = [
     Mutation(
         "the unconditional half in front",
         "hart_infer/ops/logits.py",
-        "conditional, unconditional = rows.chunk(2)\n    return (1",
-        "unconditional, conditional = rows.chunk(2)\n    return (1",
+        "first, second = rows.chunk(2)",
+        "second, first = rows.chunk(2)",
         "tests/ops/test_logits.py::test_guidance",
     ),
     Mutation(

@@ -7,10 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..int8_linear import PANEL, QUAD
 from .library import call
 
-TILE_ROWS = 12  # csrc/cpu/int8_linear.cpp's
+TILE_ROWS, PANEL, QUAD = 12, 32, 4  # csrc/cpu/int8_linear.cpp's
 
 
 class Int8Linear(ctypes.Structure):
