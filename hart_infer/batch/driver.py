@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .claim import claim
-from .manifest import Record, compact, finished_prompts, import_pyarrow, remove_orphans, write_part
+from .manifest import Record, compact, finished_prompts, import_pyarrow, write_part
 from .plan import Chunk, make_chunks
 from .rows import Row
 from .storage import Storage, open_storage
@@ -68,7 +68,6 @@ def run_batch(
             drawn, failed = drawn + done.drawn, failed + done.failed
             on_progress(Progress(len(rows), drawn, failed, before, changed))
         compact(storage, [row.id for row in rows])
-        remove_orphans(storage)
         for folder in (IMAGES, SHARDS, SHEETS, ""):
             storage.tidy(folder)
         return Progress(len(rows), drawn, failed, before, changed)

@@ -66,10 +66,11 @@ def finished_prompts(storage: Storage) -> dict[str, str | None]:
 
 
 def compact(storage: Storage, order: Sequence[str]) -> None:
-    """Put all parts into one file, one line per id.
+    """Put all parts into one file, one line per id, and remove shards and sheets that it does not name.
 
     A picture stands above an error, and among equals the last counts. Lines come in the `order` of ids, then pictures of
-    other ids, whose errors are dropped. A kill leaves all parts, or the whole file, or both, which say the same.
+    other ids, whose errors are dropped. A kill leaves all parts, or the whole file, or both, which say the same; the rows
+    of the shards and sheets that it leaves besides are in others by now.
     """
     parts = storage.names(PARTS)
     table = _read(storage, [MANIFEST, *parts], list(TYPES))
@@ -80,23 +81,12 @@ def compact(storage: Storage, order: Sequence[str]) -> None:
             chosen[row_id] = i
     ordered = [chosen.pop(row_id) for row_id in order if row_id in chosen]
     ordered += [i for i in chosen.values() if errors[i] is None]
+    lines, sheets = table.take(ordered), _known_sheets(storage)
     if parts or len(ordered) != len(ids):
-        sheets = json.dumps(sorted(_known_sheets(storage)))
-        _write(storage, MANIFEST, table.take(ordered).replace_schema_metadata({SHEETS_KEY: sheets.encode()}))
+        _write(storage, MANIFEST, lines.replace_schema_metadata({SHEETS_KEY: json.dumps(sorted(sheets)).encode()}))
         storage.remove(parts)
-
-
-def remove_orphans(storage: Storage) -> None:
-    """Remove shards and sheets that the manifest does not name: a kill left them, and their rows are in others by now."""
-    shards, sheets = storage.names(SHARDS), storage.names(SHEETS)
-    known = _known_shards(storage) if shards else set()
-    known |= _known_sheets(storage) if sheets else set()
-    storage.remove(name for name in [*shards, *sheets] if name not in known)
-
-
-def _known_shards(storage: Storage) -> set[str]:
-    files = _read(storage, [MANIFEST, *storage.names(PARTS)], ["file"]).column("file").to_pylist()
-    return {file.rpartition("/")[0] for file in files if file is not None}
+    known = sheets | {file.rpartition("/")[0] for file in lines.column("file").to_pylist() if file is not None}
+    storage.remove(name for name in [*storage.names(SHARDS), *storage.names(SHEETS)] if name not in known)
 
 
 def _known_sheets(storage: Storage) -> set[str]:

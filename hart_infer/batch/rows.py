@@ -111,7 +111,7 @@ def _stem(row_id: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_]+", "-", row_id).strip("-")[:MAX_STEM]
     if plain == row_id and plain == plain.lower() and not re.search(r"-[0-9a-f]{16}$", plain):
         return plain
-    return f"{plain}-{_digest(row_id)}".lstrip("-")
+    return f"{plain or 'row'}-{_digest(row_id)}"
 
 
 def _seed(base_seed: int, row_id: str) -> int:

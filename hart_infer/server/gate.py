@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 import secrets
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .log import origin
 from .problems import CLIENT_LEFT, ApiError
 from .service import Service
+from .settings import is_loopback
 
 LOG = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -111,13 +111,7 @@ def needs_key(path: str) -> bool:
 def _is_local(host: str) -> bool:
     """Return whether a Host header names this machine: localhost, or a loopback address."""
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:]+))(?::\d+)?", host)
-    name = found and (found[1] or found[2])
-    if not name or name == "localhost":
-        return name == "localhost"
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return found is not None and is_loopback(found[1] or found[2])
 
 
 def _limited(receive: Receive, headers: Headers, limit: int) -> Callable[[], Awaitable[Message]]:

@@ -7,16 +7,15 @@ import hmac
 import os
 import re
 import secrets
-import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError, InputError, OutputError
+from ..errors import ConfigError, InputError
+from ..images.files import whole_file, write_failure
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -63,32 +62,23 @@ def add_key(path: Path, name: str) -> str:
         raise InputError(f"{path} has a key named {name} already; take another name, or delete its line.")
     key = PREFIX + secrets.token_urlsafe(32)
     glue = "\n" if text and not text.endswith("\n") else ""
-    try:
-        _replace(path, f"{text}{glue}{name} {digest(key)}\n")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}.") from error
+    _replace(path, f"{text}{glue}{name} {digest(key)}\n")
     return key
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a new one is for its owner alone, an old one stays whose it was."""
-    path = path.resolve()  # a link stays
-    old = path.stat() if path.exists() else None
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # for its owner alone
+    """Write a file whole or not at all; a new one is for its owner alone, an old one stays whose it was. Raises OutputError."""
     try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if old is not None:
-            with suppress(OSError):  # only root may give a file away
-                shutil.chown(temporary, old.st_uid, old.st_gid)
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+        path.resolve().parent.stat()  # a missing folder is a slip, and is not made
+        old = path.stat() if path.exists() else None
+        with whole_file(path, overwrite=True) as file:
+            if old is not None and hasattr(os, "chown"):
+                with suppress(OSError):  # only root may give a file away
+                    os.chown(file.name, old.st_uid, old.st_gid)
+            os.chmod(file.name, 0o600 if old is None else stat.S_IMODE(old.st_mode))
+            file.write(text.encode("utf-8"))
+    except OSError as error:
+        raise write_failure(path, error) from error
 
 
 def _names(path: Path, text: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from .jobs import (
@@ -16,7 +16,6 @@ from .jobs import (
     DeadlineError,
     DrawJob,
     Job,
-    ReconstructJob,
     RowFailedError,
     Ticket,
     TooLargeError,
@@ -37,7 +36,7 @@ from .protocol import (
     Reconstruct,
     Row,
     RowId,
-    ToWorker,
+    Work,
 )
 from .supervisor import Process, Supervisor, WorkerDiedError
 
@@ -66,8 +65,7 @@ class Waiting:
     ticket: Ticket
     key: Hashable  # of what may be drawn together
     since: float  # time.monotonic()
-    work: Row | Ask | Reconstruct
-    job: Job
+    work: Work  # for this row alone
 
 
 class Scheduler:
@@ -176,7 +174,7 @@ class Scheduler:
             self._changed.clear()
             rows = self._mates()
             waits = self._limits.max_wait - (time.monotonic() - rows[0].since) if rows else None
-            if waits is not None and (waits <= 0 or len(rows) >= self._limits.max_batch or not isinstance(rows[0].work, Row)):
+            if waits is not None and (waits <= 0 or len(rows) >= self._limits.max_batch or not isinstance(rows[0].work, Draw)):
                 return rows
             try:
                 await asyncio.wait_for(self._changed.wait(), waits)
@@ -193,7 +191,7 @@ class Scheduler:
                     break
         return found
 
-    async def _draw(self, process: Process, message: ToWorker, count: int) -> None:
+    async def _draw(self, process: Process, message: Work, count: int) -> None:
         """Have a batch drawn, and hand out what comes back. Raises WorkerDiedError."""
         process.send(message)
         while not isinstance(event := await process.receive(), Finished):
@@ -202,18 +200,19 @@ class Scheduler:
         self._row_seconds += (event.seconds / count - self._row_seconds) / 4
 
     def _hand_out(self, event: FromWorker) -> None:
-        row = self._running.get(event.row) if isinstance(event, Preview | Piece | Outcome) else None
-        if row is None:  # nobody waits for it any more
+        """Give a row's ticket what the worker says of it, if somebody waits for it still."""
+        if not isinstance(event, Preview | Piece | Outcome) or event.row not in self._running:
             return
+        ticket = self._running[event.row].ticket
+        if isinstance(event, Outcome):
+            del self._running[event.row]
         if isinstance(event, Failed):
             self._metrics.failed.inc()
-            del self._running[row.id]
-            row.ticket.fail(RowFailedError(event))
-        elif isinstance(event, Preview | Piece | Outcome):
-            if isinstance(event, Outcome):
-                self._metrics.drawn.inc()
-                del self._running[row.id]
-            row.ticket.put(event)
+            ticket.fail(RowFailedError(event))
+            return
+        if isinstance(event, Outcome):
+            self._metrics.drawn.inc()
+        ticket.put(event)
 
     def _expire(self, ticket: Ticket) -> None:
         seconds = self._limits.deadline
@@ -245,20 +244,17 @@ class Scheduler:
 def _rows(ticket: Ticket, job: Job) -> list[Waiting]:
     """Return a job's rows. What is no picture to draw is done alone: it shares its key with nothing."""
     now = time.monotonic()
-    if isinstance(job, AskJob):
-        (row,) = ticket.rows
-        return [Waiting(row, ticket, row, now, Ask(row, job.question, job.history, job.options), job)]
-    if isinstance(job, ReconstructJob):
-        (row,) = ticket.rows
-        return [Waiting(row, ticket, row, now, Reconstruct(row, job.picture), job)]
-    rows = [Row(row, job.prompt, seed, job.previews) for row, seed in zip(ticket.rows, job.seeds, strict=True)]
-    return [Waiting(row.id, ticket, job.settings, now, row, job) for row in rows]
+    if isinstance(job, DrawJob):
+        rows = [Row(row, job.prompt, seed, job.previews) for row, seed in zip(ticket.rows, job.seeds, strict=True)]
+        return [Waiting(row.id, ticket, job.settings, now, Draw((row,), job.settings, job.given)) for row in rows]
+    (alone,) = ticket.rows
+    work = Ask(alone, job.question, job.history, job.options) if isinstance(job, AskJob) else Reconstruct(alone, job.picture)
+    return [Waiting(alone, ticket, alone, now, work)]
 
 
-def _message(batch: list[Waiting]) -> ToWorker:
-    first = batch[0]
-    if not isinstance(first.work, Row) or not isinstance(first.job, DrawJob):
-        assert not isinstance(first.work, Row)
-        return first.work
-    rows = [row.work for row in batch if isinstance(row.work, Row)]
-    return Draw(tuple(rows), first.job.settings, first.job.given)
+def _message(batch: list[Waiting]) -> Work:
+    """Return what the worker is told to do of rows that are done together."""
+    first = batch[0].work
+    if not isinstance(first, Draw):
+        return first
+    return replace(first, rows=tuple(row for each in batch if isinstance(each.work, Draw) for row in each.work.rows))

@@ -39,12 +39,7 @@ class ServerSettings(BaseSettings):
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @property
     def max_body(self) -> int:
@@ -61,6 +56,14 @@ class ServerSettings(BaseSettings):
             deadline=self.timeout,
             patience=self.timeout,
         )
+
+
+def is_loopback(name: str) -> bool:
+    """Return whether a host's name is localhost or a loopback address."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def make_settings(**given: object) -> ServerSettings:

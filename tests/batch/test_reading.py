@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_a_file_s_name_is_plain_whatever_the_id(tmp_path, row_id):
 def test_a_plain_id_is_the_file_s_name(tmp_path):
     rows = rows_of(tmp_path / "p.jsonl", '{"id": "coco_0001", "prompt": "a"}\n{"id": 12, "prompt": "a"}')
     assert [(row.id, row.stem) for row in rows] == [("coco_0001", "coco_0001"), ("12", "12")]
+
+
+def test_an_id_without_a_plain_character_gives_no_other_id_s_name(tmp_path):
+    hashed = hashlib.sha256("日本".encode()).hexdigest()[:16]
+    rows = rows_of(tmp_path / "p.jsonl", "\n".join(json.dumps({"id": each, "prompt": "a"}) for each in ("日本", hashed)))
+    assert [row.stem for row in rows] == [f"row-{hashed}", hashed]
 
 
 def test_a_file_s_name_follows_from_the_id_alone(tmp_path):

@@ -176,8 +176,10 @@ def test_answers_and_their_streams() -> None:
         picture = "data:image/png;base64," + base64.b64encode(png(Image.new("RGB", (8, 4)))).decode()
         parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
         asked: Any = {"model": "stand-in", "messages": [{"role": "user", "content": parts}], "temperature": 0}
-        told = made.chat.completions.create(**asked).choices[0].message.content
+        answer = made.chat.completions.create(**asked)
+        told = answer.choices[0].message.content
         assert told is not None and told.startswith("0 turns before, now [8x4]What is it?")
+        assert answer.usage is not None and answer.usage.total_tokens == 0
         chunks = list(made.chat.completions.create(**asked, stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == told
         assert chunks[-1].choices[0].finish_reason == "stop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -114,8 +115,8 @@ def png(image: Image.Image) -> dict[str, Any]:
 
 def test_previews_arrive_and_then_the_picture_that_can_be_downloaded(page: Any) -> None:
     card = draw(page, "a slow cat", seed="7")
-    expect(card).to_have_attribute("data-state", "drawing")
-    expect(card.get_by_role("progressbar")).to_have_attribute("aria-valuemax", str(model.STEPS))
+    expect(card.locator(".note")).to_contain_text(re.compile(f"preview [1-9] of {model.STEPS - 1}"))
+    expect(card.get_by_role("progressbar", name="Progress of a slow cat")).to_have_attribute("aria-valuemax", str(model.STEPS))
     drawn(card)
     expect(card.locator("img")).to_have_attribute("data-shown", str(model.STEPS))  # a preview a scale, and the picture
     expect(card.locator("figcaption")).to_contain_text("seed 7")
@@ -247,6 +248,7 @@ def test_a_mask_by_mouse_is_painted_anew_and_the_rest_kept(page: Any) -> None:
     edited = downloaded(page, card)
     assert edited.getpixel((edited.width * 3 // 4, edited.height // 2)) == model.colour("a dog", 3)
     assert edited.getpixel((edited.width // 4, edited.height // 2)) == PHOTO.getpixel((0, 0))
+    expect(card.locator(".actions")).to_have_text("DownloadEditReconstructAsk")  # drawn again it would lack the mask
 
 
 def test_a_mask_by_keyboard(page: Any) -> None:
@@ -261,6 +263,16 @@ def test_a_mask_by_keyboard(page: Any) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#edit .controls > .trouble")).to_have_text("Paint over what is to be drawn anew.")
     page.focus(".mask")
+    page.keyboard.press("Space")
+    for key in ("Shift", "ArrowLeft", "ArrowLeft"):  # held, so that it repeats
+        page.keyboard.down(key)
+    for key in ("ArrowLeft", "Shift"):
+        page.keyboard.up(key)
+    before = painted(page)
+    page.keyboard.press("z")
+    assert 0 < painted(page) < before
+    page.keyboard.press("z")
+    assert painted(page) == 0
     for _ in range(20):
         page.keyboard.press("Shift+ArrowRight")
     page.keyboard.press("Space")
@@ -273,6 +285,13 @@ def test_a_mask_by_keyboard(page: Any) -> None:
     edited = downloaded(page, card)
     kept, anew = edited.getpixel((1, 1)), edited.getpixel((edited.width * 3 // 4, edited.height // 2))
     assert kept == PHOTO.getpixel((0, 0)) != anew
+
+
+def painted(page: Any) -> int:
+    """Pixels of the mask."""
+    count = """(mask) => mask.getContext("2d").getImageData(0, 0, mask.width, mask.height).data
+      .filter((value, i) => i % 4 === 3 && value > 127).length"""
+    return int(page.locator(".mask").evaluate(count))
 
 
 def test_a_drawn_picture_goes_to_the_other_tabs(page: Any) -> None:

@@ -109,7 +109,7 @@ def test_a_key_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="cannot be written: no space left"):
+    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
         add_key(path, "bob")
     assert path.read_text() == before
     assert [each.name for each in tmp_path.iterdir()] == ["keys.txt"]

@@ -57,7 +57,7 @@ async def _whole(ticket: Ticket, model: str) -> Response:
     text = "".join([event.text async for event in ticket if isinstance(event, Piece)])
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-    return JSONResponse(_answer("chat.completion", model) | {"choices": [choice]})
+    return JSONResponse(_answer("chat.completion", model) | {"choices": [choice], "usage": NO_USAGE})
 
 
 async def _stream(

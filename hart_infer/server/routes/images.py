@@ -144,7 +144,7 @@ async def _draw(
 ) -> Response:
     engine, facts = await service.engine(body.model)
     job = _job(body, service, facts)
-    service.take(caller, len(job.seeds))
+    service.take(caller, job.count)
     if read is not None:
         given = await in_turn(read)
         job = replace(job, given=given, settings=replace(job.settings, edited=given.digest))

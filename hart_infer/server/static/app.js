@@ -23,17 +23,17 @@ let model = null;
 
 // What may be done with a picture.
 
+const redraw = { label: "Again with this seed", icon: "again", can: () => true, use: again };
 const uses = [
-  { label: "Again with this seed", icon: "again", can: () => true, use: again },
   { label: "Edit", icon: "edit", can: ({ edits }) => edits, use: (shot) => { select("edit"); editChooser.take(shot.blob); } },
   {
-    label: "Reconstruct", icon: "reconstruct", can: ({ modes }) => modes.length > 0,
+    label: "Reconstruct", icon: "reconstruct", can: () => true,
     use: (shot) => { select("reconstruct"); reconstruct.chooser.take(shot.blob); },
   },
   { label: "Ask", icon: "ask", can: ({ answers }) => answers, use: (shot) => { select("ask"); ask.chooser.take(shot.blob); } },
 ];
-const gallery = new Gallery(byId("draw").querySelector(".gallery"), uses);
-const edited = new Gallery(byId("edit").querySelector(".gallery"), uses);
+const gallery = new Gallery(byId("draw").querySelector(".gallery"), [redraw, ...uses]);
+const edited = new Gallery(byId("edit").querySelector(".gallery"), uses); // without its mask none is drawn again
 const drawSettings = new Settings(drawForm.querySelector(".settings"), "draw");
 const editSettings = new Settings(editForm.querySelector(".settings"), "edit");
 const easel = new Easel(byId("edit").querySelector(".easel"), editForm.querySelector(".tools"));
@@ -123,7 +123,7 @@ for (const tab of tabs) {
 
 function show(next) {
   model = next;
-  const abilities = { draw: true, edit: model.edits, reconstruct: model.modes.length > 0, ask: model.answers };
+  const abilities = { draw: true, edit: model.edits, reconstruct: true, ask: model.answers };
   for (const tab of tabs) tab.hidden = !abilities[tab.getAttribute("aria-controls")];
   const wanted = location.hash.slice(1);
   select(abilities[wanted] ? wanted : "draw");

@@ -69,10 +69,10 @@ class Card {
     this.image = el("img", { alt: "", hidden: true });
     this.frame = el("button", { type: "button", class: "frame", disabled: true, "aria-label": `Open ${title}` }, this.image);
     this.ticks = el("div", {
-      class: "ticks", role: "progressbar", "aria-label": `Scales of ${title}`,
+      class: "ticks", role: "progressbar", "aria-label": `Progress of ${title}`,
       "aria-valuemin": 0, "aria-valuemax": previews + 1, "aria-valuenow": 0,
     }, Array.from({ length: previews + 1 }, () => el("i")));
-    this.said = el("p", { class: "note" }, "waiting");
+    this.said = el("p", { class: "note" });
     this.stop = button("Stop", "stop", () => aborter.abort(), { class: "stop" });
     this.caption = el("figcaption", {}, el("p", { class: "title", title }, title), this.said);
     const shown = settings.seed === undefined ? settings : { ...settings, seed: settings.seed + place };
@@ -92,7 +92,7 @@ class Card {
     this.#show(blob, isLast);
     const settings = { ...this.request.settings, n: undefined, seed: event.seed, size: event.size };
     if (isLast) this.#finish(blob, settings);
-    else this.said.textContent = [`scale ${count} of ${this.ticks.children.length}`, `seed ${event.seed}`].join(" · ");
+    else this.said.textContent = [`preview ${count} of ${this.ticks.children.length - 1}`, `seed ${event.seed}`].join(" · ");
   }
 
   #show(blob, isLast) {

@@ -8,8 +8,8 @@ const MAX_SIDE = 2048; // of what is sent
 const MAX_UNDO = 20;
 const COLOUR = "#2f5bea"; // seldom in pictures
 const STEP = 0.02; // of the side, by one press of an arrow key
-const HELP = "Mask. Paint what is to be drawn anew. By keyboard: arrows move the brush, space paints, E changes between "
-  + "painting and erasing, plus and minus change the brush, Z undoes.";
+const HELP = "Mask. Paint what is to be drawn anew. By keyboard: arrows move the brush, with Shift they paint, space paints, "
+  + "E changes between painting and erasing, plus and minus change the brush, Z undoes.";
 
 /** A picture with a mask over it. `tools` is the fieldset with the brush's controls. */
 export class Easel {
@@ -100,7 +100,10 @@ export class Easel {
       const [x, y] = moves[event.key];
       const inside = (value) => Math.min(1, Math.max(0, value));
       this.at = [inside(this.at[0] + x * STEP), inside(this.at[1] + y * STEP)];
-      if (event.shiftKey) this.#dab();
+      if (event.shiftKey) {
+        if (!event.repeat) this.#remember(); // undo takes what one press has painted
+        this.#dab();
+      }
     } else if (event.key === " ") {
       this.#remember();
       this.#dab();

@@ -11,6 +11,7 @@ export class Reconstruct {
   constructor(panel, model) {
     this.stage = panel.querySelector(".stage");
     this.model = model;
+    this.urls = []; // of the pictures that are shown
     this.chooser = new Chooser(panel.querySelector(".chooser"), (blob) => this.#send(blob));
     panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
     this.#idle();
@@ -41,6 +42,8 @@ export class Reconstruct {
   }
 
   #show(pictures, size) {
+    this.urls.forEach((url) => URL.revokeObjectURL(url));
+    this.urls = pictures.map(({ url }) => url);
     const [original, ...rebuilt] = pictures;
     const figure = (picture) => el("figure", { class: "picture", "data-mode": picture.mode },
       el("div", { class: "window" }, el("img", { src: picture.url, alt: `${NAMES[picture.mode]} picture` })),

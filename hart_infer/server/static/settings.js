@@ -135,9 +135,8 @@ export class Settings {
 }
 
 /** Say a request's settings in a few words each. */
-export function inWords({ size, seed, guidance_scale, speed, negative_prompt }, model) {
+export function inWords({ size, seed, guidance_scale, speed, negative_prompt }) {
   return [
-    model,
     size?.replace("x", " × "),
     seed === undefined ? null : `seed ${seed}`,
     guidance_scale === undefined ? null : `guidance ${guidance_scale}`,
