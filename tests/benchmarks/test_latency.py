@@ -96,6 +96,11 @@ def test_a_launch_takes_the_longer_of_its_bytes_and_operations(scripts: dict[str
     assert roofline.predicted(times, device)["s"]["eager"] == pytest.approx(3.001 + 7.001 + 0.005)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_is_timed_where_the_cpu_has_kernels_of_its_own(scripts: dict[str, ModuleType], dtype: torch.dtype) -> None:
+    assert 0 < scripts["roofline"].launch_seconds(dtype) < 0.1
+
+
 def test_latency_in_one_command(
     scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
