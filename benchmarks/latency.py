@@ -6,8 +6,8 @@
 
 Weights are random unless --model names a checkpoint; pictures take encoded prompts, so the text encoder is not in the times.
 A time is one call by CUDA events, from its first launch to its pictures as uint8 on the host; on a CPU by the clock. Each
-configuration is warmed up (compiled, captured) first, and the configurations of a batch take turns, so that a device that
-heats up slows all of them. One that does not fit the memory is listed as such.
+configuration is warmed up (compiled, captured) first. They are timed one after the other, so a device that heats up slows the
+later ones. One that does not fit the memory is listed as such.
 """
 
 from __future__ import annotations
