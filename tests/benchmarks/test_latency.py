@@ -167,12 +167,14 @@ def test_winners_are_written_into_the_kernel_s_table(scripts: dict[str, ModuleTy
     rows = [tiles.row(80, 64, 64, (128, 64, 4, 3)), tiles.row(80, 64, 0, (16, 64, 4, 3))]
     once = tiles.written(source, rows, "NVIDIA A100")
     twice = tiles.written(once, [tiles.row(90, 64, 64, (128, 128, 8, 2))], "NVIDIA H100")
-    again = tiles.written(twice, rows[:1], "NVIDIA A100")
+    wide = tiles.written(twice, [tiles.row(80, 128, 64, (128, 32, 8, 2))], "NVIDIA A100")
+    again = tiles.written(wide, rows[:1], "NVIDIA A100")
     names: dict[str, Any] = {}
     start, end = again.index("TIMED:"), again.index("@triton.jit\ndef _attend")
     exec(f"from hart_infer.kernels.launch import Config\nMAX_HEAD_DIM = 128\n{again[start:end]}", names)
-    assert [(row[0], row[3], row[4].rows, row[4].warps) for row in names["TIMED"]] == [((90,), 64, 128, 8), ((80,), 64, 128, 4)]
-    assert names["CONFIGS"][:2] == names["TIMED"] and len(names["CONFIGS"]) > 8
+    found = [(row[0], *row[2:4], row[4].rows, row[4].warps) for row in names["TIMED"]]
+    assert found == [((90,), 64, 64, 128, 8), ((80,), 64, 64, 128, 4), ((80,), 128, 64, 128, 8)], "narrow ones first"
+    assert names["CONFIGS"][:3] == names["TIMED"] and len(names["CONFIGS"]) > 8
     assert "# NVIDIA A100" in again
 
 
