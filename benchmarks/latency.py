@@ -1,6 +1,6 @@
 """Latency and memory on a GPU, in one command: batches, CUDA graphs against eager, speed modes, stages.
 
-    python benchmarks/latency.py --out benchmarks/results/latency_a100.json
+    python benchmarks/latency.py --out latency.json
     python benchmarks/latency.py --official official-hart      # the released code beside it
     python benchmarks/latency.py --model mit-han-lab/hart-0.7b-1024px --batch 1 2 4 8 16
 

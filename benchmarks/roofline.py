@@ -1,7 +1,7 @@
 """What a picture would take on a device: a model from counted launches, bytes and operations, not a measurement.
 
     python benchmarks/roofline.py --device a100
-    python benchmarks/roofline.py --device cpu --size 256 --measure --out benchmarks/results/roofline_256.json
+    python benchmarks/roofline.py --device cpu --size 256 --measure --out roofline.json
 
 The loop runs on the meta device (`counting.py`). Each launch takes the longer of its operations at the rate of its kind and of
 its bytes at the memory's, and what a launch itself costs: more than the device is busy where the host can't keep up (eager), a
