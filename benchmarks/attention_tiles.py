@@ -4,7 +4,8 @@
 
 For each head width and number of queries: every candidate that compiles and fits the shared memory, over all keys and over
 ranges, by `triton.testing.do_bench`. The winner of a width is the tile with the least time over the late scales' shapes
-together. A row in TIMED names the GPU; where ours beats PyTorch's, `DEFAULTS` in hart_infer/ops/attention.py has to change by hand.
+together. A row in TIMED names the GPU; where ours beats PyTorch's, `DEFAULTS` in hart_infer/ops/attention.py has to change by
+hand.
 """
 
 from __future__ import annotations
