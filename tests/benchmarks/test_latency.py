@@ -195,6 +195,14 @@ def test_a_plot(scripts: dict[str, ModuleType], tmp_path: Path, capsys: Any) -> 
     with Image.open(out) as picture:
         assert picture.width > 900
     other = json.loads(record.read_text())
+    latency = tmp_path / "latency.json"
+    for settings, told in (
+        ({"dtype": "fp32", "checkpoint": "random weights"}, "is of fp32, not of bf16"),
+        ({"dtype": "bf16", "checkpoint": "mine"}, "is of mine, not of random weights"),
+    ):
+        latency.write_text(json.dumps({"machine": other["machine"], "settings": settings}))
+        assert plot.main(["--roofline", str(record), "--latency", str(latency), "--out", str(out)]) == 1
+        assert told in capsys.readouterr().err
     other["machine"]["cpu"] = "another"
     record.write_text(json.dumps(other))
     against = next((ROOT / "benchmarks/results").glob("against_official_256*.json"))
