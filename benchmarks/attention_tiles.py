@@ -1,10 +1,11 @@
 """Time the attention kernel's tiles on a GPU, beside PyTorch's own, and write the winners into kernels/attention.py.
 
-    python benchmarks/attention_tiles.py --write --out benchmarks/results/attention_tiles.json
+    python benchmarks/attention_tiles.py --write --out attention_tiles.json
 
-For each head width and number of queries: every candidate whose compiled code does not spill, over all keys and over ranges,
-by `triton.testing.do_bench`. The winner of a width is the tile with the least time over the late scales' shapes together. A
-row in TIMED names the GPU; where ours beats PyTorch's, `DEFAULTS` in hart_infer/ops/attention.py has to change by hand.
+For each head width and number of queries: every candidate that compiles and fits the shared memory, over all keys and over
+ranges, by `triton.testing.do_bench`. The winner of a width is the tile with the least time over the late scales' shapes
+together. A row in TIMED names the GPU; where ours beats PyTorch's, `DEFAULTS` in hart_infer/ops/attention.py has to change by
+hand.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import measure
 import torch
 
 KERNEL = Path(__file__).resolve().parents[1] / "kernels" / "attention.py"
+ROW = re.compile(r"\(\((\d+),\), \d+, (\d+), \d+, Config")  # capability and width
 TIMED = re.compile(r"^TIMED: (.*?) = \((.*?)\)\n(?=CONFIGS)", re.MULTILINE | re.DOTALL)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows of guidance, heads, queries, keys: the released model's at 64, 48, 36 and 16, and its first scales.
@@ -68,18 +70,30 @@ def row(capability: int, head_dim: int, queries: int, tile: tuple[int, int, int,
     return f"    (({capability},), 2, {head_dim}, {queries}, Config({height}, {width}, warps={warps}, stages={stages})),"
 
 
+def place(text: str) -> tuple[int, int]:
+    """Capability and width of a row."""
+    found = ROW.search(text)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
 def written(source: str, rows: Sequence[str], gpu: str) -> str:
-    """The kernel's source with `rows` in TIMED; rows of other GPUs stay."""
+    """The kernel's source with `rows` in TIMED, narrow ones first, as the first that fits is taken.
+
+    They replace those of their GPU and width; all others stay.
+    """
     found = TIMED.search(source)
     if found is None:
         raise measure.BenchmarkError(f"{KERNEL.name} has no TIMED table in front of CONFIGS")
-    capabilities = {text.split(",")[0] for text in rows}
-    kept = [text for text in found[2].strip("\n").split("\n") if "Config" in text and text.split(",")[0] not in capabilities]
-    body = "\n".join([*kept, *(f"{text}  # {gpu}" for text in rows)])
+    replaced = {place(text) for text in rows}
+    kept = [text for text in found[2].split("\n") if ROW.search(text) and place(text) not in replaced]
+    body = "\n".join(sorted([*kept, *(f"{text}  # {gpu}" for text in rows)], key=lambda text: place(text)[1]))
     return f"{source[: found.start()]}TIMED: {found[1]} = (\n{body}\n)\n{source[found.end() :]}"
 
 
-def sweep(head_dim: int, shape: tuple[int, int, int], dtype: torch.dtype, bench: Callable[[Callable[[], Any]], float]) -> Any:
+def sweep(
+    head_dim: int, shape: tuple[int, int, int], dtype: torch.dtype, bench: Callable[[Callable[[], Any]], float]
+) -> Iterator[Timing]:
     """Yield the timings of one shape."""
     from hart_infer import ops
     from hart_infer.ops.registry import use_backend

@@ -32,6 +32,7 @@ from hart_infer.models.parts.cache import KVCache
 from hart_infer.ops.registry import Op
 
 META = torch.device("meta")
+GUIDANCE_SCALE = 4.5  # the released one; how large it is changes no count
 _ALLOCATES = frozenset("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view detach lift_fresh".split())
 _KINDS = {"mm": "linear", "addmm": "linear", "bmm": "linear", "baddbmm": "linear", "convolution": "convolution"}
 
@@ -137,18 +138,25 @@ class Work:
     preset: Preset
     dtype: torch.dtype = torch.bfloat16
     batch_size: int = 1
-    guidance_scale: float = 4.5
     speed: SpeedName = "exact"
 
     @property
     def schedule(self) -> Schedule:
         """Of the released model."""
-        given = Settings(guidance_scale=self.guidance_scale)
+        given = Settings(guidance_scale=GUIDANCE_SCALE)
         whole = hart_schedule(
             self.preset.patch_nums, context_tokens=self.preset.context_token, share_quant_resi=4, settings=given
         )
         knobs = resolve(self.speed, Knobs(), sides=self.preset.patch_nums, depth=self.preset.depth, late_temperature=1.0)
         return apply(knobs, whole)
+
+
+def modules(preset: Preset) -> tuple[HartTransformer, Autoencoder]:
+    """The transformer and the autoencoder of a preset, on the meta device."""
+    with META:
+        config = preset_config(preset, HartConfig)
+        transformer = HartTransformer(config, vocab_size=preset.vocab_size, channels=preset.z_channels)
+        return transformer, Autoencoder(preset_config(preset, AutoencoderConfig))
 
 
 def launches(work: Work, *, kernels: bool) -> list[Launch]:
@@ -157,28 +165,25 @@ def launches(work: Work, *, kernels: bool) -> list[Launch]:
     The unconditional prefix is there already, as in a pipeline's second call.
     """
     preset = work.preset
-    with META:
-        transformer = HartTransformer(
-            preset_config(preset, HartConfig), vocab_size=preset.vocab_size, channels=preset.z_channels
-        )
-        autoencoder = Autoencoder(preset_config(preset, AutoencoderConfig))
+    transformer, autoencoder = modules(preset)
     transformer.to(work.dtype)
     autoencoder.to_device(None, work.dtype)
-    schedule, halves = work.schedule, 2 if work.guidance_scale else 1
+    schedule = work.schedule
     context = torch.empty(1, preset.context_token, preset.context_dim, device=META)
     mask = torch.ones(1, preset.context_token, dtype=torch.bool, device=META)
-    rows = work.batch_size * halves
+    rows = work.batch_size * (2 if schedule.guided else 1)
+    behind = slice(work.batch_size, rows)  # the unconditional ones
     lengths = {"length": schedule.cached_length, "scratch_length": schedule.scratch_length}
     with torch.no_grad():
         sampler = PhiloxSampler(range(work.batch_size), META, schedule)
         cache = new_cache(transformer, rows=rows, **lengths)
-        known = prefill(transformer, transformer.unconditional(), cache, slice(work.batch_size, rows)) if halves == 2 else None
+        known = prefill(transformer, transformer.unconditional(), cache, behind) if schedule.guided else None
     with counting(kernels=kernels) as counter:
         counter.stage = stage_name(0, 1)
         prompt = transformer.condition(context, mask, mask.long())
         prefixes = [prefill(transformer, prompt, cache, slice(0, work.batch_size))]
         if known is not None:
-            copy_prefix(known, cache, slice(work.batch_size, rows))
+            copy_prefix(known, cache, behind)
             prefixes.append(known)
         state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache, Owner())
         with diffusion_as_its_own_stage(counter):
@@ -216,11 +221,7 @@ def stage_name(index: int, side: int) -> str:
 def memory(work: Work) -> dict[str, int]:
     """Bytes that lie on the device throughout: weights, keys and values with the last scale's, and its logits in fp32."""
     preset, schedule = work.preset, work.schedule
-    with META:
-        transformer = HartTransformer(
-            preset_config(preset, HartConfig), vocab_size=preset.vocab_size, channels=preset.z_channels
-        )
-        autoencoder = Autoencoder(preset_config(preset, AutoencoderConfig))
+    transformer, autoencoder = modules(preset)
     weights = sum(p.numel() for part in (transformer, autoencoder) for p in part.parameters())
     rows = work.batch_size * (2 if schedule.guided else 1)
     cache = KVCache.size_in_bytes(

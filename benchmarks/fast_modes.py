@@ -29,8 +29,8 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from hart_infer import HartError
-from hart_infer.generation.sampling import Sampler
-from hart_infer.generation.schedule import Stage
+from hart_infer.generation.next_scale import Generation
+from hart_infer.generation.schedule import Schedule
 from hart_infer.generation.speed import SPEEDS
 from hart_infer.images.files import save_picture
 from hart_infer.pipelines.describe import weights_digest
@@ -71,21 +71,6 @@ class Cost:
     frechet_of_halves: tuple[float, ...] | None = None
 
 
-class Listener:
-    """A sampler that notes the codes of every scale."""
-
-    def __init__(self, inner: Sampler, codes: dict[int, Tensor]) -> None:
-        self.inner, self.codes = inner, codes
-        self.batch_size, self.noise = inner.batch_size, inner.noise
-        self.settings, self.failed = inner.settings, inner.failed
-
-    def draw(self, logits: Tensor, codebook: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-        """As `Sampler.draw`."""
-        indices, embeddings = self.inner.draw(logits, codebook, stage)
-        self.codes[stage.side] = indices.cpu()
-        return indices, embeddings
-
-
 # ---- drawing
 
 
@@ -104,19 +89,23 @@ def ways_of(pipe: Any, modes: Sequence[str], *, alone: bool) -> dict[str, dict[s
 
 def draw(pipe: Any, subject: Any, seed: int, way: dict[str, Any]) -> Drawn:
     """Draw one picture in a way."""
-    codes: dict[int, Tensor] = {}
+    started: list[tuple[Schedule, Generation]] = []
     start = pipe.engine.start
 
-    def listening(schedule: Any, samplers: Sequence[Sampler], *rest: Any) -> Any:
-        return start(schedule, [Listener(sampler, codes) for sampler in samplers], *rest)
+    def noting(schedule: Schedule, *rest: Any) -> list[Generation]:
+        states: list[Generation] = start(schedule, *rest)
+        started.extend((schedule, state) for state in states)
+        return states
 
-    pipe.engine.start = listening
+    pipe.engine.start = noting
     try:
         wall, processor = time.perf_counter(), time.process_time()
         image = pipe(subject, seed=seed, **way).images[0]
         seconds, processor_seconds = time.perf_counter() - wall, time.process_time() - processor
     finally:
         pipe.engine.start = start
+    ((schedule, state),) = started
+    codes = {stage.side: indices.cpu() for stage, indices in zip(schedule, state.indices, strict=True)}
     return Drawn(image, codes, seconds, processor_seconds)
 
 

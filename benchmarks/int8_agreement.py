@@ -3,8 +3,9 @@
     python benchmarks/int8_agreement.py hart-mini --prompts recipes/mini/demo.txt --dtype bf16
     python benchmarks/int8_agreement.py ~/.cache/hart_infer/benchmarks/random-256px-bf16-text-none --dtype bf16
 
-Both run side by side with the same draws. "fed": each scale's input is the exact run's, so that the share of equal codes is
-what one scale changes; "free": each goes on from its own codes, as in use, and differences add up.
+Without --prompts contexts are random. The quantised model and the exact one run side by side with the same draws. "fed": each
+scale's input is the exact run's, so that the share of equal codes is what one scale changes; "free": each goes on from its own
+codes, as in use, and differences add up.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def contexts(pipe: Any, prompts: list[str]) -> list[Any]:
-    """Encoded prompts; without a text encoder random ones, as many as there are prompts."""
+def contexts(pipe: Any, prompts: Path | None, count: int) -> list[Any]:
+    """The first `count` prompts of a file, encoded, or as many as there are; without a file `count` random contexts."""
     from hart_infer.models.text import PromptEmbeds
 
-    if pipe.text_encoder is not None:
-        return [pipe.encode_prompt(prompt) for prompt in prompts]
-    config = pipe.transformer.config
-    sizes = (config.context_token, config.context_dim)
-    return [PromptEmbeds(*measure.random_context(*sizes, seed=seed)) for seed in range(len(prompts))]
+    if prompts is None:
+        sizes = (pipe.transformer.config.context_token, pipe.transformer.config.context_dim)
+        return [PromptEmbeds(*measure.random_context(*sizes, seed=seed)) for seed in range(count)]
+    given = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not given:
+        raise SystemExit(f"{prompts} has no prompts.")
+    return [pipe.encode_prompt(prompt) for prompt in given[:count]]
 
 
 class Recorder:
@@ -57,8 +60,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Draw every prompt exactly, fed and free; average over prompts."""
     from hart_infer import HartPipeline
 
-    text = None if args.model == "hart-mini" else False
-    options = {"dtype": DTYPES[args.dtype], "device": "cpu", "text_encoder": text}
+    options = {"dtype": DTYPES[args.dtype], "device": "cpu", "text_encoder": None if args.prompts else False}
     pipes = [
         HartPipeline.from_pretrained(args.model, quantize=mode, **options) for mode in (None, args.quantize, args.quantize)
     ]
@@ -69,8 +71,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     distances = []
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-    prompts = args.prompts.read_text(encoding="utf-8").split("\n")[: args.count] if args.prompts else [""] * args.count
-    for seed, embeds in enumerate(contexts(exact, [prompt for prompt in prompts if prompt or not args.prompts])):
+    for seed, embeds in enumerate(contexts(exact, args.prompts, args.count)):
         call = {"prompt_embeds": embeds, "seed": seed, "output_type": "pt", "more_smooth": not args.hard}
         pictures = [pipe(**call).images for pipe in pipes]
         for name, recorder in recorders.items():
@@ -79,7 +80,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         distances.append((pictures[0] - pictures[2]).square().mean().item())
     shares = {name: torch.tensor(rows).mean(dim=0).tolist() for name, rows in equal.items()}
     psnr = -10 * torch.tensor(distances).log10()
-    return {"equal": shares, "psnr_free": measure.spread(psnr.tolist())}
+    return {"pictures": len(distances), "equal": shares, "psnr_free": measure.spread(psnr.tolist())}
 
 
 def main() -> int:
@@ -89,21 +90,22 @@ def main() -> int:
     parser.add_argument("--quantize", choices=("int8", "int8_weight_only"), default="int8")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line; without it contexts are random")
-    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--count", type=int, default=8, help="pictures, where there are as many prompts")
     parser.add_argument("--hard", action="store_true", help="without more_smooth")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     measure.check_out(args.out)
     settings = {
         "model": Path(args.model).name,
-        **{name: getattr(args, name) for name in ("quantize", "dtype", "count", "hard")},
+        "prompts": args.prompts.name if args.prompts else None,
+        **{name: getattr(args, name) for name in ("quantize", "dtype", "hard")},
     }
     result = {"benchmark": "int8_agreement", "machine": measure.machine(), "settings": settings, **compare(args)}
     if args.out:
         measure.write_json(args.out, result)
     for name, shares in result["equal"].items():
         print(f"{name:<5} equal codes by scale: " + " ".join(f"{share:.3f}" for share in shares))
-    print(f"free PSNR {result['psnr_free']['median']:.1f} dB (median of {args.count})")
+    print(f"free PSNR {result['psnr_free']['median']:.1f} dB (median of {result['pictures']})")
     return 0
 
 

@@ -1,13 +1,13 @@
 """Latency and memory on a GPU, in one command: batches, CUDA graphs against eager, speed modes, stages.
 
-    python benchmarks/latency.py --out benchmarks/results/latency_a100.json
+    python benchmarks/latency.py --out latency.json
     python benchmarks/latency.py --official official-hart      # the released code beside it
     python benchmarks/latency.py --model mit-han-lab/hart-0.7b-1024px --batch 1 2 4 8 16
 
 Weights are random unless --model names a checkpoint; pictures take encoded prompts, so the text encoder is not in the times.
 A time is one call by CUDA events, from its first launch to its pictures as uint8 on the host; on a CPU by the clock. Each
-configuration is warmed up (compiled, captured) first, and the configurations of a batch take turns, so that a device that
-heats up slows all of them. One that does not fit the memory is listed as such.
+configuration is warmed up (compiled, captured) first. They are timed one after the other, so a device that heats up slows the
+later ones. One that does not fit the memory is listed as such.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
 """Plot time and memory against size and batch: ours, the released code's, and the roofline's model.
 
-    python benchmarks/plot.py --roofline results/roofline_256.json --against results/against_official_{256,1024}.json \\
-        --latency results/latency.json --out docs/pictures/time_and_memory.png
+    python benchmarks/plot.py --roofline roofline.json --against benchmarks/results/against_official_{256,1024}.json \\
+        --latency latency.json --out time_and_memory.png
 
 Points are measurements of one CPU or GPU, which the title names, of whatever day their records are; the dashed line is
-`roofline.py`'s model from the rates in its record, for every size and batch. Records of other CPUs than the roofline's are
-refused.
+`roofline.py`'s model from the rates in its record, for every size and batch. Records of other CPUs than the roofline's, of
+another dtype than bf16, or of a checkpoint's latency are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,10 @@ import measure
 import roofline
 from architecture import PRESETS
 
+from hart_infer.images.files import whole_file
+
 OURS, THEIRS, MODEL = "#0b6e4f", "#c1440e", "#555555"
-BATCHES = (1, 2, 4, 8)
+BATCHES, DTYPE, WEIGHTS = (1, 2, 4, 8), "bf16", "random weights"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -33,12 +33,18 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def modelled(device: roofline.Device, sizes: list[int], batches: tuple[int, ...], batch_size: int) -> dict[str, Any]:
+def check(path: Path, found: object, wanted: str) -> None:
+    """Refuse a record of something else. Raises BenchmarkError."""
+    if found != wanted:
+        raise measure.BenchmarkError(f"{path} is of {found}, not of {wanted}")
+
+
+def modelled(device: roofline.Device, sizes: list[int], batch_size: int) -> dict[str, Any]:
     """Seconds and bytes by size at one picture, and by batch at one size."""
     found: dict[str, Any] = {"size": {}, "batch": {}}
     for size in sizes:
         found["size"][size] = point(roofline.model(counting.Work(PRESETS[measure.SIZES[size]]), device))
-    for batch in batches:
+    for batch in BATCHES:
         work = counting.Work(PRESETS[measure.SIZES[batch_size]], batch_size=batch)
         found["batch"][batch] = point(roofline.model(work, device))
     return found
@@ -54,12 +60,11 @@ def against(paths: list[Path], cpu: str) -> dict[int, dict[str, tuple[float, flo
     found: dict[int, dict[str, tuple[float, float]]] = {}
     for path in paths:
         record = read(path)
-        if record["machine"]["cpu"] != cpu:
-            raise measure.BenchmarkError(f"{path} is of {record['machine']['cpu']}, not of {cpu}")
+        check(path, record["machine"]["cpu"], cpu)
         for row in record["results"]:
-            if row["dtype"] == "bf16":
-                sides = {side: (row["seconds"][side]["median"], row["peak_bytes"][side]) for side in ("ours", "theirs")}
-                found[row["size"]] = sides
+            check(path, row["dtype"], DTYPE)
+            sides = {side: (row["seconds"][side]["median"], row["peak_bytes"][side]) for side in ("ours", "theirs")}
+            found[row["size"]] = sides
     return found
 
 
@@ -107,10 +112,8 @@ def draw(
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, dpi=110)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, out)
+    with whole_file(out, overwrite=True) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,12 +128,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record, latency = read(args.roofline), read(args.latency) if args.latency else None
         device, cpu = roofline.Device(**record["rates"]), record["machine"]["cpu"]
+        check(args.roofline, record["settings"]["dtype"], DTYPE)
         both = against(args.against, cpu)
-        if latency and latency["machine"]["cpu"] != cpu:
-            raise measure.BenchmarkError(f"{args.latency} is of {latency['machine']['cpu']}, not of {cpu}")
-        model = modelled(device, sorted(args.size), BATCHES, latency["size"] if latency else max(args.size))
+        if latency:
+            check(args.latency, latency["machine"]["cpu"], cpu)
+            check(args.latency, latency["settings"]["dtype"], DTYPE)
+            check(args.latency, latency["settings"]["checkpoint"], WEIGHTS)
+        model = modelled(device, sorted(args.size), latency["size"] if latency else max(args.size))
         beside = (record["settings"]["size"], record["measured"]["whole"]) if record["measured"] else None
-        draw(model, both, latency, beside, f"HART, bf16, random weights: {device.name}", args.out)
+        draw(model, both, latency, beside, f"HART, {DTYPE}, {WEIGHTS}: {device.name}", args.out)
     except (measure.BenchmarkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

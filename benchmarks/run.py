@@ -1,7 +1,7 @@
 """Guard against slower stages: draw small pictures, and measure each stage in units of a product timed in the same run.
 
-    python benchmarks/run.py --out benchmarks/results/run_epyc_avx512_bf16.json
-    python benchmarks/run.py --compare benchmarks/results/run_epyc_avx512_bf16.json
+    python benchmarks/run.py --out run.json
+    python benchmarks/run.py --compare run.json
 
 Other work on a machine slows the product as much as the pictures, so their ratio stays where seconds don't. Product and
 pictures take turns; of both the fastest counts. --compare fails where a stage takes LIMIT times what is on record. Compare

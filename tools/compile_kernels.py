@@ -127,24 +127,29 @@ def regressions(rows: Sequence[dict[str, Any]], record: dict[str, Any], compiler
         print(f"not compared: {name} (on record {record['compilers'].get(name)}, here {compilers[name]})", file=sys.stderr)
     if not same:
         return ["Nothing could be compared."]
-    known = {(row["source"], row["kernel"], row["capability"]): row for row in record["kernels"]}
+    known = {key_of(row): row for row in record["kernels"]}
     found = []
     for row in rows:
         if row["source"] not in same:
             continue
-        before = known.get((row["source"], row["kernel"], row["capability"]))
+        before = known.get(key_of(row))
         reason = "is not on record" if before is None else worse(row, before)
         if reason:
             found.append(f"{row['kernel']} on sm_{row['capability']} {reason}")
     return found
 
 
-def merged(
-    rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]], only: str, capabilities: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The rows of `before` that were not compiled anew, and behind them those that were."""
-    kept = [row for row in before if only not in row["kernel"] or row["capability"] not in capabilities]
-    return sorted([*rows, *kept], key=lambda row: row["source"] != "triton")
+def key_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    """Tells a row from others."""
+    return row["source"], row["kernel"], row["capability"]
+
+
+def merged(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """`record` with what was compiled anew: in the place of its rows, or behind those of its source. All others stay."""
+    rows = {key_of(row): row for row in (*record["kernels"], *result["kernels"])}
+    found = {name: version for name, version in result["compilers"].items() if version}
+    kernels = sorted(rows.values(), key=lambda row: row["source"] != "triton")
+    return {**result, "compilers": record["compilers"] | found, "kernels": kernels}
 
 
 def cell(row: dict[str, Any] | None, warps: int) -> str:
@@ -191,10 +196,11 @@ def main() -> int:
             sizes = {key: row[key] for key in ("warps", "registers", "shared_bytes")}
             rows.append({"source": name, **row, "occupancy": occupancy(row["capability"], **sizes)})
             print(line(rows[-1]), flush=True)
+    result = {"benchmark": "kernels", "compilers": compilers, "kernels": rows}
     if args.only and args.out and args.out.exists():
-        rows = merged(rows, json.loads(args.out.read_text(encoding="utf-8"))["kernels"], args.only, args.capability)
+        result = merged(json.loads(args.out.read_text(encoding="utf-8")), result)
+        rows = result["kernels"]
     if args.out:
-        result = {"benchmark": "kernels", "compilers": compilers, "kernels": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.table:
         text = args.table.read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ al. 2021): 100 times the cosine of picture and caption, at least 0.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +108,6 @@ def mean_of(values: Tensor) -> Mean:
     return Mean(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
 
 
-def _halves(features: Tensor, random: torch.Generator) -> Iterator[Tensor]:
+def _halves(features: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(features), generator=random)
-    return iter((features[order[: len(order) // 2]], features[order[len(order) // 2 :]]))
+    return features[order[: len(order) // 2]], features[order[len(order) // 2 :]]

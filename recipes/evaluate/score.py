@@ -38,7 +38,6 @@ class Scoring:
     size: int | None = None
     clip: Path | None = None
     seed: int = 0  # of subsets and halves
-    cuts: int = 2
     batch_size: int = 32
     device: str = "cpu"
 
@@ -114,7 +113,7 @@ def score_features(real: torch.Tensor | Gaussian, drawn: torch.Tensor, scoring: 
     if min(counts) < 4:
         raise InputError(f"there are {min(counts)} pictures; halves need 4 or more.")
     by_kernel = None if isinstance(real, Gaussian) else kid(real, drawn, seed=scoring.seed)
-    return Score(len(drawn), fid(real, drawn, cuts=scoring.cuts, seed=scoring.seed), by_kernel, clip)
+    return Score(len(drawn), fid(real, drawn, seed=scoring.seed), by_kernel, clip)
 
 
 def check_comparable(real: PictureSet, of_real: Features, drawn: PictureSet, found: Features, size: int | None) -> None:

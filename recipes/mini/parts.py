@@ -31,11 +31,19 @@ def load_autoencoder(out: Path) -> Autoencoder:
     return autoencoder.eval().requires_grad_(False)
 
 
+def hash_of(pixels: Any, shown: Sequence[int]) -> str:
+    """Tells pictures from others: by which they are, and the pixels of every 16th."""
+    digest = hashlib.sha256(repr((pixels.shape, list(shown))).encode())
+    for index in shown[::16]:
+        digest.update(pixels[index].tobytes())
+    return digest.hexdigest()[:12]
+
+
 @torch.no_grad()
 def latents_of(out: Path, pictures: Pictures) -> tuple[dict[int, int], Tensor]:
     """The latents of all pictures to learn from: picture -> row, and [N, C, P, P]; kept in OUT/latents.pt."""
     shown = [i for i, about in enumerate(pictures.about) if about.split in ("train", "composed")]
-    path, key = out / LATENTS, [parts_hash(out, "var"), len(shown)]
+    path, key = out / LATENTS, [parts_hash(out, "var"), hash_of(pictures.pixels, shown)]
     kept = torch.load(path, weights_only=True) if path.exists() else {}
     if kept.get("key") != key:
         autoencoder, parts = load_autoencoder(out), []
@@ -86,8 +94,13 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def take_over(model: str, out: Path) -> HartPipeline:
-    """Load a saved pipeline, and write its tokenizer and text encoder to `out`, from where `assemble` takes them."""
+    """Load a pipeline that `export.py` wrote, and write its tokenizer and text encoder to `out`, for `assemble`.
+
+    SystemExit, and nothing is written, where it is of other sizes.
+    """
     pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
+    if (pipe.transformer.config, pipe.autoencoder.config) != (TRANSFORMER, AUTOENCODER):
+        raise SystemExit(f"{model} has other sizes than model.py: --start-from takes a pipeline that this recipe exported.")
     assert pipe.text_encoder is not None
     for name, state in ((TOKENIZER, pipe.autoencoder.state_dict()), (TEXT, pipe.text_encoder.model.state_dict())):
         if (out / name).exists() and not _same(torch.load(out / name, weights_only=True), state):

@@ -5,7 +5,7 @@
 hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
 subject. A tenth of the conditions is dropped for guidance. The last scale, more than half of all tokens, takes part in every
 third step (--full-every): nothing before depends on it. Resumes from OUT/transformer.pt (OUT/var.pt); without one,
---start-from goes on from a saved pipeline's weights, such as hart-mini's own.
+--start-from goes on from the weights of a pipeline that this recipe exported.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--full-every", type=int, default=3, help="steps: the others leave the last scale and its residual out")
     result.add_argument("--subjects", type=Path, help="learn these alone, one name per line (all of them)")
     result.add_argument(
-        "--start-from", metavar="MODEL", help="begin with a pipeline's weights and tokenizers, such as hart-mini's"
+        "--start-from", metavar="MODEL", help="begin with the weights and tokenizers of a pipeline that this recipe exported"
     )
     return result
 

@@ -1,4 +1,4 @@
-"""The cost of fast modes: exact costs nothing, known errors give known figures, and listening changes no picture."""
+"""The cost of fast modes: exact costs nothing, known errors give known figures, and noting codes changes no picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_known_errors_give_known_figures(script, pipe):
     assert (found.times_faster["median"], found.times_faster_by_processor["median"]) == (2.0, 4.0)
 
 
-def test_listening_changes_no_picture(script, pipe):
+def test_noting_codes_changes_no_picture(script, pipe):
     drawn = script.draw(pipe, 3, 7, {"speed": "fast"})
     assert drawn.image.tobytes() == pipe(3, seed=7, speed="fast").images[0].tobytes()
     assert list(drawn.codes) == list(pipe.autoencoder.config.v_patch_nums)

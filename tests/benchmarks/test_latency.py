@@ -96,6 +96,11 @@ def test_a_launch_takes_the_longer_of_its_bytes_and_operations(scripts: dict[str
     assert roofline.predicted(times, device)["s"]["eager"] == pytest.approx(3.001 + 7.001 + 0.005)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_is_timed_where_the_cpu_has_kernels_of_its_own(scripts: dict[str, ModuleType], dtype: torch.dtype) -> None:
+    assert 0 < scripts["roofline"].launch_seconds(dtype) < 0.1
+
+
 def test_latency_in_one_command(
     scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -162,12 +167,14 @@ def test_winners_are_written_into_the_kernel_s_table(scripts: dict[str, ModuleTy
     rows = [tiles.row(80, 64, 64, (128, 64, 4, 3)), tiles.row(80, 64, 0, (16, 64, 4, 3))]
     once = tiles.written(source, rows, "NVIDIA A100")
     twice = tiles.written(once, [tiles.row(90, 64, 64, (128, 128, 8, 2))], "NVIDIA H100")
-    again = tiles.written(twice, rows[:1], "NVIDIA A100")
+    wide = tiles.written(twice, [tiles.row(80, 128, 64, (128, 32, 8, 2))], "NVIDIA A100")
+    again = tiles.written(wide, rows[:1], "NVIDIA A100")
     names: dict[str, Any] = {}
     start, end = again.index("TIMED:"), again.index("@triton.jit\ndef _attend")
     exec(f"from hart_infer.kernels.launch import Config\nMAX_HEAD_DIM = 128\n{again[start:end]}", names)
-    assert [(row[0], row[3], row[4].rows, row[4].warps) for row in names["TIMED"]] == [((90,), 64, 128, 8), ((80,), 64, 128, 4)]
-    assert names["CONFIGS"][:2] == names["TIMED"] and len(names["CONFIGS"]) > 8
+    found = [(row[0], *row[2:4], row[4].rows, row[4].warps) for row in names["TIMED"]]
+    assert found == [((90,), 64, 64, 128, 8), ((80,), 64, 64, 128, 4), ((80,), 128, 64, 128, 8)], "narrow ones first"
+    assert names["CONFIGS"][:3] == names["TIMED"] and len(names["CONFIGS"]) > 8
     assert "# NVIDIA A100" in again
 
 
@@ -188,6 +195,14 @@ def test_a_plot(scripts: dict[str, ModuleType], tmp_path: Path, capsys: Any) -> 
     with Image.open(out) as picture:
         assert picture.width > 900
     other = json.loads(record.read_text())
+    latency = tmp_path / "latency.json"
+    for settings, told in (
+        ({"dtype": "fp32", "checkpoint": "random weights"}, "is of fp32, not of bf16"),
+        ({"dtype": "bf16", "checkpoint": "mine"}, "is of mine, not of random weights"),
+    ):
+        latency.write_text(json.dumps({"machine": other["machine"], "settings": settings}))
+        assert plot.main(["--roofline", str(record), "--latency", str(latency), "--out", str(out)]) == 1
+        assert told in capsys.readouterr().err
     other["machine"]["cpu"] = "another"
     record.write_text(json.dumps(other))
     against = next((ROOT / "benchmarks/results").glob("against_official_256*.json"))

@@ -19,15 +19,19 @@ def kernels() -> list[dict]:
     return json.loads((ROOT / "tools/compiled_kernels.json").read_text(encoding="utf-8"))["kernels"]
 
 
-def test_every_kernel_is_on_record_for_every_gpu(kernels):
-    """By the names of today's cases: a tile that was changed and not compiled anew has no row."""
+def in_tools(script: str) -> str:
+    """What a script prints in a process of its own, whose Triton compiles instead of interpreting."""
     pytest.importorskip("triton")
-    script = "from triton_kernels import cases\nfor case in cases(): print(case.name, *case.targets, sep='|')"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, check=True)
+    return subprocess.run(command, cwd=ROOT / "tools", env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_kernel_is_on_record_for_every_gpu(kernels):
+    """By the names of today's cases: a tile that was changed and not compiled anew has no row."""
     expected = set()
-    for line in done.stdout.splitlines():
+    listed = in_tools("from triton_kernels import cases\nfor case in cases(): print(case.name, *case.targets, sep='|')")
+    for line in listed.splitlines():
         name, *targets = line.split("|")
         expected |= {(name, capability) for capability in FAMILIES if not targets or str(capability) in targets}
     recorded = {(row["kernel"], row["capability"]) for row in kernels if row["source"] == "triton"}
@@ -70,6 +74,17 @@ def test_what_a_loop_does_for_each_matrix_instruction(monkeypatch):
     ]
     assert loop("\n".join(lines)) == {"per_matrix": 3.0, "shared_per_matrix": (512 + 64 + 256) / 2}
     assert loop("\n".join(lines[1:])) == {}
+
+
+def test_what_was_not_compiled_anew_stays_on_record():
+    def row(source, kernel, registers):
+        return {"source": source, "kernel": kernel, "capability": 80, "registers": registers}
+
+    record = {"compilers": {"triton": "3.6", "cuda": "13.0"}, "kernels": [row("triton", "norm", 1), row("cuda", "norm", 2)]}
+    anew = {"compilers": {"triton": "3.7", "cuda": None}, "kernels": [row("triton", "norm", 3), row("triton", "norm 2", 4)]}
+    found = json.loads(in_tools(f"from compile_kernels import json, merged\nprint(json.dumps(merged({record}, {anew})))"))
+    assert found["compilers"] == {"triton": "3.7", "cuda": "13.0"}
+    assert found["kernels"] == [row("triton", "norm", 3), row("triton", "norm 2", 4), row("cuda", "norm", 2)]
 
 
 def test_packs_are_read_by_loads_of_16_bytes(kernels):

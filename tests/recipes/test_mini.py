@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hart_infer import VarPipeline
+from hart_infer.engine.graphs import tensors_of
 from hart_infer.generation.next_scale import new_cache, prefill
 from hart_infer.generation.residual import LATENT_SCALE
 from hart_infer.generation.schedule import Settings, hart_schedule, var_schedule
@@ -152,8 +153,7 @@ def test_the_last_scale_can_be_left_out(parts):
         torch.testing.assert_close(whole[f"scale {stage.side}"], part[f"scale {stage.side}"])
 
 
-def test_a_tenth_of_the_conditions_is_dropped_whole(parts, of_classes, monkeypatch):
-    """What a dropped picture is conditioned on is what generation has for its unconditional half."""
+def test_a_dropped_class_is_conditioned_as_generation_without_one(of_classes, monkeypatch):
     import train_transformer
     from train_transformer import Classes
 
@@ -167,6 +167,41 @@ def test_a_tenth_of_the_conditions_is_dropped_whole(parts, of_classes, monkeypat
     monkeypatch.setattr(train_transformer, "DROPPED", 0.0)
     kept = learned.condition(range(12), Random(0), torch.Generator())
     torch.testing.assert_close(kept.inputs, transformer.condition(torch.arange(12)).inputs)
+
+
+class Encoder:
+    """Stands for the text encoder: prompts of five tokens, in random states."""
+
+    def tokenize(self, captions, *, context_tokens):
+        mask = (torch.arange(context_tokens) < 5).expand(len(captions), -1)
+        return torch.zeros(mask.shape, dtype=torch.long), mask
+
+    def hidden_states(self, tokens, mask):
+        from model import TRANSFORMER
+
+        return torch.randn(*tokens.shape, TRANSFORMER.context_dim, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_a_dropped_prompt_is_conditioned_as_generation_without_one(parts, monkeypatch, share):
+    """Context 0, a mask of the first token, and position 0."""
+    import train_transformer
+    from train_transformer import Prompts
+
+    transformer, encoder = parts[0], Encoder()
+    learned = Prompts.__new__(Prompts)
+    learned.pipe, learned.about = SimpleNamespace(transformer=transformer, text_encoder=encoder), [about(), about()]
+    monkeypatch.setattr(train_transformer, "DROPPED", share)
+    monkeypatch.setattr(train_transformer, "fitting", lambda *_: "a cat")
+    found = learned.condition([0, 1], Random(0), torch.Generator())
+    if share:
+        expected = transformer.unconditional()
+    else:
+        tokens, mask = encoder.tokenize(["a cat"] * 2, context_tokens=transformer.config.context_token)
+        expected = transformer.condition(encoder.hidden_states(tokens, mask), mask, mask.long().cumsum(dim=1) - 1)
+    for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+        torch.testing.assert_close(one, other.expand_as(one))
 
 
 def test_true_noise_has_the_least_diffusion_loss(parts, monkeypatch):
@@ -401,6 +436,25 @@ def test_what_is_held_out_is_decided_by_name():
     assert found["cat"] == ["train"] * 3 and found["bus"] == ["subject"] * 3
     assert found["red heart"] == ["train", "style", "train"]
     assert sorted(found["sun"]) == ["style", "style", "train"]
+
+
+def test_a_pipeline_of_other_sizes_is_not_taken_over(tmp_path):
+    from parts import take_over
+
+    with pytest.raises(SystemExit, match="has other sizes than model.py"):
+        take_over("hart-mini", tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_latents_are_kept_for_the_pictures_that_they_are_of():
+    from parts import hash_of
+
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 4, 4, 3), np.uint8)
+    other = pixels.copy()
+    other[3] = 0
+    shown = [3, *range(5, 20)]
+    assert hash_of(pixels, shown) == hash_of(pixels.copy(), shown)
+    assert len({hash_of(pixels, shown), hash_of(pixels, [4, *shown[1:]]), hash_of(other, shown)}) == 3
 
 
 @pytest.mark.parametrize("model", ["hart", "var"])

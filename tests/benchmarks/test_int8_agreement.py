@@ -1,0 +1,35 @@
+"""The comparison of a quantised model with the exact one: whose contexts it draws."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    import int8_agreement
+
+    yield int8_agreement
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_contexts_are_those_of_the_prompts_or_random_ones(script: Any, tmp_path: Path) -> None:
+    config = SimpleNamespace(context_token=8, context_dim=4)
+    pipe = SimpleNamespace(transformer=SimpleNamespace(config=config), encode_prompt=str.upper)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    assert script.contexts(pipe, prompts, 8) == ["A CAT", "A DOG"] and script.contexts(pipe, prompts, 1) == ["A CAT"]
+    one, other = script.contexts(pipe, None, 2)
+    assert one.context.shape == (1, 8, 4) and not one.context.equal(other.context)
+    prompts.write_text("\n")
+    with pytest.raises(SystemExit, match="has no prompts"):
+        script.contexts(pipe, prompts, 1)
