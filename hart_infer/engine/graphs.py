@@ -21,7 +21,7 @@ from ..generation.sampling import PhiloxSampler, Sampler
 from ..generation.schedule import Schedule, Stage
 from ..models.next_scale import Condition
 from ..models.parts.cache import KVCache
-from ..models.parts.layers import WeightsStamp
+from ..models.parts.stamp import Stamp
 
 MAX_PLANS = 8  # of generations and of calls together; the least recently used go
 Shapes = tuple[tuple[int, ...], ...]
@@ -215,13 +215,13 @@ class Graphs:
     """What was captured of one pipeline, by kind. One plan runs at a time, since all share one pool of memory.
 
     The first call of a kind runs eagerly, which compiles and loads all that it needs; the second is captured on its way. So is
-    the first, and the second, after its weights have changed.
+    the first, and the second, after its weights or settings have changed.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._busy = threading.Lock()
-        self._plans: OrderedDict[Hashable, tuple[WeightsStamp, CapturedGeneration | CapturedCall | None]] = OrderedDict()
+        self._plans: OrderedDict[Hashable, tuple[Stamp, CapturedGeneration | CapturedCall | None]] = OrderedDict()
         self._caches: WeakValueDictionary[CacheKey, KVCache] = WeakValueDictionary()  # the plans' graphs hold them
 
     def take(self, key: Hashable, module: nn.Module, capture: Callable[[Recorder], PlanT]) -> PlanT | None:
@@ -242,7 +242,7 @@ class Graphs:
     def _plan(self, key: Hashable, module: nn.Module, capture: Callable[[Recorder], PlanT]) -> PlanT | None:
         stamp, plan = self._plans.pop(key, (None, None))
         if stamp is None or not stamp.fits(module) or (plan is not None and plan.is_broken):
-            self._plans[key] = (WeightsStamp(module), None)
+            self._plans[key] = (Stamp(module), None)
             while len(self._plans) > MAX_PLANS:
                 self._plans.popitem(last=False)
             return None

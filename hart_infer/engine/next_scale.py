@@ -24,8 +24,8 @@ from ..generation.sampling import PhiloxSampler, Sampler
 from ..generation.schedule import Schedule, Stage
 from ..models.next_scale import Condition, NextScaleTransformer
 from ..models.parts.cache import KVCache
-from ..models.parts.layers import WeightsStamp
 from ..models.parts.quantizer import Quantizer
+from ..models.parts.stamp import Stamp
 from .graphs import CacheKey, CapturedGeneration, Graphs, PlanKey, Recorder, shapes_of
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
@@ -43,7 +43,7 @@ class Engine(Generic[TransformerT]):
         self.graphs: Graphs | None = None
         self._lock = threading.Lock()
         self._idle: tuple[CacheKey, KVCache] | None = None
-        self._unconditional: tuple[WeightsStamp, Prefix] | None = None
+        self._unconditional: tuple[Stamp, Prefix] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept and the lock, for copies and pickles."""
@@ -128,10 +128,10 @@ class Engine(Generic[TransformerT]):
             state.advance(stage)
 
     def unconditional(self) -> Prefix:
-        """Return the prefix of the unconditional condition, computed anew only after the weights have changed."""
+        """Return the prefix of the unconditional condition, computed anew only after weights or settings have changed."""
         kept = self._unconditional
         if kept is None or not kept[0].fits(self.transformer):
-            stamp = WeightsStamp(self.transformer)
+            stamp = Stamp(self.transformer)
             kept = self._unconditional = (stamp, prefill_alone(self.transformer, self.transformer.unconditional()))
         return kept[1]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.parts.cache import KVCache
-from ..models.parts.layers import WeightsStamp
+from ..models.parts.stamp import Stamp
 from ..models.vila_u.depth import DepthTransformer
 from ..models.vila_u.llama import Llama, prefill_mask, seen_mask
 from ..models.vila_u.text import IMAGE_ID
@@ -100,16 +100,16 @@ def copy_prefix(prefix: Prefix, cache: KVCache, rows: slice, length: int) -> Non
 
 
 class KeptPrefix:
-    """Keeps the prefix of the unconditional prompt, and computes it anew only after the weights or the ids have changed."""
+    """Keeps the prefix of the unconditional prompt, and computes it anew only after weights, settings or ids have changed."""
 
     def __init__(self) -> None:
-        self._kept: tuple[WeightsStamp, tuple[int, ...], Prefix] | None = None
+        self._kept: tuple[Stamp, tuple[int, ...], Prefix] | None = None
 
     def get(self, llama: Llama, ids: Sequence[int]) -> Prefix:
         """Return the prefix of prompt `ids`."""
         kept = self._kept
         if kept is None or kept[1] != tuple(ids) or not kept[0].fits(llama):
-            stamp = WeightsStamp(llama)
+            stamp = Stamp(llama)
             kept = self._kept = (stamp, tuple(ids), prefill_alone(llama, ids))
         return kept[2]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import WeightsError
 from ..ops.held import without_cudnn_attention
-from .parts.layers import WeightsStamp
+from .parts.stamp import Stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._cache_argument = _cache_argument(model)
-        self._prefixes: dict[int, tuple[WeightsStamp, _SystemPrefix]] = {}  # by token limit, with the weights that computed it
+        self._prefixes: dict[int, tuple[Stamp, _SystemPrefix]] = {}  # by token limit
 
     @property
     def width(self) -> int:
@@ -161,10 +161,10 @@ class TextEncoder:
         return output.last_hidden_state
 
     def _system_prefix(self, limit: int) -> _SystemPrefix:
-        """Return the system prompt's prefix, truncated to `limit` tokens; computed anew only after the weights have changed."""
+        """Return the system prompt's prefix, truncated to `limit` tokens; anew only after weights or settings have changed."""
         kept = self._prefixes.get(limit)
         if kept is None or not kept[0].fits(self.model):
-            stamp = WeightsStamp(self.model)
+            stamp = Stamp(self.model)
             with _TOKENIZING:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)

@@ -111,8 +111,9 @@ class Choice(Generic[P, R]):
 class Op(Generic[P, R]):
     """An operation; calling it runs the backend chosen for its first argument's device and dtype.
 
-    If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. Under `torch.compile`
-    it is the custom op `torch.ops.hart_infer.<name>`, with the reference as fake implementation; on the CPU the reference.
+    If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. So it does under
+    autocast, which mixes dtypes. Under `torch.compile` it is the custom op `torch.ops.hart_infer.<name>`, with the reference as
+    fake implementation; on the CPU the reference.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend], defaults: Sequence[Default] = ()) -> None:
@@ -134,7 +135,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend. Raises BackendError if `use_backend` names one that can't run it."""
         x: Any = args[0]
-        if _is_learning((*args, *kwargs.values())):
+        if _is_learning((*args, *kwargs.values())) or autocast_dtype(x.device.type):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.reference(*args, **kwargs) if x.device.type == "cpu" else self._trace(*args, **kwargs)
@@ -260,6 +261,18 @@ def op(
         return declared
 
     return declare
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return to which dtype autocast casts on a type of device, None outside of it."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def forced_backend() -> str | None:
+    """Return the backend that `use_backend` names, None outside of it."""
+    return _forced.get()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
 import logging
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from hart_infer.engine.next_scale import Engine
 from hart_infer.generation.schedule import Stage
 from hart_infer.models.parts import tiling
 from hart_infer.models.parts.cache import KVCache
+from hart_infer.ops.registry import use_backend
 from tests.golden.data import REPOSITORY
 
 SIDES = (1, 2, 3, 4, 6, 8)  # of hart-tiny
@@ -203,7 +206,7 @@ def test_no_global_randomness_is_used_or_touched(pipe: HartPipeline) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_seed_reproduces_in_another_process(hart_tiny: Path, text_tiny: Path) -> None:
+def test_a_seed_reproduces_in_another_process(pipe: HartPipeline, hart_tiny: Path, text_tiny: Path) -> None:
     code = (  # what torch and transformers, or torchao through them, say as they are imported is not ours
         "import hashlib, sys, torch; from transformers import Qwen2Model; print('imported', file=sys.stderr, flush=True);"
         "from hart_infer import HartPipeline;"
@@ -213,9 +216,30 @@ def test_a_seed_reproduces_in_another_process(hart_tiny: Path, text_tiny: Path) 
         "print([hashlib.sha256(image.tobytes()).hexdigest() for image in images])"
     )
     command = [sys.executable, "-c", code, str(hart_tiny), str(text_tiny)]
-    first, other = (subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True) for _ in range(2))
-    assert first.stdout == other.stdout and first.stdout.count("'") == 8
-    assert first.stderr.partition("imported\n")[1:] == ("imported\n", "")
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    here = pipe(["a cat", "b"], seed=5, num_images_per_prompt=2).images
+    assert run.stdout.strip() == str([hashlib.sha256(image.tobytes()).hexdigest() for image in here])
+    assert run.stderr.partition("imported\n")[1:] == ("imported\n", "")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [lambda: torch.autocast("cpu", torch.bfloat16), lambda: use_backend("torch")],
+    ids=["autocast", "backend"],
+)
+def test_a_call_leaves_nothing_of_its_settings_to_the_next(
+    hart_tiny: Path, text_tiny: Path, settings: Callable[[], AbstractContextManager[None]]
+) -> None:
+    def pictures(pipe: HartPipeline) -> Tensor:
+        return pipe("a cat", seed=1, output_type="latent").images
+
+    pipe, other = (load(hart_tiny, text_tiny, torch.float32) for _ in range(2))
+    with settings():
+        pictures(pipe)
+        kept = pipe.engine.unconditional()
+        assert pipe.engine.unconditional() is kept
+    assert torch.equal(pictures(pipe), pictures(other))
+    assert pipe.engine.unconditional() is not kept
 
 
 @pytest.mark.parametrize("more_smooth", [True, False])

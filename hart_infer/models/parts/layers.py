@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import ops
 from ...ops.precision import widens
-
-
-class WeightsStamp:
-    """Tells whether a module's weights are those of the stamp: the same tensors, at the same addresses, in the same versions.
-
-    Assignment, loading, moving and operations in place make them others; writes through `parameter.data` go unnoticed. Tensors
-    made under `torch.inference_mode` have no versions, so no stamp fits them.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        self._versioned = not any(tensor.is_inference() for tensor in tensors)
-        self._seen = [(weakref.ref(tensor), _state(tensor)) for tensor in tensors] if self._versioned else []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy to a stamp that nothing fits: a copy's weights are others."""
-        return {"_versioned": False, "_seen": []}
-
-    def fits(self, module: nn.Module) -> bool:
-        """Return whether the weights of `module` are unchanged."""
-        tensors = [*module.parameters(), *module.buffers()]
-        same = len(tensors) == len(self._seen) and all(
-            ref() is tensor and not tensor.is_inference() and state == _state(tensor)
-            for (ref, state), tensor in zip(self._seen, tensors, strict=True)
-        )
-        return self._versioned and same
-
-
-def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    return tensor.data_ptr(), tensor._version, tensor.dtype
 
 
 class RMSNorm(nn.Module):
