@@ -22,8 +22,8 @@ import torch
 from architecture import BRANCH_GAIN, AutoencoderPreset, Entry, conv, decoder_entries, linear, norm
 from random_checkpoint import DTYPES, _generator, _write_folder, _write_json, default_cache, write_safetensors
 
+from hart_infer.models.llama import LlamaConfig
 from hart_infer.models.vila_u.depth import DepthConfig
-from hart_infer.models.vila_u.llama import LlamaConfig
 from hart_infer.models.vila_u.siglip import SIGLIP_CONFIGS
 from hart_infer.models.vila_u.vision import VisionConfig
 

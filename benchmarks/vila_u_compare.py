@@ -21,8 +21,8 @@ from vila_u_checkpoint import DTYPES, released_sizes
 
 from hart_infer.generation.next_token import AnswerSettings, AnswerState, embed_prompts, run_token
 from hart_infer.generation.sampling import GreedySampler
+from hart_infer.models.llama import Llama, LlamaConfig
 from hart_infer.models.vila_u.depth import DepthTransformer
-from hart_infer.models.vila_u.llama import Llama, LlamaConfig
 
 Sides = dict[str, Callable[[], Any]]
 

@@ -22,8 +22,8 @@ from vila_u_compare import cached_slots, rerun_slots
 
 from hart_infer.generation.next_token import Networks, prefill_alone, run_position, start
 from hart_infer.generation.sampling import CodeRule
+from hart_infer.models.llama import Llama
 from hart_infer.models.vila_u.depth import DepthTransformer
-from hart_infer.models.vila_u.llama import Llama
 from hart_infer.models.vila_u.projector import Projector
 from hart_infer.models.vila_u.vision import VisionTower
 from hart_infer.ops.registry import Op

@@ -16,12 +16,12 @@ from torch import nn
 
 from ..generation.schedule import Schedule, Settings, hart_schedule, var_schedule
 from ..models.hart import HartTransformer
+from ..models.llama import Llama
 from ..models.next_scale import NextScaleTransformer
 from ..models.parts.autoencoder import Autoencoder
 from ..models.parts.cache import KVCache
 from ..models.var import VarTransformer
 from ..models.vila_u.depth import DepthTransformer
-from ..models.vila_u.llama import Llama
 from ..models.vila_u.projector import Projector
 from ..models.vila_u.vision import VisionTower
 from . import hart, var

@@ -102,14 +102,22 @@ def _open_to_others(folder: Path) -> None:
         entry.chmod(searchable if entry.is_dir() else mode)
 
 
-def write_module(module: nn.Module, config: Mapping[str, Any], folder: Path, *, max_shard_size: str) -> None:
-    """Write a module's `config.json` and its weights, as safetensors, into a new folder."""
+def write_module(
+    module: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    max_shard_size: int | str,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Write a module's `config.json` and its weights, as safetensors and by the names `rename(ours)`, into a new folder."""
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     plain: nn.Module = getattr(module, "_orig_mod", module)  # of torch.compile's wrapper
-    save_torch_state_dict(plain.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    state = {rename(name): tensor for name, tensor in plain.state_dict().items()}
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
 def check_shard_size(size: str) -> None:

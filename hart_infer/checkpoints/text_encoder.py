@@ -1,8 +1,7 @@
-"""Find text encoders on disk or on the Hub, load them by transformers, and save them."""
+"""Find text encoders on disk or on the Hub, load them, and save them as transformers does; tokenizers are transformers'."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointNotFoundError, ConfigError, WeightsError, is_out_of_memory
+from ..models.llama import Decoder
 from ..models.text import TextEncoder
 from .configs import read_json
 from .hub import HUB, HubOptions, Repository
-from .layouts import hub_id, local_path
-from .weights import shorten
+from .layouts import choose_weights, hub_id, local_path
+from .llama import QWEN2_KEYS, decoder_rules, qwen2_config, qwen2_name, read_decoder
+from .saving import write_module
+from .weights import RenameTable, load_module
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TEXT_FOLDERS = ("text_encoder", "text-encoder")  # beside a checkpoint's weights
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: classes that only load tokenizer.json
+_STEMS = ("model", "pytorch_model")  # of its weights
+_DROPPED = r"lm_head\.weight|.*rotary_emb\.inv_freq"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -59,64 +63,37 @@ def load_text_encoder(
     `dtype` None keeps the stored one. `width`: the features that the context must have. Raises CheckpointNotFoundError,
     ConfigError, WeightsError.
     """
+    title = f"The text encoder in {path}"
     if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would create an empty tokenizer
-        raise CheckpointNotFoundError(f"The text encoder in {path} has no tokenizer: tokenizer.json is not in it.")
+        raise CheckpointNotFoundError(f"{title} has no tokenizer: tokenizer.json is not in it.")
+    values = read_json(path / "config.json")
+    if values.get("model_type") != "qwen2":
+        raise ConfigError(f"{title} is a {values.get('model_type')} model; only qwen2 is supported.")
+    config = read_decoder(values, QWEN2_KEYS, origin=str(path / "config.json"))
+    if width is not None and config.hidden_size != width:
+        raise ConfigError(
+            f"The text encoder {path} gives {config.hidden_size} features, the checkpoint expects {width}; pass the "
+            "checkpoint's own as text_encoder=..."
+        )
+    files = choose_weights([entry.name for entry in path.iterdir()], "", _STEMS, None, title)
+    rename = RenameTable(decoder_rules(config, r"(?:model\.)?"), dropped=_DROPPED)
+    model = load_module(lambda: Decoder(config), [path / name for name in files], rename, dtype=dtype)
     try:
-        with _quiet_transformers():
-            model, report = _load_model(path, dtype)
+        with quiet_transformers():
             tokenizer = _load_tokenizer(path)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if _was_refused(error):
-            raise WeightsError(
-                f"The text encoder in {path} holds more than tensors and was refused: loading it could run code. Use "
-                "safetensors instead."
-            ) from error
         kind = CheckpointNotFoundError if isinstance(error, OSError) else WeightsError
-        raise kind(f"The text encoder in {path} can't be loaded: {_first_line(error)}") from error
-    if model.config.model_type != "qwen2":
-        raise ConfigError(f"The text encoder in {path} is a {model.config.model_type} model; only qwen2 is supported.")
-    problems = {kind: report.get(f"{kind}_keys") for kind in ("missing", "mismatched")}
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {shorten(map(_key, keys))}" for kind, keys in problems.items() if keys)
-        raise WeightsError(f"The text encoder in {path} does not fit its configuration; {listed}.")
-    encoder = TextEncoder(model.to(device), tokenizer)
-    if width is not None and encoder.width != width:
-        raise ConfigError(
-            f"The text encoder {path} gives {encoder.width} features, the checkpoint expects {width}; pass the checkpoint's "
-            "own as text_encoder=..."
-        )
-    return encoder
+        raise kind(f"{title} can't be loaded: {_first_line(error)}") from error
+    return TextEncoder(model.to(device), tokenizer)
 
 
 def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int | str) -> None:
     """Write model and tokenizer into one folder, which is created."""
-    with _quiet_transformers():
-        encoder.model.save_pretrained(path, max_shard_size=max_shard_size)
+    config = qwen2_config(encoder.model.config, str(encoder.model.dtype).removeprefix("torch."))
+    write_module(encoder.model, config, path, max_shard_size=max_shard_size, rename=qwen2_name)
     encoder.tokenizer.save_pretrained(path)
-
-
-def dtype_argument(version: str) -> str:
-    """Return transformers' name of the dtype argument, which was renamed in 4.56."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-
-
-def _load_model(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load the model; return it and transformers' report on what didn't fit."""
-    import transformers
-
-    options: dict[str, Any] = {dtype_argument(transformers.__version__): dtype or "auto"}
-    return transformers.AutoModel.from_pretrained(
-        str(path),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported, and refused by us with their names
-        trust_remote_code=False,
-        local_files_only=True,
-        attn_implementation="sdpa",  # the one that takes the mask of `_attention_mask` in every version
-        **options,
-    )
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -130,21 +107,9 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(path), **options)
 
 
-def _was_refused(error: BaseException | None) -> bool:
-    """Return whether the error's cause chain has an UnpicklingError: a pickle with more than tensors."""
-    while error is not None and not isinstance(error, pickle.UnpicklingError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _key(entry: Any) -> str:
-    """Return the name in an entry of transformers' report, which may have shapes beside it."""
-    return entry if isinstance(entry, str) else str(entry[0])
-
-
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and logs; what they report is raised as errors instead."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and logs."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

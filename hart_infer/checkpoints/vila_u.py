@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointNotFoundError, ConfigError
+from ..models.llama import Llama, LlamaConfig
 from ..models.vila_u.depth import DepthConfig, DepthTransformer
-from ..models.vila_u.llama import Llama, LlamaConfig
 from ..models.vila_u.projector import Projector, projector_layers
 from ..models.vila_u.siglip import SIGLIP_CONFIGS, SiglipConfig
 from ..models.vila_u.text import Tokenizer

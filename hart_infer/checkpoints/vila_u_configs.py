@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..models.llama import LlamaConfig
 from ..models.parts.checks import require, require_one_of, require_positive
 from ..models.vila_u.depth import DepthConfig
-from ..models.vila_u.llama import LlamaConfig, linear_rope_factor
 from ..models.vila_u.projector import projector_layers
 from ..models.vila_u.siglip import SiglipConfig
 from ..models.vila_u.vision import VisionConfig
 from .configs import BOOKKEEPING, MAX_GUIDANCE, ConfigT, Keys, config_from_dict
+from .llama import LLAMA_KEYS, read_decoder
 
 Values = Mapping[str, Any]
 
@@ -81,23 +82,6 @@ _TRAINING = frozenset(
     """.split()
 )
 ROOT_KEYS = Keys(fixed={"model_type": ("vila_u_llama",), "mm_use_im_start_end": (True,)}, ignored=BOOKKEEPING | _TRAINING)
-LLAMA_KEYS = Keys(
-    fixed={
-        "model_type": ("llama",),
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "tie_word_embeddings": (False,),
-        "pretraining_tp": (1,),
-    },
-    ignored=BOOKKEEPING
-    | frozenset(
-        """
-        attention_dropout initializer_range max_position_embeddings use_cache tokenizer_padding_side rope_scaling
-        rope_parameters tokenizer_model_max_length model_max_length head_dim
-        """.split()
-    ),
-)
 SIGLIP_KEYS = Keys(
     fixed={"hidden_act": ("gelu_pytorch_tanh",), "layer_norm_eps": (1e-6,), "num_channels": (3,)},
     ignored=BOOKKEEPING | {"attention_dropout", "model_type", "vision_use_head"},
@@ -231,22 +215,7 @@ class Reader:
 
     def llama(self, values: Values) -> LlamaConfig:
         """Read `llm/config.json`, of any version of transformers."""
-        values = present(values)
-        rope = values.get("rope_parameters") or values.get("rope_scaling")
-        if rope is not None and not isinstance(rope, dict):
-            raise ConfigError(f"{self.name}: llm/config.json: rope_scaling must be an object, not {rope!r}.")
-        try:
-            factor = linear_rope_factor(rope)
-        except ConfigError as error:
-            raise ConfigError(f"{self.name}: llm/config.json: {error}") from error
-        theta = {"rope_theta": rope["rope_theta"]} if rope and "rope_theta" in rope else {}
-        heads = {"num_key_value_heads": values["num_attention_heads"]} if "num_attention_heads" in values else {}
-        config = self._read(LlamaConfig, heads | theta | values | {"rope_factor": factor}, LLAMA_KEYS, "llm/config.json")
-        self._require(
-            values.get("head_dim", config.head_dim) == config.head_dim,
-            f"llm/config.json: head_dim {values.get('head_dim')!r} is not hidden_size / num_attention_heads {config.head_dim}.",
-        )
-        return config
+        return read_decoder(values, LLAMA_KEYS, origin=f"{self.name}: llm/config.json", strict=self.strict)
 
     def projector(self, values: Values) -> str:
         """Read `mm_projector/config.json`: the released `mm_projector_type`."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..models.llama import Llama
 from ..models.parts.layers import Linear
 from ..models.vila_u.depth import DepthTransformer
-from ..models.vila_u.llama import Llama
 from ..models.vila_u.projector import Projector
 
 

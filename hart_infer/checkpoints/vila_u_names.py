@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..models.vila_u.llama import LlamaConfig
+from ..models.llama import LlamaConfig
 from ..models.vila_u.projector import MAX_LAYERS
 from ..models.vila_u.vision import VisionConfig
 from .autoencoder import AUTOENCODER_SUFFIXES, autoencoder_rules
+from .llama import decoder_rules
 from .weights import RenameTable
 
 TOWER_NAMES = r"rqvaesiglip\..*"  # in the file that the tower and the depth transformer share
@@ -18,15 +19,7 @@ def renames(llama: LlamaConfig, vision: VisionConfig) -> RenameTable:
     """Return the table of the released names of all parts: the Llama, the tower, the depth transformer, the projector."""
     rules = [
         (r"lm_head\.weight", r"lm_head.weight"),
-        (r"model\.(embed_tokens|norm)\.weight", r"\1.weight"),
-        (r"model\.(layers\.\d+)\.input_layernorm\.weight", r"\1.attn_norm.weight"),
-        (r"model\.(layers\.\d+)\.post_attention_layernorm\.weight", r"\1.mlp_norm.weight"),
-        (r"model\.(layers\.\d+)\.self_attn\.o_proj\.weight", r"\1.attn.proj.weight"),
-        (r"model\.(layers\.\d+)\.mlp\.(gate|up|down)_proj\.weight", r"\1.mlp.\2.weight"),
-        *(
-            (rf"model\.(layers\.\d+)\.self_attn\.{x}_proj\.weight", rf"\1.attn.{x if llama.is_grouped else 'qkv'}.weight{part}")
-            for part, x in (("" if llama.is_grouped else f"[{i}]", x) for i, x in _QKV)
-        ),
+        *decoder_rules(llama, r"model\."),
         (r"layers\.(weight|bias)", r"layers.0.\1"),
         *((rf"layers\.{2 * i}\.(weight|bias)", rf"layers.{i}.\1") for i in range(MAX_LAYERS)),
         (rf"{_SIGLIP}embeddings\.patch_embedding\.(.*)", r"encoder.patch_embed.\1"),

@@ -61,10 +61,7 @@ def _pipelines() -> dict[Family, Any]:
 
 
 def silence_others() -> None:
-    """Silence the progress bars and warnings of the libraries that load weights."""
+    """Silence the progress bars of the library that downloads weights."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
 
     disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.llama import Llama, prefill_mask, seen_mask
 from ..models.parts.cache import KVCache
 from ..models.parts.stamp import Stamp
 from ..models.vila_u.depth import DepthTransformer
-from ..models.vila_u.llama import Llama, prefill_mask, seen_mask
 from ..models.vila_u.text import IMAGE_ID
 from .sampling import CodeRule, TextRule, TokenSampler
 

@@ -1,8 +1,7 @@
-"""Prompts to context: transformers' Qwen2 with HART's padding, mask and system prompt (released `encode_prompts`)."""
+"""Prompts to context: a Qwen2 with HART's padding, mask and system prompt (released `encode_prompts`)."""
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import warnings
@@ -10,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..ops.held import without_cudnn_attention
+from .llama import Decoder
+from .parts.cache import KVCache
 from .parts.stamp import Stamp
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _TOKENIZING = threading.RLock()  # fast tokenizers change state in a call and are not thread-safe
 
@@ -53,29 +53,18 @@ def system_prompt() -> str:
     return (resources.files("hart_infer") / "assets" / "system_prompt.txt").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _SystemPrefix:
-    """The system prompt's keys and values, one pair [1, kv heads, length, d] per layer."""
-
-    layers: list[tuple[Tensor, Tensor]]
-    length: int
-
-
-NO_PREFIX = _SystemPrefix([], 0)
-
-
 class TextEncoder:
-    """A Qwen2 model and its tokenizer.
+    """A Qwen2 and its tokenizer.
 
-    The encoder is causal, so the system prompt's keys and values don't depend on the prompt behind it: they are computed
-    once for each token limit and reused.
+    The Qwen2 is causal, so the system prompt's keys and values don't depend on the prompt behind it: they are computed once
+    for each token limit and reused.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer` must have a padding token; its padding side is honoured."""
+    def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer`, of transformers, must have a padding token; its padding side is honoured."""
         if tokenizer.pad_token_id is None:
             raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
-        vocab_size, highest = int(model.config.vocab_size), max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)
+        vocab_size, highest = model.config.vocab_size, max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)
         if highest >= vocab_size:
             raise WeightsError(
                 f"The text encoder's tokenizer has ids up to {highest}, and its embedding has {vocab_size} rows; both must "
@@ -83,19 +72,16 @@ class TextEncoder:
             )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._cache_argument = _cache_argument(model)
-        self._prefixes: dict[int, tuple[Stamp, _SystemPrefix]] = {}  # by token limit
+        self._prefixes: dict[int, tuple[Stamp, KVCache]] = {}  # of the system prompt, by token limit
 
     @property
     def width(self) -> int:
         """Features of the context."""
-        return int(self.model.config.hidden_size)
+        return self.model.config.hidden_size
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
-        """Move or cast the model, in place; only its weights are cast: the rotary frequencies are fp32 in every dtype."""
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype=dtype)
-        self.model.to(device=device)
+        """Move or cast the model, in place."""
+        self.model.to(device=device, dtype=dtype)
         self._prefixes.clear()
         return self
 
@@ -115,7 +101,7 @@ class TextEncoder:
         truncated prompt.
         """
         tokens, mask = self.tokenize(prompts, context_tokens=context_tokens, max_sequence_length=max_sequence_length)
-        prefix = self._system_prefix(context_tokens) if use_system_prompt else NO_PREFIX
+        prefix = self._system_prefix(context_tokens) if use_system_prompt else None
         batch_size = batch_size or len(tokens)
         parts = zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
         return PromptEmbeds(torch.cat([self.hidden_states(*part, prefix) for part in parts]).float(), mask)
@@ -141,26 +127,25 @@ class TextEncoder:
         padding = [self.tokenizer.pad_token_id] * (padded - len(ids))
         return torch.tensor(padding + ids if self.tokenizer.padding_side == "left" else ids + padding)
 
-    def hidden_states(
-        self, tokens: Tensor, mask: Tensor, prefix: _SystemPrefix = NO_PREFIX, record: list[tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
-        """Return the last hidden states [U, T, width], after the final norm, of tokens and mask [U, T] behind `prefix`."""
-        rows, length = tokens.shape
-        cache = _recording_cache(record)
-        for layer, (keys, values) in enumerate(prefix.layers):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-        position_ids = torch.arange(prefix.length, prefix.length + length, device=tokens.device).expand(rows, -1)
-        with without_cudnn_attention(tokens.device):
-            output = self.model(
-                input_ids=tokens,
-                attention_mask=_attention_mask(mask, prefix.length, self.model.dtype),
-                position_ids=position_ids,
-                use_cache=True,
-                **{self._cache_argument: cache},
-            )
-        return output.last_hidden_state
+    def hidden_states(self, tokens: Tensor, mask: Tensor, prefix: KVCache | None = None) -> Tensor:
+        """Return the hidden states [U, T, width], after the final norm, of tokens and mask [U, T] behind `prefix`, of one row.
 
-    def _system_prefix(self, limit: int) -> _SystemPrefix:
+        Positions count padding.
+        """
+        rows, length = tokens.shape
+        before = prefix.keys.shape[3] if prefix is not None else 0
+        cache = self.model.new_cache(rows=rows, length=before + length)
+        if prefix is not None:
+            cache.keys[:, :, :, :before].copy_(prefix.keys)
+            cache.values[:, :, :, :before].copy_(prefix.values)
+        return self._run(tokens, mask, cache, before)
+
+    def _run(self, tokens: Tensor, mask: Tensor, cache: KVCache, before: int) -> Tensor:
+        positions = torch.arange(before, before + tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        place = cache.at(before, tokens.shape[1])
+        return self.model(self.model.embed_tokens(tokens), positions, place, attended(mask, before))
+
+    def _system_prefix(self, limit: int) -> KVCache:
         """Return the system prompt's prefix, truncated to `limit` tokens; anew only after weights or settings have changed."""
         kept = self._prefixes.get(limit)
         if kept is None or not kept[0].fits(self.model):
@@ -168,27 +153,21 @@ class TextEncoder:
             with _TOKENIZING:
                 ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
-            layers: list[tuple[Tensor, Tensor]] = []
-            self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), record=layers)
-            kept = self._prefixes[limit] = (stamp, _SystemPrefix(layers, ids.shape[1]))
+            cache = self.model.new_cache(rows=1, length=ids.shape[1])
+            self._run(ids, torch.ones_like(ids, dtype=torch.bool), cache, 0)
+            kept = self._prefixes[limit] = (stamp, cache)
         return kept[1]
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
-    """Return the name of the cache argument of a model's forward, which transformers 5.24 renamed."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def attended(mask: Tensor, before: int) -> Tensor:
+    """Mask [U, T] bool behind `before` visible tokens -> [U, 1, T, before + T] bool, True where a query attends.
 
-
-def _attention_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """Mask [U, T] bool after `prefix` visible tokens -> additive [U, 1, T, prefix + T]: causal, padding hidden.
-
-    Built here because transformers' versions treat rows that are masked entirely (left padding) differently. With -inf such a
-    row attends to nothing, as in the recorded data. Its output matters: HART uses the contexts of padding positions.
+    Causal, padding hidden. Transformers' versions differ in what a left-padded row attends to; here, as in the recorded data,
+    to nothing. Its output matters: HART uses the contexts of padding positions.
     """
     rows, length = mask.shape
-    shown = torch.cat([mask.new_ones(rows, prefix), mask], dim=1)[:, None, None]
-    causal = mask.new_ones(length, prefix + length).tril(prefix)
-    return torch.zeros(rows, 1, *causal.shape, dtype=dtype, device=mask.device).masked_fill_(~(shown & causal), -torch.inf)
+    shown = torch.cat([mask.new_ones(rows, before), mask], dim=1)[:, None, None]
+    return shown & mask.new_ones(length, before + length).tril(before)
 
 
 def _warn_caller(message: str) -> None:
@@ -197,16 +176,3 @@ def _warn_caller(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hart_infer", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
-
-
-def _recording_cache(record: list[tuple[Tensor, Tensor]] | None) -> Any:
-    """Return a transformers cache that appends what each layer stores to `record`, and overrides only the public `update`."""
-    from transformers import DynamicCache
-
-    class RecordingCache(DynamicCache):  # type: ignore[misc]
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            if record is not None:
-                record.append((key_states, value_states))
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    return RecordingCache()

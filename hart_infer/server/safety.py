@@ -56,12 +56,13 @@ class Judge:
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..checkpoints.text_encoder import dtype_argument
+        from ..checkpoints.text_encoder import quiet_transformers
 
-        options: dict[str, Any] = {dtype_argument(transformers.__version__): torch.bfloat16, "use_safetensors": True}
+        options: dict[str, Any] = {_dtype_argument(transformers.__version__): torch.bfloat16, "use_safetensors": True}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
-            model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local_files_only, **options)
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+                model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local_files_only, **options)
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise CheckpointNotFoundError(f"The safety model {name} can't be loaded: {reason}.") from error
@@ -89,3 +90,9 @@ class Judge:
         with torch.inference_mode():
             logits = self._model(ids.to(self._model.device)).logits[0, -1, self._answers]
         return float(torch.softmax(logits.float(), dim=0)[0])
+
+
+def _dtype_argument(version: str) -> str:
+    """Return transformers' name of the dtype argument, which was renamed in 4.56."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
+from hart_infer.models.llama import Decoder, LlamaConfig
 from hart_infer.models.text import TextEncoder
 
 VOCABULARY, WIDTH, DEPTH = 6144, 256, 3
@@ -29,15 +31,19 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
     """Random weights."""
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=1536,
         num_hidden_layers=DEPTH,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.05,
-        attn_implementation="sdpa",
+        qkv_bias=True,
     )
-    return TextEncoder(Qwen2Model(config), tokenizer)
+    model = Decoder(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.05)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return TextEncoder(model, tokenizer)

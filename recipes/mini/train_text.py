@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,14 @@ from compose import COLOURS
 from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
 from parts import TEXT, WORDS, latents_of
+from teacher import TeacherCache
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer.models.hart import masked_average
-from hart_infer.models.text import TextEncoder
+from hart_infer.models.text import TextEncoder, attended
 
 OF_PICTURES, OF_WORDS, OF_ANY = 0.45, 0.3, 0.15  # shares of captions; the rest has another thing beside the wanted one
 COLOUR_NAMES = [None, *COLOURS]
@@ -146,8 +148,10 @@ def _thing(about: Entry) -> Thing:
 def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
     """Hidden states [N, T, WIDTH] and mask [N, T] of captions."""
     tokens, mask = encoder.tokenize([c.text for c in captions], context_tokens=CONTEXT_TOKENS)
+    model, positions = encoder.model, torch.arange(CONTEXT_TOKENS).expand(len(tokens), -1)
+    place: Any = TeacherCache(len(tokens), model.config.num_key_value_heads, model.config.head_dim).at(CONTEXT_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
-        return encoder.hidden_states(tokens, mask).float(), mask
+        return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from hart_infer.cli.console import escaped
 from hart_infer.cli.sampling import SamplingOptions
 from hart_infer.images import video
 from hart_infer.images.files import read_metadata, save_picture
+from hart_infer.models.llama import Llama, LlamaConfig
 from hart_infer.models.vila_u.depth import DepthConfig, DepthTransformer
-from hart_infer.models.vila_u.llama import Llama, LlamaConfig
 from hart_infer.models.vila_u.projector import Projector
 from tests.cli.test_cli import here, pixels, shell
 from tests.golden.data import golden

@@ -41,9 +41,9 @@ from hart_infer.generation.sampling import (
     TokenSampler,
     make_token_sampler,
 )
+from hart_infer.models.llama import Llama, LlamaConfig
 from hart_infer.models.parts.cache import KVCache
 from hart_infer.models.vila_u.depth import DepthConfig, DepthTransformer
-from hart_infer.models.vila_u.llama import Llama, LlamaConfig
 from hart_infer.models.vila_u.projector import Projector
 from hart_infer.models.vila_u.text import IMAGE_ID
 from hart_infer.ops.logits import blend, filter_logits, nucleus

@@ -63,9 +63,7 @@ def test_tokens(name, limit, system):
     """What the model is run on behind the system prompt: padded on the tokenizer's side, truncated to the limit."""
     encoder, prompts, trace = load(name)
     seen = []
-    hook = encoder.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
-    )
+    hook = encoder.model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

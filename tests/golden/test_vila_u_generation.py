@@ -36,8 +36,8 @@ from hart_infer.generation.sampling import (
     TextRule,
     TokenRule,
 )
+from hart_infer.models.llama import Llama, LlamaConfig, linear_rope_factor
 from hart_infer.models.vila_u.depth import DepthConfig, DepthTransformer
-from hart_infer.models.vila_u.llama import Llama, LlamaConfig, linear_rope_factor
 from hart_infer.models.vila_u.projector import Projector
 from hart_infer.ops.logits import blend
 
@@ -103,7 +103,7 @@ def load_networks(checkpoint: str) -> Networks:
     fields = {name: said[name] for name in LlamaConfig.__dataclass_fields__ if name in said}
     config = LlamaConfig(**fields, rope_factor=linear_rope_factor(said["rope_scaling"]))
     llama = Llama(config)
-    llama.load_state_dict(read(folder / "llm" / "model.safetensors", "", merged=not config.is_grouped))
+    llama.load_state_dict(read(folder / "llm" / "model.safetensors", "", merged=config.is_merged))
     said = json.loads((folder / "vision_tower" / "config.json").read_text())["rqtransformer"]
     depth = DepthTransformer(
         DepthConfig(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hart_infer import VilaUPipeline
 from hart_infer.engine.quantize import quantize_weights
-from hart_infer.models.vila_u.llama import Llama
+from hart_infer.models.llama import Llama
 
 from .test_vila_u_pipeline import FOLDERS, load, trace
 

@@ -8,16 +8,18 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Model
 
-from hart_infer import HartPipeline, WeightsError
-from hart_infer.checkpoints.text_encoder import load_text_encoder
-from hart_infer.models.text import PromptEmbeds, TextEncoder, _attention_mask, system_prompt
+from hart_infer import ConfigError, HartPipeline, WeightsError
+from hart_infer.checkpoints.text_encoder import load_text_encoder, save_text_encoder
+from hart_infer.models.text import PromptEmbeds, TextEncoder, attended, system_prompt
 from tests.golden.data import golden
 
 T = 24
@@ -51,26 +53,29 @@ def padded_tokens(encoder: TextEncoder, prompts: list[str], limit: int = T) -> t
     return batch["input_ids"], batch["attention_mask"]
 
 
+@cache
+def transformers_model(side: str) -> Qwen2Model:
+    return Qwen2Model.from_pretrained(golden(f"text-tiny-{side}")).float().eval()
+
+
 def in_one_go(encoder: TextEncoder, prompts: list[str], *, with_system_prompt: bool, limit: int = T) -> Tensor:
     """What transformers' model says to the system prompt and the prompts as one sequence, no cache, default positions."""
     tokens, mask = padded_tokens(encoder, prompts, limit)
-    before = 0
+    model, before = transformers_model(encoder.tokenizer.padding_side), 0
     if with_system_prompt:
         system = encoder.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
         before = system.shape[1]
         system = system.expand(len(prompts), -1)
         tokens, mask = torch.cat([system, tokens], dim=1), torch.cat([torch.ones_like(system), mask], dim=1)
     with torch.no_grad():
-        return encoder.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[:, before:]
+        return model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state[:, before:]
 
 
 @contextmanager
 def calls_of(encoder: TextEncoder) -> Iterator[list[tuple[int, ...]]]:
     """The shapes of the tokens that the model is run on."""
     seen: list[tuple[int, ...]] = []
-    hook = encoder.model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    hook = encoder.model.embed_tokens.register_forward_pre_hook(lambda _module, args: seen.append(tuple(args[0].shape)))
     try:
         yield seen
     finally:
@@ -117,7 +122,7 @@ def test_the_kept_system_prompt_does_not_outlive_the_weights() -> None:
     encoder = load("right")
     before = encoder.encode(["a"], context_tokens=T).context
     with torch.no_grad():
-        encoder.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        encoder.model.layers[0].mlp.up.weight.mul_(1.5)
     changed = encoder.encode(["a"], context_tokens=T).context
     encoder._prefixes.clear()
     assert torch.equal(encoder.encode(["a"], context_tokens=T).context, changed)
@@ -125,12 +130,9 @@ def test_the_kept_system_prompt_does_not_outlive_the_weights() -> None:
 
 
 def test_a_left_padded_row_of_the_mask_sees_nothing_and_others_see_no_padding() -> None:
-    """Rows of -inf alone: some of cuDNN's attention kernels give NaN for them, so it is kept away from the encoder."""
     mask = torch.tensor([[False, False, True, True]])
-    plain = _attention_mask(mask, 0, torch.float32)[0, 0]
-    assert plain.isneginf().all(dim=-1).tolist() == [True, True, False, False]
-    behind = _attention_mask(mask, 2, torch.float32)[0, 0]  # a system prompt of two tokens is always seen
-    assert (behind == 0).tolist() == [
+    assert attended(mask, 0)[0, 0].any(dim=-1).tolist() == [False, False, True, True]
+    assert attended(mask, 2)[0, 0].tolist() == [  # a system prompt of two tokens is always seen
         [True, True, False, False, False, False],
         [True, True, False, False, False, False],
         [True, True, False, False, True, False],
@@ -318,3 +320,53 @@ def test_the_model_is_for_inference(right: TextEncoder) -> None:
     assert right.width == 48
     assert not right.model.training
     assert not any(parameter.requires_grad for parameter in right.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_transformers_too(encoder: TextEncoder, tmp_path: Path, dtype: torch.dtype) -> None:
+    ours = load(encoder.tokenizer.padding_side, dtype=dtype)
+    save_text_encoder(ours, tmp_path / "text", max_shard_size="50KB")
+    theirs = Qwen2Model.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(theirs[1].values())
+    assert theirs[0].dtype == dtype
+    tokens, mask = ours.tokenize(["a cat"], context_tokens=2)
+    with torch.no_grad():
+        expected = theirs[0].float()(input_ids=tokens).last_hidden_state
+        assert relative(ours.to(dtype=torch.float32).hidden_states(tokens, mask), expected) <= FP32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window = True is not supported; False is."),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling of type 'yarn' is not supported; 'linear' is.",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; 'silu' is."),
+        ({"head_dim": 24}, "head_dim 24 is not hidden_size / num_attention_heads 12."),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3."),
+    ],
+)
+def test_a_configuration_that_nothing_computes_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    shutil.copytree(golden("text-tiny-right"), tmp_path / "text")
+    config = tmp_path / "text" / "config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ConfigError, match=re.escape(f"{config}: {words}")):
+        load_text_encoder(tmp_path / "text")
+
+
+def test_a_rope_theta_of_either_version_is_read(tmp_path: Path) -> None:
+    contexts = []
+    for place, rope in enumerate(({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {})):
+        folder = tmp_path / str(place)
+        shutil.copytree(golden("text-tiny-right"), folder)
+        config = folder / "config.json"
+        config.chmod(0o644)
+        values = json.loads(config.read_text())
+        del values["rope_parameters"]
+        config.write_text(json.dumps(values | rope))
+        contexts.append(load_text_encoder(folder).encode(PROMPTS, context_tokens=T).context)
+    assert torch.equal(contexts[0], contexts[1])
+    assert not torch.equal(contexts[0], contexts[2])

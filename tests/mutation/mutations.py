@@ -369,6 +369,27 @@ MUTATIONS = [
         "tests/pipelines/test_hart.py::test_the_kept_unconditional_context_does_not_outlive_the_weights",
     ),
     Mutation(
+        "a prefix of other settings",
+        "hart_infer/models/parts/stamp.py",
+        " and self._settings == _settings(tensors)",
+        "",
+        "tests/pipelines/test_hart.py::test_a_call_leaves_nothing_of_its_settings_to_the_next[autocast]",
+    ),
+    Mutation(
+        "kernels under autocast",
+        "hart_infer/ops/registry.py",
+        " or autocast_dtype(x.device.type)",
+        "",
+        "tests/ops/test_registry.py::test_under_autocast_the_reference_runs",
+    ),
+    Mutation(
+        "padding that a prompt's tokens attend to",
+        "hart_infer/models/text.py",
+        "return shown & mask.new_ones",
+        "return shown | mask.new_ones",
+        "tests/models/test_text.py::test_a_left_padded_row_of_the_mask_sees_nothing_and_others_see_no_padding",
+    ),
+    Mutation(
         "a cache of any kind for the next call",
         "hart_infer/engine/next_scale.py",
         "if idle is not None and idle[0] == wanted:",

@@ -228,3 +228,13 @@ def test_compiled_code_on_a_gpu_holds_one_operation_and_no_break():
     found.clear()
     torch.compile(lambda *args: ops.attention(*args, scale=0.3), backend=backend, fullgraph=True)(q, k, v)
     assert found and "hart_infer" not in " ".join(found), "on the CPU the compiler sees into the reference"
+
+
+def test_under_autocast_the_reference_runs(declared):
+    """It mixes dtypes, and kernels want one."""
+    x = torch.ones(1, dtype=torch.bfloat16)
+    with use_backend("triton"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert declared(x).item() == 2
+        assert declared(x).item() == 2.5
+        assert declared(torch.ones(1, device="meta", dtype=torch.bfloat16)).shape == (1,)  # a device without autocast

@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from hart_infer import HartPipeline
 from hart_infer.checkpoints import text_encoder
@@ -42,7 +41,7 @@ def deprecations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     log, logger, verbosity = Log(), logging.getLogger("transformers"), transformers.logging.get_verbosity()
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # transformers' own: each message once in a process
-    monkeypatch.setattr(text_encoder, "_quiet_transformers", nullcontext)
+    monkeypatch.setattr(text_encoder, "quiet_transformers", nullcontext)
     transformers.logging.set_verbosity_warning()
     logger.addHandler(log)
     try:
@@ -68,19 +67,10 @@ def test_nothing_that_we_call_is_deprecated(
     assert found == []
 
 
-@pytest.mark.skipif(transformers.__version__ not in SpecifierSet(">=5.24,<5.40"), reason="5.24 to 5.39 warn of the argument")
-def test_the_cache_s_old_name_would_be_noticed(text_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with deprecations(monkeypatch) as found:
-        encoder = text_encoder.load_text_encoder(text_tiny)
-        encoder._cache_argument = "past_key_values"
-        encoder.encode(["a"], context_tokens=8)
-    assert any("past_key_values" in line for line in found)
-
-
 def test_a_silenced_line_of_the_log_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = transformers.logging.get_logger("transformers.modeling_utils")
     for _ in range(2):
-        with deprecations(monkeypatch) as found, text_encoder._quiet_transformers():
+        with deprecations(monkeypatch) as found, text_encoder.quiet_transformers():
             logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
             logger.warning("2 prompts were padded.")
         assert found == ["`torch_dtype` is deprecated! Use `dtype` instead!"]

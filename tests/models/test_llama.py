@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hart_infer import ops
 from hart_infer.errors import ConfigError
-from hart_infer.models.vila_u.llama import Llama, LlamaConfig, linear_rope_factor, prefill_mask, seen_mask
+from hart_infer.models.llama import Llama, LlamaConfig, linear_rope_factor, prefill_mask, seen_mask
 from hart_infer.models.vila_u.projector import Projector, projector_layers
 
 FP32 = 1e-5  # relative: the bound on fed data everywhere
@@ -78,7 +78,7 @@ def naive(llama: Llama, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
         normed = norm(x, f"{layer}.attn_norm.weight")
-        if config.is_grouped:
+        if not config.is_merged:
             parts = [normed @ weights[f"{layer}.attn.{part}.weight"].T for part in "qkv"]
         else:
             parts = list((normed @ weights[f"{layer}.attn.qkv.weight"].T).chunk(3, dim=-1))

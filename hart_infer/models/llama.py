@@ -1,4 +1,5 @@
-"""Llama-2, which reads text and pictures, and whose hidden states draw both (arXiv:2307.09288, released `LlamaForCausalLM`)."""
+"""Llama-2 (arXiv:2307.09288, transformers' `LlamaForCausalLM`), VILA-U's reader and first half of its drawing; Qwen2
+(arXiv:2407.10671, transformers' `Qwen2Model`), HART's text encoder, is one with biases in q, k and v."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import ops
-from ...errors import ConfigError
-from ...ops.held import without_cudnn_attention
-from ...ops.rope import rope
-from ..parts.cache import KVCache, Place
-from ..parts.checks import require, require_positive
-from ..parts.layers import Linear, RMSNorm, SwiGLU
-from ..parts.rope import Table
+from .. import ops
+from ..errors import ConfigError
+from ..ops.held import without_cudnn_attention
+from ..ops.rope import rope
+from .parts.cache import KVCache, Place
+from .parts.checks import require, require_positive
+from .parts.layers import Embedding, Linear, RMSNorm, SwiGLU
+from .parts.rope import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it
+    qkv_bias: bool = False  # of Qwen2
 
     def __post_init__(self) -> None:
         """Raise ConfigError for heads that don't divide and sizes out of range."""
@@ -56,9 +58,9 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether several query heads share one key head."""
-        return self.num_key_value_heads < self.num_attention_heads
+    def is_merged(self) -> bool:
+        """Whether q, k and v are one matrix: of as many key heads as query heads, without biases."""
+        return self.num_key_value_heads == self.num_attention_heads and not self.qkv_bias
 
 
 def linear_rope_factor(scaling: Mapping[str, Any] | None) -> float:
@@ -84,7 +86,7 @@ def rotary_table(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> 
 
 
 class Attention(nn.Module, ABC):
-    """Self-attention with rotary positions over the key/value cache, softmax scale 1 / sqrt(d), no biases."""
+    """Self-attention with rotary positions over the key/value cache, softmax scale 1 / sqrt(d)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -116,14 +118,15 @@ class MergedAttention(Attention):
         return ops.rope_cache(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)), *table, keys, values)
 
 
-class GroupedAttention(Attention):
-    """Fewer key heads than query heads."""
+class SplitAttention(Attention):
+    """Fewer key heads than query heads, or biases; q, k and v have a matrix each."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        self.q = Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k = Linear(config.hidden_size, self.num_key_heads * self.head_dim, bias=False)
-        self.v = Linear(config.hidden_size, self.num_key_heads * self.head_dim, bias=False)
+        width, bias = self.num_key_heads * self.head_dim, config.qkv_bias
+        self.q = Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k = Linear(config.hidden_size, width, bias=bias)
+        self.v = Linear(config.hidden_size, width, bias=bias)
 
     def write(self, x: Tensor, table: Table, keys: Tensor, values: Tensor) -> Tensor:
         """As `Attention.write`."""
@@ -139,7 +142,7 @@ class LlamaLayer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = GroupedAttention(config) if config.is_grouped else MergedAttention(config)
+        self.attn = MergedAttention(config) if config.is_merged else SplitAttention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -149,16 +152,15 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(normed)
 
 
-class Llama(nn.Module):
-    """Everything in a checkpoint's `llm/`: embedding, layers, final norm, and the head that only text needs."""
+class Decoder(nn.Module):
+    """Embedding, layers and final norm (transformers' `LlamaModel`, `Qwen2Model`)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,13 +188,21 @@ class Llama(nn.Module):
         """Run inputs [R, L, D] at `positions` [R, L] through all layers -> hidden states [R, L, D] after the final norm.
 
         Keys and values are written to `place`, whose N = offset + L positions are attended to: causally, or where `mask`
-        [R, 1, L, N] bool is True, which then has to be causal too and to leave every query a key.
+        [R, 1, L, N] bool is True, which then has to be causal too. A query that it leaves no key attends to nothing.
         """
         table = rotary_table(positions, self.config, hidden.dtype)
         with without_cudnn_attention(hidden.device):  # every position has another number of keys
             for index, layer in enumerate(self.layers):
                 hidden = layer(hidden, table, place, index, mask)
         return self.norm(hidden)
+
+
+class Llama(Decoder):
+    """Everything in a VILA-U checkpoint's `llm/`: a decoder, and the head that only text needs."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits over the text vocabulary [..., V] fp32; codes are not drawn from these."""
