@@ -2,6 +2,7 @@
 
     python benchmarks/against_official.py --official PATH --size 256 1024 --dtype bf16 fp32 --out benchmarks/results/x.json
     python benchmarks/against_official.py --family var --official PATH --dtype bf16 fp32 --out benchmarks/results/y.json
+    python benchmarks/against_official.py --official PATH --size 256 --also int8 fast "turbo int8" --out z.json
 
 PATH is a checkout of github.com/mit-han-lab/hart, or with `--family var` of FoundationVision/VAR; it is run unmodified (see
 `official.py`, `official_var.py`) and not part of this project.
@@ -13,10 +14,12 @@ little there and is printed for the record.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from architecture_var import VAR_PRESETS
 from families import DTYPES, FAMILIES, Loaded
 
 OURS, THEIRS = "ours", "theirs"
+QUANTIZED = ("int8", "int8_weight_only")
 
 
 # ---- a side, in a worker
@@ -62,9 +66,10 @@ class Side:
 
     def _generate(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._loaded is not None
+        measure.reset_peak(self._device)
         measure.synchronize(self._device)
         start, cpu_start = time.perf_counter(), time.process_time()
-        picture = self._loaded.draw(request["seed"])
+        picture = self._loaded.draw(request["seed"], **request["options"])
         measure.synchronize(self._device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         indices = [each.cpu() for each in picture.indices]
@@ -73,6 +78,33 @@ class Side:
 
 
 # ---- the comparison
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to draw: the released code's, ours, or one of ours that is approximate."""
+
+    name: str
+    role: str
+    quantize: str | None = None
+    speed: str | None = None
+
+    @staticmethod
+    def parse(text: str) -> Variant:
+        """Read what `--also` was given: a speed mode, what is quantized, or both."""
+        from hart_infer.generation.speed import SPEEDS
+
+        words = set(text.split())
+        quantize = next(iter(words & set(QUANTIZED)), None)
+        speed = next(iter(words & set(SPEEDS)), None)
+        if not words or words != {quantize, speed} - {None}:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join((*SPEEDS, *QUANTIZED))}, or one of each")
+        return Variant(text, OURS, quantize, speed)
+
+    @property
+    def process(self) -> tuple[str, str | None]:
+        """Which process draws it: speed modes share one."""
+        return self.role, self.quantize
 
 
 def compare(model: int, dtype: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -90,63 +122,88 @@ def compare(model: int, dtype: str, args: argparse.Namespace, folder: Path) -> d
         "guidance": args.guidance,
         "more_smooth": family.more_smooth and not args.hard,
         "threads": args.threads,
-        "quantize": args.quantize,
     }
     run = run_together if args.processes == "together" else run_separately
-    loads, rounds = run(request, args, folder)
-    result = summarise(loads, rounds, folder, args)
+    variants = [Variant(OURS, OURS), *args.also, Variant(THEIRS, THEIRS)]
+    loads, rounds = run(request, variants, args, folder)
+    result = summarise(loads, rounds, variants, folder, args)
     settings = {"size": family.pixels(model), "dtype": dtype, "official_setting": official.SETTINGS[request["setting"]]}
     if family.option != "size":
         settings[family.option] = model
     return {**settings, "processes": args.processes, **result}
 
 
-def run_together(request: dict[str, Any], args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Both loaded throughout; what loading took, and the measured rounds."""
-    with measure.Worker(__file__, OURS, args.threads) as ours, measure.Worker(__file__, THEIRS, args.threads) as theirs:
-        loads = {worker.role: worker.ask("load", **request) for worker in (ours, theirs)}
+def run_together(
+    request: dict[str, Any], variants: list[Variant], args: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], list[Any]]:
+    """All loaded throughout; what loading took, and the measured rounds."""
+    with contextlib.ExitStack() as stack:
+        workers: dict[tuple[str, str | None], measure.Worker] = {}
+        loads: dict[str, Any] = {}
+        for variant in variants:
+            if variant.process not in workers:
+                workers[variant.process] = worker = stack.enter_context(measure.Worker(__file__, variant.role, args.threads))
+                loads[variant.name] = worker.ask("load", quantize=variant.quantize, **request)
         rounds = [
-            {worker.role: _picture(worker, i, args, folder) for worker in _turn(i, ours, theirs)}
+            {variant.name: _picture(workers[variant.process], variant, i, args, folder) for variant in _turn(i, variants)}
             for i in range(-args.warmup, args.repeats)
         ]
     return loads, rounds[args.warmup :]
 
 
-def run_separately(request: dict[str, Any], args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+def run_separately(
+    request: dict[str, Any], variants: list[Variant], args: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], list[Any]]:
     """A fresh process for every measured picture, with its own warm-up: half the memory, more time."""
     loads: dict[str, Any] = {}
     rounds: list[dict[str, Any]] = []
     for i in range(args.repeats):
         rounds.append({})
-        for role in _turn(i, OURS, THEIRS):
-            with measure.Worker(__file__, role, args.threads) as worker:
-                loads[role] = worker.ask("load", **request)
+        for variant in _turn(i, variants):
+            with measure.Worker(__file__, variant.role, args.threads) as worker:
+                loads[variant.name] = worker.ask("load", quantize=variant.quantize, **request)
                 for _ in range(args.warmup + 1):
-                    rounds[-1][role] = _picture(worker, i, args, folder)
+                    rounds[-1][variant.name] = _picture(worker, variant, i, args, folder)
     return loads, rounds
 
 
-def _turn(index: int, first: Any, second: Any) -> tuple[Any, Any]:
-    return (first, second) if index % 2 == 0 else (second, first)
+def _turn(index: int, variants: list[Variant]) -> list[Variant]:
+    return variants if index % 2 == 0 else variants[::-1]
 
 
-def _picture(worker: measure.Worker, index: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _picture(worker: measure.Worker, variant: Variant, index: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seed = args.seed + max(index, 0)
-    answer = worker.ask("generate", seed=seed, save=str(folder / f"{worker.role}-{seed}.pt"))
-    print(f"  {worker.role:>6} seed {seed}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
+    options = {} if variant.speed is None else {"speed": variant.speed}
+    answer = worker.ask("generate", seed=seed, options=options, save=str(folder / f"{variant.name}-{seed}.pt"))
+    print(f"  {variant.name:>6} seed {seed}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
     return answer
 
 
-def summarise(loads: dict[str, Any], rounds: list[dict[str, Any]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Times, peaks and differences of the measured rounds."""
-    seconds = {role: measure.spread([r[role]["seconds"] for r in rounds]) for role in (OURS, THEIRS)}
-    peaks = {role: max(r[role]["peak_bytes"] for r in rounds) for role in (OURS, THEIRS)}
-    ratios, cpu_ratios = ([r[OURS][kind] / r[THEIRS][kind] for r in rounds] for kind in ("seconds", "cpu_seconds"))
+def summarise(
+    loads: dict[str, Any], rounds: list[dict[str, Any]], variants: list[Variant], folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times, peaks and differences of the measured rounds; ratios are to the released code's times."""
+    seconds = {variant.name: measure.spread([r[variant.name]["seconds"] for r in rounds]) for variant in variants}
+    peaks = {variant.name: max(r[variant.name]["peak_bytes"] for r in rounds) for variant in variants}
+    ratios, cpu_ratios = (
+        {variant.name: [r[variant.name][kind] / r[THEIRS][kind] for r in rounds] for variant in variants[:-1]}
+        for kind in ("seconds", "cpu_seconds")
+    )
     differences = [difference(folder, args.seed + i) for i in range(args.repeats)]
+    also = {
+        name: {
+            "time_ratio": statistics.geometric_mean(ratios[name]),
+            "time_ratios": ratios[name],
+            "cpu_time_ratio": statistics.geometric_mean(cpu_ratios[name]),
+        }
+        for name in ratios
+        if name != OURS
+    }
     return {
-        "time_ratio": statistics.geometric_mean(ratios),
-        "time_ratios": ratios,
-        "cpu_time_ratio": statistics.geometric_mean(cpu_ratios),
+        "time_ratio": statistics.geometric_mean(ratios[OURS]),
+        "time_ratios": ratios[OURS],
+        "cpu_time_ratio": statistics.geometric_mean(cpu_ratios[OURS]),
+        "also": also,
         "seconds": seconds,
         "peak_bytes": peaks,
         "load": loads,
@@ -177,7 +234,11 @@ def report(result: dict[str, Any]) -> str:
         f"{result['size']}px {result['dtype']}: ours / theirs {result['time_ratio']:.3f} "
         f"({seconds[OURS]['median']:.2f} s / {seconds[THEIRS]['median']:.2f} s; "
         f"processor time {result['cpu_time_ratio']:.3f})",
-        f"  peak memory: ours {gigabytes(peaks[OURS])}, theirs {gigabytes(peaks[THEIRS])}",
+        *(
+            f"  {name}: {also['time_ratio']:.3f} ({seconds[name]['median']:.2f} s; processor time {also['cpu_time_ratio']:.3f})"
+            for name, also in result["also"].items()
+        ),
+        "  peak memory: " + ", ".join(f"{name} {gigabytes(peak)}" for name, peak in peaks.items()),
         "  loading: "
         + ", ".join(
             f"{role} {loads[role]['read_seconds']:.2f} s, peak {gigabytes(loads[role]['peak_bytes'])}" for role in loads
@@ -187,7 +248,7 @@ def report(result: dict[str, Any]) -> str:
     ]
     if "indices" in found:
         share = f"{found['indices']:.2%} of the drawn indices differ" if found["indices"] else "every drawn index is the same"
-        lines.insert(4, f"  {share}")
+        lines.insert(-1, f"  {share}")
     return "\n".join(lines)
 
 
@@ -207,7 +268,8 @@ def parser() -> argparse.ArgumentParser:
                         help="its bf16: cast is faster and smaller, autocast is as released")  # fmt: skip
     result.add_argument("--hard", action="store_true", help="HART: without more_smooth, which amplifies rounding")
     result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
-    result.add_argument("--quantize", choices=("int8", "int8_weight_only"), help="ours: what the blocks' linear maps run in")
+    result.add_argument("--also", type=Variant.parse, nargs="+", default=[], metavar="MODE",
+                        help='approximate ways of ours in the same run: int8, fast, turbo, draft, "turbo int8"')  # fmt: skip
     result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     result.add_argument("--seed", type=int, default=1)
     result.add_argument("--repeats", type=int, default=3)
@@ -251,11 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """The record so far, so that a long run that dies leaves what it had."""
-    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored", "quantize")
+    names = ("family", "guidance", "hard", "seed", "repeats", "warmup", "threads", "device", "stored")
     values = {
         "benchmark": "against_official",
         "machine": measure.machine(args.device),
-        "settings": {name: getattr(args, name) for name in names},
+        "settings": {name: getattr(args, name) for name in names} | {"also": [variant.name for variant in args.also]},
         "official_commit": official.commit(args.official),
         "results": results,
     }

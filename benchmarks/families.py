@@ -30,7 +30,7 @@ class Picture:
 class Loaded:
     """A side that is ready to draw."""
 
-    draw: Callable[[int], Picture]  # from a seed
+    draw: Callable[..., Picture]  # from a seed, and ours with a call's further arguments
     weights: list[Tensor]
 
 
@@ -68,8 +68,8 @@ def load_our_hart(request: dict[str, Any]) -> Loaded:
     embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"]}
 
-    def draw(seed: int) -> Picture:
-        return Picture(pipe(prompt_embeds=embeds, seed=seed, output_type="pt", **options).images)
+    def draw(seed: int, **further: Any) -> Picture:
+        return Picture(pipe(prompt_embeds=embeds, seed=seed, output_type="pt", **options, **further).images)
 
     return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder))
 
@@ -103,9 +103,9 @@ def load_our_var(request: dict[str, Any]) -> Loaded:
     label = measure.var_label(pipe.transformer.config.num_classes)
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"], **official_var.FILTERS}
 
-    def draw(seed: int) -> Picture:
+    def draw(seed: int, **further: Any) -> Picture:
         with recorded_indices(pipe.engine) as indices:
-            images = pipe(label, seed=seed, output_type="pt", **options).images
+            images = pipe(label, seed=seed, output_type="pt", **options, **further).images
         return Picture(images, indices)
 
     return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder))
