@@ -46,11 +46,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "hart_infer": hart_infer.__version__,
-        **{name: _version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """A package's version, None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
