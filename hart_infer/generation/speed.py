@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     Score = Callable[[Tensor], Tensor]  # residual stream [R, L, D] -> [R, L]: the highest are kept
 
+FINE = 24  # side of the coarsest grid whose tokens a named mode leaves out
 Share = float | tuple[float, ...]  # of a scale's tokens; or one for each layer
 
 
@@ -118,20 +119,25 @@ class Knobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A named mode, counted from the last scale that it runs, so that it fits every model."""
+    """A named mode, counted from the last scale that it runs, so that it fits every model.
 
-    left_out: int = 0  # so many of the last scales are not run
+    Only fine scales, of FINE or more on a side, are pruned or left out: on coarser grids a token is not like its neighbours.
+    """
+
+    left_out: int = 0  # so many of the last scales are not run, if fine
     unguided: int = 0  # so many of the last that are run have no guidance
-    drop: tuple[float, ...] = ()  # the last that are run prune so much
+    drop: tuple[float, ...] = ()  # the last that are run, if fine, prune so much
     num_inference_steps: int | None = None
 
     def knobs(self, sides: Sequence[int]) -> Knobs:
         """Return the knobs for a model of scales `sides`, at least `min_scales` of them."""
-        run = sides[: len(sides) - self.left_out]
+        left_out = sum(side >= FINE for side in sides[len(sides) - self.left_out :])
+        run = sides[: len(sides) - left_out]
+        at = tuple(side for side in run[len(run) - len(self.drop) :] if side >= FINE)
         return Knobs(
             guidance_stops_at=run[-self.unguided] if self.unguided else None,
-            prune=Prune(at=tuple(run[-len(self.drop) :]), drop=self.drop) if self.drop else None,
-            stop_after=run[-1] if self.left_out else None,
+            prune=Prune(at=at, drop=self.drop[-len(at) :]) if at else None,
+            stop_after=run[-1] if left_out else None,
             num_inference_steps=self.num_inference_steps,
         )
 

@@ -114,7 +114,10 @@ def test_stopping_gives_what_exact_has_so_far(model: Model, left_out: int) -> No
 
 
 @pytest.mark.parametrize("speed", [name for name in SPEEDS if name != "exact"])
-def test_scales_before_the_first_changed_one_draw_the_same_codes(model: Model, speed: str) -> None:
+def test_scales_before_the_first_changed_one_draw_the_same_codes(
+    model: Model, speed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hart_infer.generation.speed.FINE", 4)
     knobs = replace(SPEEDS[speed].knobs(model.sides), late_temperature=0.7)
     assert knobs.prune is not None and knobs.prune.at is not None and knobs.guidance_stops_at is not None
     fast = apply(replace(knobs, prune=knobs.prune.on(model.sides, model.engine.transformer.depth)), model.schedule)

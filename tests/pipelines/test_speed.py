@@ -15,6 +15,12 @@ from hart_infer.checkpoints.hart import Defaults
 SPEEDS = ("fast", "turbo", "draft")
 
 
+@pytest.fixture(autouse=True)
+def fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modes do to these small models what they do to large ones."""
+    monkeypatch.setattr("hart_infer.generation.speed.FINE", 5)
+
+
 @pytest.fixture(scope="module")
 def var(whole_var_tiny: Path) -> VarPipeline:
     loaded = VarPipeline.from_pretrained(whole_var_tiny, device="cpu")
