@@ -543,8 +543,11 @@ PRUNED = {"at": [8, 16], "drop": [0.5, 0.75], "cache_at": 4, "once": False}
         ("--stop-after 8", {"num_inference_steps": 8, "stop_after": 8}),
     ],
 )
-def test_metadata_says_the_speed_and_its_knobs(calls: Calls, flags: str, expected: dict[str, Any]) -> None:
+def test_metadata_says_the_speed_and_its_knobs(
+    calls: Calls, flags: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The knobs are what the call got; the name stands where they are all its own."""
+    monkeypatch.setattr("hart_infer.generation.speed.FINE", 8)
     assert main(["generate", "a cat", "-o", "a.png", *flags.split()]) == 0
     metadata, batch = read_metadata("a.png") or {}, calls.batches[0]
     if "guidance_stops_at" in expected:
