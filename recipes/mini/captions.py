@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -12,6 +12,7 @@ from training import Entry
 
 PLAIN_SHARE = 0.5  # of the captions that could leave the style out, those that do
 FREE = 0.6  # share of captions that follow no template
+OTHERS = 0.5  # share of the words around what is wanted that mean something elsewhere
 OWN_COLOUR = 0.2  # share of the captions that say the colour that a picture has by itself
 NUMBER_WORDS = {2: ("two", "two", "2", "a pair of", "a couple of", "both"), 3: ("three", "three", "3", "a trio of")}
 SYNONYMS = {"purple": ("purple", "violet"), "red": ("red", "crimson"), "pink": ("pink", "rose-coloured")}
@@ -118,11 +119,12 @@ def fill(template: str, wanted: Wanted) -> str:
     return template.format(a=noun if wanted.number > 1 else with_article(noun), name=noun, style=wanted.style).lower()
 
 
-def freely(wanted: Wanted, random: Random) -> str:
-    """What is wanted, among words that mean nothing: so that any others may stand there."""
+def freely(wanted: Wanted, random: Random, others: Sequence[str] = ()) -> str:
+    """What is wanted, among words that mean nothing, and among `others`: so that any may stand there."""
 
     def fillers(most: int) -> str:
         words = random.sample(FILLERS, random.randint(0, most))
+        words = [random.choice(others) if others and random.random() < OTHERS else word for word in words]
         return random.choice(BRACKETS).format(" ".join(words)) if words and random.random() < 0.15 else " ".join(words)
 
     subject = wanted.phrase(random)
@@ -135,10 +137,10 @@ def freely(wanted: Wanted, random: Random) -> str:
     return random.choice((" ", " ", ", ")).join(filter(None, spaced)).lower()
 
 
-def caption(wanted: Wanted, random: Random) -> str:
-    """A training caption."""
+def caption(wanted: Wanted, random: Random, others: Sequence[str] = ()) -> str:
+    """A training caption; `others` as in `freely`."""
     if random.random() < FREE:
-        return freely(wanted, random)
+        return freely(wanted, random, others)
     return fill(random.choice(STYLED_TEMPLATES if wanted.style else PLAIN), wanted)
 
 
@@ -146,6 +148,13 @@ def beside(wanted: Wanted, other: str, random: Random) -> str:
     """A caption of what is wanted with another thing behind it, which is not drawn: "a cat on a sofa, noto style"."""
     text = f"{wanted.phrase(random)} {random.choice(BESIDE)} {with_article(other)}"
     return (f"{text}, {wanted.style} style" if wanted.style else text).lower()
+
+
+def other_words(words: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of `words`, single ones, that are in no name; and, so that these stay a test, in no template held out."""
+    templates = (*HELD_OUT_TEMPLATES, *FRESH_TEMPLATES)
+    kept_out = {word for text in (*names, *templates) for word in re.findall(r"[a-z]+", text.lower())}
+    return sorted({word for word in words if word.isascii() and word.isalpha() and word not in kept_out})
 
 
 def spoken(name: str) -> str:

@@ -30,6 +30,7 @@ from captions import (
     beside,
     caption,
     fill,
+    other_words,
     spoken,
     wanted_of,
 )
@@ -79,6 +80,7 @@ class Captions:
         self.style = {a.name: a.style for a in pictures.about if a.plain and not a.made}
         self.words = sorted((word, name) for word, name in words.items() if name in self.style)
         self.names = sorted(self.style)
+        self.others = other_words(words, map(spoken, self.names))
 
     def draw(self, random: Random) -> Labelled:
         """One caption."""
@@ -92,7 +94,7 @@ class Captions:
         if kind < OF_PICTURES:
             about = self.pictures.about[random.choice(self.shown)]
             wanted = wanted_of(about, random)
-            return Labelled(caption(wanted, random), about.name, wanted, about.style, about.made)
+            return Labelled(caption(wanted, random, self.others), about.name, wanted, about.style, about.made)
         if kind < OF_PICTURES + OF_WORDS:
             word, name = random.choice(self.words)
             plain = Wanted(word, random.choice((None, None, *STYLE_NAMES)))
@@ -102,7 +104,7 @@ class Captions:
         name = random.choice(self.names)
         wanted = any_wanted(spoken(name), random, STYLE_NAMES)
         if kind < OF_PICTURES + OF_WORDS + OF_ANY:
-            text = caption(wanted, random)
+            text = caption(wanted, random, self.others)
         else:
             text = beside(wanted, random.choice(self.words)[0], random)
         return Labelled(text, name, wanted, wanted.style or self.style[name], wanted.colour is not None)
