@@ -154,7 +154,7 @@ def other_words(words: Iterable[str], names: Iterable[str]) -> list[str]:
     """Those of `words`, single ones, that are in no name; and, so that these stay a test, in no template held out."""
     templates = (*HELD_OUT_TEMPLATES, *FRESH_TEMPLATES)
     kept_out = {word for text in (*names, *templates) for word in re.findall(r"[a-z]+", text.lower())}
-    return sorted({word for word in words if word.isascii() and word.isalpha() and word not in kept_out})
+    return sorted({word for word in words if word.isascii() and word.isalpha() and word.lower() not in kept_out})
 
 
 def spoken(name: str) -> str:

@@ -347,7 +347,7 @@ def test_other_words_may_stand_around_a_name_but_none_of_a_name_or_of_a_held_out
     from captions import caption, other_words, wanted_of
 
     others = other_words(["sofa", "red heart", "Cat", "cat", "love", "rendered", "tea", "café", "1st"], ["cat face", "teapot"])
-    assert others == ["love", "sofa", "tea"]
+    assert others == ["sofa", "tea"]
     texts = [caption(wanted_of(about(), Random(i)), Random(i), others) for i in range(400)]
     assert all("cat" in text for text in texts)
     assert 0.2 < sum(any(other in text.split() for other in others) for text in texts) / 400 < 0.6
