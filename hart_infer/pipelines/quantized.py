@@ -22,9 +22,15 @@ def check_quantize(value: Any, modes: Sequence[Quantize] = MODES) -> None:
 
 
 def quantize_blocks(transformer: NextScaleTransformer, mode: Quantize | None) -> None:
-    """Quantise the linear maps of the blocks, but not those that make modulations; embeddings, head and diffusion stay."""
-    if mode is not None:
-        quantize_weights(transformer.blocks, mode, keep=("modulation",))
+    """Quantise the linear maps of the blocks, but not those that make modulations; embeddings, head and diffusion stay.
+
+    What stays is copied out of the checkpoint's mapped file: else all of its pages, the old weights too, would stay in memory.
+    """
+    if mode is None:
+        return
+    quantize_weights(transformer.blocks, mode, keep=("modulation",))
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def refuse_to_save(module: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,20 @@ def test_the_blocks_linear_maps_are_int8_and_no_others(mode: str, tmp_path: Path
     with pytest.raises(InputError, match="Weights in int8 are not saved"):
         pipe.save_pretrained(tmp_path / "saved")
     assert pipe("a cat, noto style", seed=0).images[0].size == (96, 96)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
+def test_the_old_weights_are_no_longer_mapped(hart_tiny: Path, tmp_path: Path) -> None:
+    HartPipeline.from_pretrained(hart_tiny, text_encoder=False, device="cpu").save_pretrained(tmp_path / "own")
+    exact, found = (
+        HartPipeline.from_pretrained(tmp_path / "own", text_encoder=False, device="cpu", quantize=mode)
+        for mode in (None, "int8")
+    )
+    weights = str(tmp_path / "own" / "transformer" / "model.safetensors")
+    assert exact.transformer.depth and weights in Path("/proc/self/maps").read_text()
+    del exact
+    gc.collect()
+    assert found.transformer.depth and weights not in Path("/proc/self/maps").read_text()
 
 
 def test_an_unknown_mode_is_refused() -> None:
