@@ -58,10 +58,8 @@ def test_the_blocks_linear_maps_are_int8_and_no_others(mode: str, tmp_path: Path
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
 def test_the_old_weights_are_no_longer_mapped(hart_tiny: Path, tmp_path: Path) -> None:
     HartPipeline.from_pretrained(hart_tiny, text_encoder=False, device="cpu").save_pretrained(tmp_path / "own")
-    exact, found = (
-        HartPipeline.from_pretrained(tmp_path / "own", text_encoder=False, device="cpu", quantize=mode)
-        for mode in (None, "int8")
-    )
+    options: dict[str, Any] = {"text_encoder": False, "device": "cpu"}
+    exact, found = (HartPipeline.from_pretrained(tmp_path / "own", quantize=mode, **options) for mode in (None, "int8"))
     weights = str(tmp_path / "own" / "transformer" / "model.safetensors")
     assert exact.transformer.depth and weights in Path("/proc/self/maps").read_text()
     del exact
