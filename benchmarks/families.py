@@ -47,6 +47,15 @@ class Family:
     load_theirs: Callable[[dict[str, Any]], Loaded]
 
 
+def prepare(pipe: Any) -> None:
+    """What the command line and the server do to a pipeline, too: pack its weights where that helps."""
+    from hart_infer.engine.packed import packing_refusal
+
+    pipe.set_progress_bar_config(disable=True)
+    if packing_refusal(pipe.device, pipe.dtype) is None:
+        pipe.enable_packed_weights()
+
+
 # ---- HART
 
 
@@ -62,7 +71,7 @@ def load_our_hart(request: dict[str, Any]) -> Loaded:
         device=request["device"],
         quantize=request.get("quantize"),
     )
-    pipe.set_progress_bar_config(disable=True)
+    prepare(pipe)
     pipe.num_threads = request["threads"]
     config = pipe.transformer.config
     embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
@@ -98,7 +107,7 @@ def load_our_var(request: dict[str, Any]) -> Loaded:
 
     options = {"dtype": DTYPES[request["dtype"]], "device": request["device"], "quantize": request.get("quantize")}
     pipe = VarPipeline.from_pretrained(request["checkpoint"], **options)
-    pipe.set_progress_bar_config(disable=True)
+    prepare(pipe)
     pipe.num_threads = request["threads"]
     label = measure.var_label(pipe.transformer.config.num_classes)
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"], **official_var.FILTERS}

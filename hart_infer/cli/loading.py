@@ -24,6 +24,9 @@ def load_pipeline(
     quiet: bool,
 ) -> AnyPipeline:
     """Load the pipeline on its device and in its dtype; without `quiet`, with notes on stderr. Raises HartError."""
+    from ..engine.packed import packing_refusal
+    from ..pipelines.next_scale import NextScalePipeline
+
     choice = choose(machine.device, machine.dtype)
     if quiet:
         silence_others()
@@ -41,6 +44,8 @@ def load_pipeline(
     }
     taken = {name: value for name, value in options.items() if name not in TRAITS[family].lacks}
     pipe: AnyPipeline = _pipelines()[family].from_pretrained(model.name, **taken)
+    if isinstance(pipe, NextScalePipeline) and packing_refusal(pipe.device, pipe.dtype) is None:
+        pipe.enable_packed_weights()
     if machine.threads is not None:
         pipe.num_threads = machine.threads
     if quiet or sys.stderr is None:

@@ -1,7 +1,9 @@
-"""The number of threads with which a model runs on a CPU."""
+"""The number of threads with which a model runs on a CPU, and the memory that it leaves."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +38,16 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def leave_file(module: nn.Module) -> None:
+    """Copy the parameters out of their checkpoint's mapped file, once most weights have been replaced, and give memory back.
+
+    Else all of the file's pages, the old weights too, would stay in memory; so would what glibc keeps of freed memory, 1.2 GB
+    for the released HART.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

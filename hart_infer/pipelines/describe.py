@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..engine.packed import PackedLinear
 from ..ops.registry import OPS, REFERENCE, Choice, Op, Where
 
 
@@ -77,8 +78,9 @@ def _part(part: Any) -> str:
     if part is None:
         return "none (calls need prompt_embeds)"
     module = _module(part)
-    weights = [*module.parameters(), *module.buffers()]
+    packed = [part.packed for part in module.modules() if isinstance(part, PackedLinear)]
+    weights = [*module.parameters(), *module.buffers(), *packed]
     count = sum(tensor.numel() for tensor in weights)
-    size = sum(tensor.nbytes for tensor in weights)
-    small = ", most in int8" if any(tensor.dtype == torch.int8 for tensor in weights) else ""
+    size = sum(tensor.numel() * tensor.itemsize for tensor in weights)
+    small = ", most in int8" if any(tensor.dtype == torch.int8 for tensor in weights) else ", packed" if packed else ""
     return f"{count / 1e6:.1f} M parameters, {size / 1e6:.0f} MB{small}"

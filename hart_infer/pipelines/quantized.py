@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from ..engine.cpu import leave_file
 from ..engine.quantize import Quantize, is_quantized, quantize_weights
 from ..errors import InputError
 from ..models.next_scale import NextScaleTransformer
@@ -24,19 +23,10 @@ def check_quantize(value: Any, modes: Sequence[Quantize] = MODES) -> None:
 
 
 def quantize_blocks(transformer: NextScaleTransformer, mode: Quantize | None) -> None:
-    """Quantise the linear maps of the blocks, but not those that make modulations; embeddings, head and diffusion stay.
-
-    What stays is copied out of the checkpoint's mapped file: else all of its pages, the old weights too, would stay in memory.
-    So would what glibc keeps of freed memory, 1.2 GB for the released model.
-    """
-    if mode is None:
-        return
-    quantize_weights(transformer.blocks, mode, keep=("modulation",))
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.clone()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    """Quantise the linear maps of the blocks, but not those that make modulations; embeddings, head and diffusion stay."""
+    if mode is not None:
+        quantize_weights(transformer.blocks, mode, keep=("modulation",))
+        leave_file(transformer)
 
 
 def refuse_to_save(module: nn.Module) -> None:
