@@ -61,6 +61,7 @@ class Side:
         measure.touch(self._loaded.weights)
         read_seconds = time.perf_counter() - start
         answer = {"seconds": seconds, "read_seconds": read_seconds, "peak_bytes": measure.peak_bytes(self._device)}
+        answer |= {"packed": self._loaded.packed}
         measure.reset_peak(self._device)
         return answer
 
@@ -189,12 +190,14 @@ def summarise(
         {variant.name: [r[variant.name][kind] / r[THEIRS][kind] for r in rounds] for variant in variants[:-1]}
         for kind in ("seconds", "cpu_seconds")
     )
-    differences = [difference(folder, args.seed + i) for i in range(args.repeats)]
+    seeds = range(args.seed, args.seed + args.repeats)
+    differences = {v.name: [difference(folder, v.name, seed) for seed in seeds] for v in variants[:-1]}
     also = {
         name: {
             "time_ratio": statistics.geometric_mean(ratios[name]),
             "time_ratios": ratios[name],
             "cpu_time_ratio": statistics.geometric_mean(cpu_ratios[name]),
+            "difference": largest(differences[name]),
         }
         for name in ratios
         if name != OURS
@@ -207,20 +210,25 @@ def summarise(
         "seconds": seconds,
         "peak_bytes": peaks,
         "load": loads,
-        "difference": {key: max(d[key] for d in differences) for key in differences[0]},
-        "differences": differences,
+        "difference": largest(differences[OURS]),
+        "differences": differences[OURS],
     }
 
 
-def difference(folder: Path, seed: int) -> dict[str, float]:
-    """Between the two pictures of a seed: of the pixels, and where both sides recorded them, of the drawn indices."""
-    ours, theirs = (torch.load(folder / f"{role}-{seed}.pt", weights_only=True) for role in (OURS, THEIRS))
+def largest(differences: list[dict[str, float]]) -> dict[str, float]:
+    """Of all pictures."""
+    return {key: max(each[key] for each in differences) for key in differences[0]}
+
+
+def difference(folder: Path, name: str, seed: int) -> dict[str, float]:
+    """From the released code's picture of a seed: of the pixels, and where both sides recorded them, of the drawn indices."""
+    ours, theirs = (torch.load(folder / f"{side}-{seed}.pt", weights_only=True) for side in (name, THEIRS))
     if ours["images"].shape != theirs["images"].shape:
         shapes = ", ".join(str(list(side["images"].shape)) for side in (ours, theirs))
         raise measure.BenchmarkError(f"the pictures differ in shape: {shapes}")
     pixels = (ours["images"] - theirs["images"]).abs()
     result = {"largest": pixels.max().item(), "mean": pixels.mean().item()}
-    if ours["indices"] and theirs["indices"]:
+    if ours["indices"] and len(ours["indices"]) == len(theirs["indices"]):
         drawn = [torch.cat(side["indices"], dim=1) for side in (ours, theirs)]
         result["indices"] = (drawn[0] != drawn[1]).double().mean().item()
     return result

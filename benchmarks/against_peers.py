@@ -4,7 +4,8 @@
 
 Needs diffusers. What turns a prompt into features is left out on every side. A peer's picture is its denoiser, once a step,
 and its decoder, called as its pipeline calls them; the scheduler's arithmetic between is left out. Each model has a fresh
-process in every round. Speed says nothing of quality, and sizes in pixels differ: read the rows with both in mind.
+process in every round, which draws all its rows. Speed says nothing of quality, and sizes in pixels differ: read the rows
+with both in mind.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class Side:
         autoencoder = filled(lambda: AutoencoderKL(**SDXL_DECODER), dtype, request["device"])
         self._networks = denoiser, autoencoder.decoder
         latent, text = self._random((1, 4, 64, 64), dtype), self._random((1, 77, 2048), dtype)
-        added = {"text_embeds": self._random((1, 1280), dtype), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]])}
+        sizes = torch.tensor([[512.0, 512, 0, 0, 512, 512]], device=self._device)
+        added = {"text_embeds": self._random((1, 1280), dtype), "time_ids": sizes}
 
         def draw(row: dict[str, Any]) -> object:
             x = denoiser(latent, 999, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
@@ -224,6 +226,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run and print; returns the exit code: 2 where PATH is no checkout, 1 where a side fails."""
     args = parser().parse_args(arguments)
+    if args.repeats < 1:
+        parser().error("--repeats must be 1 or more")
     try:
         measure.require_package()
         measure.check_out(args.out)

@@ -32,6 +32,7 @@ class Loaded:
 
     draw: Callable[..., Picture]  # from a seed, and ours with a call's further arguments
     weights: list[Tensor]
+    packed: bool = False  # ours: by `enable_packed_weights`
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ class Family:
     load_theirs: Callable[[dict[str, Any]], Loaded]
 
 
-def prepare(pipe: Any) -> None:
-    """What the command line and the server do to a pipeline, too: pack its weights where that helps."""
+def prepare(pipe: Any) -> bool:
+    """Do what the command line and the server do, too: pack the weights where that helps; return whether it does."""
     from hart_infer.engine.packed import packing_refusal
 
     pipe.set_progress_bar_config(disable=True)
-    if packing_refusal(pipe.device, pipe.dtype) is None:
+    helps = packing_refusal(pipe.device, pipe.dtype) is None
+    if helps:
         pipe.enable_packed_weights()
+    return helps
 
 
 # ---- HART
@@ -71,7 +74,7 @@ def load_our_hart(request: dict[str, Any]) -> Loaded:
         device=request["device"],
         quantize=request.get("quantize"),
     )
-    prepare(pipe)
+    packed = prepare(pipe)
     pipe.num_threads = request["threads"]
     config = pipe.transformer.config
     embeds = PromptEmbeds(*measure.random_context(config.context_token, config.context_dim))
@@ -80,7 +83,7 @@ def load_our_hart(request: dict[str, Any]) -> Loaded:
     def draw(seed: int, **further: Any) -> Picture:
         return Picture(pipe(prompt_embeds=embeds, seed=seed, output_type="pt", **options, **further).images)
 
-    return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder))
+    return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder), packed)
 
 
 def load_their_hart(request: dict[str, Any]) -> Loaded:
@@ -107,7 +110,7 @@ def load_our_var(request: dict[str, Any]) -> Loaded:
 
     options = {"dtype": DTYPES[request["dtype"]], "device": request["device"], "quantize": request.get("quantize")}
     pipe = VarPipeline.from_pretrained(request["checkpoint"], **options)
-    prepare(pipe)
+    packed = prepare(pipe)
     pipe.num_threads = request["threads"]
     label = measure.var_label(pipe.transformer.config.num_classes)
     options = {"guidance_scale": request["guidance"], "more_smooth": request["more_smooth"], **official_var.FILTERS}
@@ -117,7 +120,7 @@ def load_our_var(request: dict[str, Any]) -> Loaded:
             images = pipe(label, seed=seed, output_type="pt", **options, **further).images
         return Picture(images, indices)
 
-    return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder))
+    return Loaded(draw, measure.tensors_of(pipe.transformer, pipe.autoencoder), packed)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import measure
+import official
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = ("import torch", "import hart_infer", "load", "first picture")
@@ -45,7 +46,8 @@ def run_once(checkout: Path) -> dict[str, dict[str, float]]:
     environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     run = subprocess.run([sys.executable, "-c", CHILD], env=environment, cwd=checkout, capture_output=True, text=True)
     if run.returncode:
-        raise measure.BenchmarkError(f"{checkout} draws no picture: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip() or "it says nothing"
+        raise measure.BenchmarkError(f"{checkout} draws no picture: {said.splitlines()[-1]}")
     stamps = json.loads(run.stdout)
     found: dict[str, dict[str, float]] = {}
     for clock, place in (("seconds", 0), ("processor", 1)):
@@ -60,20 +62,32 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, floa
     return {clock: {name: median(run[clock][name] for run in runs) for name in runs[0][clock]} for clock in runs[0]}
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, its kernels built")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--repeats", type=int, default=5)
+    result.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, its kernels built")
+    result.add_argument("--out", type=Path, help="JSON file to write")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run and print; returns the exit code: 1 where a checkout draws no picture."""
+    args = parser().parse_args(arguments)
+    if args.repeats < 1:
+        parser().error("--repeats must be 1 or more")
     checkouts = {"this": REPOSITORY} | ({"other": args.against.resolve()} if args.against else {})
     runs: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in checkouts}
-    for repeat in range(args.repeats + 1):
-        for name, checkout in checkouts.items():
-            found = run_once(checkout)
-            if repeat:  # the first fills the file caches
-                runs[name].append(found)
+    try:
+        measure.check_out(args.out)
+        for repeat in range(args.repeats + 1):
+            for name, checkout in checkouts.items():
+                found = run_once(checkout)
+                if repeat:  # the first fills the file caches
+                    runs[name].append(found)
+    except (measure.BenchmarkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     result: dict[str, Any] = {name: summary(found) for name, found in runs.items()}
     for name in result["this"]["seconds"]:
         cells = [f"{result[who]['seconds'][name]:6.2f} s ({result[who]['processor'][name]:.2f})" for who in checkouts]
@@ -81,8 +95,12 @@ def main() -> None:
             cells.append(f"ratio {result['this']['seconds'][name] / result['other']['seconds'][name]:.2f}")
         print(f"{name:24}{'  '.join(cells)}")
     if args.out:
-        args.out.write_text(json.dumps({"machine": measure.machine(), **result}, indent=2) + "\n", encoding="utf-8")
+        commits = {name: official.commit(checkout) for name, checkout in checkouts.items()}
+        settings = {"repeats": args.repeats}
+        record = {"benchmark": "startup", "machine": measure.machine(), "settings": settings, "commits": commits}
+        measure.write_json(args.out, record | result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

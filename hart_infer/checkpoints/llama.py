@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,28 +26,33 @@ LLAMA_KEYS = Keys(
     ignored=_IGNORED | {"model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"},
 )
 QWEN2_KEYS = Keys(
-    fixed={"model_type": ("qwen2",), "hidden_act": ("silu",), "use_sliding_window": (False,)},
+    fixed={"model_type": ("qwen2",), "hidden_act": ("silu", "swish"), "use_sliding_window": (False,)},
     ignored=_IGNORED | {"layer_types", "max_window_layers", "sliding_window", "use_mrope"},
 )
 
 
-def read_decoder(values: Mapping[str, Any], keys: Keys, *, origin: str, strict: bool = False) -> LlamaConfig:
+def read_decoder(
+    values: Mapping[str, Any], keys: Keys, *, origin: str, qkv_bias: bool = False, strict: bool = False
+) -> LlamaConfig:
     """Read a `config.json`, of any version of transformers, by LLAMA_KEYS or QWEN2_KEYS; null means absent.
 
     Raises ConfigError.
     """
     values = {key: value for key, value in values.items() if value is not None}
     rope = values.get("rope_parameters") or values.get("rope_scaling")
+    layers, first = values.get("num_hidden_layers"), values.get("max_window_layers")
+    if "sliding_window" not in values or (isinstance(layers, int) and isinstance(first, int) and first >= layers):
+        values.pop("use_sliding_window", None)  # no layer slides
     try:
         require(rope is None or isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r}.")
         factor = linear_rope_factor(rope)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
-    given = {"rope_theta": rope["rope_theta"]} if rope and "rope_theta" in rope else {}
-    if "num_attention_heads" in values:
-        given["num_key_value_heads"] = values["num_attention_heads"]
-    found = {"rope_factor": factor, "qkv_bias": keys is QWEN2_KEYS}
-    config = config_from_dict(LlamaConfig, given | values | found, keys, origin=origin, strict=strict)
+    heads = {"num_key_value_heads": values["num_attention_heads"]} if "num_attention_heads" in values else {}
+    found = {"rope_factor": factor, "qkv_bias": qkv_bias}
+    if rope and "rope_theta" in rope:  # of transformers 5, which takes it before one beside it
+        found["rope_theta"] = rope["rope_theta"]
+    config = config_from_dict(LlamaConfig, heads | values | found, keys, origin=origin, strict=strict)
     if values.get("head_dim", config.head_dim) != config.head_dim:
         raise ConfigError(
             f"{origin}: head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads {config.head_dim}."
@@ -75,33 +81,27 @@ def qwen2_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+_NAMES = (  # ours, transformers'; q, k and v apart
+    ("attn_norm", "input_layernorm"),
+    ("mlp_norm", "post_attention_layernorm"),
+    ("attn.proj", "self_attn.o_proj"),
+    *((f"attn.{x}", f"self_attn.{x}_proj") for x in "qkv"),
+    *((f"mlp.{x}", f"mlp.{x}_proj") for x in ("gate", "up", "down")),
+)
+
+
 def decoder_rules(config: LlamaConfig, prefix: str) -> list[tuple[str, str]]:
     """Return the rules for the names of a decoder's tensors, which start with the pattern `prefix`."""
     layer = rf"{prefix}(layers\.\d+)\."
-    return [
-        (rf"{prefix}(embed_tokens|norm)\.weight", r"\1.weight"),
-        (rf"{layer}input_layernorm\.weight", r"\1.attn_norm.weight"),
-        (rf"{layer}post_attention_layernorm\.weight", r"\1.mlp_norm.weight"),
-        (rf"{layer}self_attn\.o_proj\.weight", r"\1.attn.proj.weight"),
-        (rf"{layer}mlp\.(gate|up|down)_proj\.weight", r"\1.mlp.\2.weight"),
-        *(
-            (rf"{layer}self_attn\.{x}_proj\.(weight|bias)", rf"\1.attn.qkv.\2[{i}]" if config.is_merged else rf"\1.attn.{x}.\2")
-            for i, x in enumerate("qkv")
-        ),
-    ]
+    merged = {f"attn.{x}": ("attn.qkv", f"[{i}]") for i, x in enumerate("qkv")} if config.is_merged else {}
+    rules = [(rf"{prefix}(embed_tokens|norm)\.weight", r"\1.weight")]
+    for ours, theirs in _NAMES:
+        name, third = merged.get(ours, (ours, ""))
+        rules.append((rf"{layer}{re.escape(theirs)}\.(weight|bias)", rf"\1.{name}.\2{third}"))
+    return rules
 
 
 def qwen2_name(name: str) -> str:
     """Return transformers' name of a text encoder's tensor, from ours."""
-    for ours, theirs in _QWEN2_NAMES:
-        name = name.replace(ours, theirs)
-    return name
-
-
-_QWEN2_NAMES = (
-    (".attn_norm.", ".input_layernorm."),
-    (".mlp_norm.", ".post_attention_layernorm."),
-    (".attn.proj.", ".self_attn.o_proj."),
-    *((f".attn.{x}.", f".self_attn.{x}_proj.") for x in "qkv"),
-    *((f".mlp.{x}.", f".mlp.{x}_proj.") for x in ("gate", "up", "down")),
-)
+    found = re.fullmatch(r"(layers\.\d+)\.(.+)\.(weight|bias)", name)
+    return f"{found[1]}.{dict(_NAMES)[found[2]]}.{found[3]}" if found else name

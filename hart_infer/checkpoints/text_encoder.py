@@ -27,7 +27,7 @@ TEXT_FOLDERS = ("text_encoder", "text-encoder")  # beside a checkpoint's weights
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: classes that only load tokenizer.json
 _STEMS = ("model", "pytorch_model")  # of its weights
-_DROPPED = r"lm_head\.weight|.*rotary_emb\.inv_freq"
+_READ, _DROPPED = r"(model\.)?(embed_tokens|layers|norm)\..*", r".*rotary_emb\.inv_freq"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -48,7 +48,7 @@ def find_text_encoder(source: str | Path, hub: HubOptions = HUB) -> Path:
 
 
 def text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:
-    """Choose the files that transformers needs of a text encoder: JSON, tokenizer and weights, safetensors if there are any."""
+    """Choose the files of a text encoder: JSON, tokenizer and weights, safetensors if there are any."""
     own = [name for name in sorted(names) if name.startswith(folder) and "/" not in name.removeprefix(folder)]
     weights = [name for name in own if name.endswith(".safetensors")]
     weights = weights or [name for name in own if re.fullmatch(r"pytorch_model.*\.bin", name.removeprefix(folder))]
@@ -56,28 +56,33 @@ def text_files(names: Iterable[str], folder: str = "") -> tuple[str, ...]:
 
 
 def load_text_encoder(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", width: int | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    width: int | None = None,
+    strict: bool = False,
 ) -> TextEncoder:
-    """Load from a folder; a weight that is missing or of the wrong shape is an error.
+    """Load from a folder; a weight that is missing or of the wrong shape is an error, others than the encoder's are not read.
 
-    `dtype` None keeps the stored one. `width`: the features that the context must have. Raises CheckpointNotFoundError,
-    ConfigError, WeightsError.
+    `dtype` None keeps the stored one. `width`: the features that the context must have. `strict` refuses unknown keys of
+    config.json. Raises CheckpointNotFoundError, ConfigError, WeightsError.
     """
     title = f"The text encoder in {path}"
     if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would create an empty tokenizer
         raise CheckpointNotFoundError(f"{title} has no tokenizer: tokenizer.json is not in it.")
     values = read_json(path / "config.json")
-    if values.get("model_type") != "qwen2":
-        raise ConfigError(f"{title} is a {values.get('model_type')} model; only qwen2 is supported.")
-    config = read_decoder(values, QWEN2_KEYS, origin=str(path / "config.json"))
+    kind = values.get("model_type")
+    if kind != "qwen2":
+        raise ConfigError(f"{title} is {f'a {kind} model' if kind else 'of no model_type'}; only qwen2 is supported.")
+    config = read_decoder(values, QWEN2_KEYS, origin=str(path / "config.json"), qkv_bias=True, strict=strict)
     if width is not None and config.hidden_size != width:
         raise ConfigError(
             f"The text encoder {path} gives {config.hidden_size} features, the checkpoint expects {width}; pass the "
             "checkpoint's own as text_encoder=..."
         )
-    files = choose_weights([entry.name for entry in path.iterdir()], "", _STEMS, None, title)
-    rename = RenameTable(decoder_rules(config, r"(?:model\.)?"), dropped=_DROPPED)
-    model = load_module(lambda: Decoder(config), [path / name for name in files], rename, dtype=dtype)
+    rename = RenameTable(decoder_rules(config, r"(?:model\.)?"), dropped=_DROPPED).only(_READ)
+    model = load_module(lambda: Decoder(config), _weights(path, title), rename, dtype=dtype)
     try:
         with quiet_transformers():
             tokenizer = _load_tokenizer(path)
@@ -87,6 +92,17 @@ def load_text_encoder(
         kind = CheckpointNotFoundError if isinstance(error, OSError) else WeightsError
         raise kind(f"{title} can't be loaded: {_first_line(error)}") from error
     return TextEncoder(model.to(device), tokenizer)
+
+
+def _weights(path: Path, title: str) -> list[Path]:
+    """Return the files that hold the weights: those that an index lists, or the usual ones."""
+    for index in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
+                raise ConfigError(f"{index} must list the files of its folder under weight_map.")
+            return [path / name for name in sorted(set(listed.values()))]
+    return [path / name for name in choose_weights([entry.name for entry in path.iterdir()], "", _STEMS, None, title)]
 
 
 def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int | str) -> None:

@@ -119,13 +119,13 @@ class Knobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A named mode, counted from the last scale that it runs, so that it fits every model.
+    """A named mode, counted from the last scale, so that it fits every model.
 
     Only fine scales, of FINE or more on a side, are pruned or left out: on coarser grids a token is not like its neighbours.
     """
 
     left_out: int = 0  # so many of the last scales are not run, if fine
-    unguided: int = 0  # so many of the last that are run have no guidance
+    unguided: int = 0  # so many of the last have no guidance
     drop: tuple[float, ...] = ()  # the last that are run, if fine, prune so much
     num_inference_steps: int | None = None
 
@@ -135,7 +135,7 @@ class Speed:
         run = sides[: len(sides) - left_out]
         at = tuple(side for side in run[len(run) - len(self.drop) :] if side >= FINE)
         return Knobs(
-            guidance_stops_at=run[-self.unguided] if self.unguided else None,
+            guidance_stops_at=sides[-self.unguided] if self.unguided else None,
             prune=Prune(at=at, drop=self.drop[-len(at) :]) if at else None,
             stop_after=run[-1] if left_out else None,
             num_inference_steps=self.num_inference_steps,
@@ -144,7 +144,7 @@ class Speed:
     @property
     def min_scales(self) -> int:
         """How many scales a model needs for it: the first one has no memory to give."""
-        return self.left_out + max(self.unguided, len(self.drop) + 2, 1)
+        return max(self.unguided + 1, self.left_out + len(self.drop) + 2) if self.unguided else 1
 
 
 SpeedName = Literal["exact", "fast", "turbo", "draft"]
@@ -153,7 +153,7 @@ SPEEDS: Mapping[SpeedName, Speed] = {
     "exact": Speed(),
     "fast": Speed(unguided=1, drop=(0.5, 0.75)),
     "turbo": Speed(unguided=3, drop=(0.5, 0.75), num_inference_steps=4),
-    "draft": Speed(left_out=1, unguided=2, drop=(0.5,), num_inference_steps=0),
+    "draft": Speed(left_out=1, unguided=3, drop=(0.5,), num_inference_steps=0),
 }
 
 

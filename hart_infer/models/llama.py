@@ -68,7 +68,7 @@ def linear_rope_factor(scaling: Mapping[str, Any] | None) -> float:
     if not scaling:
         return 1.0
     kind = scaling.get("rope_type", scaling.get("type"))  # transformers 4.43 renamed it
-    if kind == "default":
+    if kind == "default" or (kind is None and "factor" not in scaling):
         return 1.0
     require(kind == "linear", f"rope_scaling of type {kind!r} is not supported; 'linear' is.")
     factor = scaling.get("factor")
@@ -100,7 +100,7 @@ class Attention(nn.Module, ABC):
         """Return rotated queries [R, H, L, d] of x [R, L, D], and write its rotated keys, and values, [R, G, L, d]."""
 
     def forward(self, x: Tensor, table: Table, place: Place, layer: int, mask: Tensor | None) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `mask` as in `Llama.forward`."""
+        """x [R, L, D] -> [R, L, D]; `mask` as in `Decoder.forward`."""
         q = self.write(x, table, *place.slot(layer))
         keys, values = place.visible(layer)
         return self.proj(ops.causal_attention(q, keys, values, scale=self.scale, mask=mask))

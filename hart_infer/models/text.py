@@ -62,6 +62,8 @@ class TextEncoder:
 
     def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
         """`tokenizer`, of transformers, must have a padding token; its padding side is honoured."""
+        if not isinstance(model, Decoder):
+            raise WeightsError(f"A text encoder's model is a hart_infer.models.llama.Decoder, not a {type(model).__name__}.")
         if tokenizer.pad_token_id is None:
             raise WeightsError("The text encoder's tokenizer has no padding token; HART pads every prompt, so it needs one.")
         vocab_size, highest = model.config.vocab_size, max(*tokenizer.get_vocab().values(), tokenizer.pad_token_id)

@@ -57,8 +57,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Ten
     """Compute softmax attention of the last L of N positions to those up to each: q [R, H, L, d] -> [R, L, H * d].
 
     k and v [R, G, N, d]: each of the G key heads serves H / G consecutive query heads. `mask` [R, 1, L, N] bool, if given,
-    replaces the causal rule: True where a query attends; one that attends nowhere gets 0. No kernel of ours: PyTorch's has the
-    masks.
+    replaces the causal rule: True where a query attends; one that attends nowhere gets 0, on a CPU. No kernel of ours:
+    PyTorch's has the masks.
     """
     rows, heads, length, head_dim = q.shape
     groups, keys = k.shape[1:3]

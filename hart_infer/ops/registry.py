@@ -111,9 +111,9 @@ class Choice(Generic[P, R]):
 class Op(Generic[P, R]):
     """An operation; calling it runs the backend chosen for its first argument's device and dtype.
 
-    If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. So it does under
-    autocast, which mixes dtypes. Under `torch.compile` it is the custom op `torch.ops.hart_infer.<name>`, with the reference as
-    fake implementation; on the CPU the reference.
+    If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. So it does where
+    autocast has mixed the arguments' dtypes: kernels want one. Under `torch.compile` it is the custom op
+    `torch.ops.hart_infer.<name>`, with the reference as fake implementation; on the CPU the reference.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend], defaults: Sequence[Default] = ()) -> None:
@@ -135,7 +135,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen backend. Raises BackendError if `use_backend` names one that can't run it."""
         x: Any = args[0]
-        if _is_learning((*args, *kwargs.values())) or autocast_dtype(x.device.type):
+        given = (*args, *kwargs.values())
+        if _is_learning(given) or (autocast_dtype(x.device.type) and _is_mixed(given)):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.reference(*args, **kwargs) if x.device.type == "cpu" else self._trace(*args, **kwargs)
@@ -225,6 +226,11 @@ def _is_learning(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
+def _is_mixed(args: tuple[Any, ...]) -> bool:
+    """Return whether the arguments are of several floating-point dtypes."""
+    return len({arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()}) > 1
+
+
 def _tell(name: str, where: Where, choice: Choice[Any, Any]) -> None:
     """Warn once per reason when a CUDA device falls back to PyTorch, whatever operations share the reason."""
     listed = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
@@ -279,8 +285,8 @@ def forced_backend() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Within the context run operations by backend `name` ("torch", "triton", "cuda" or "cpu"), or raise BackendError.
 
-    Operations without that backend are unaffected, and so are those whose arguments need gradients. Raises InputError for an
-    unknown name.
+    Operations without that backend are unaffected, and so are those whose arguments need gradients, or have several dtypes
+    under autocast. Raises InputError for an unknown name.
     """
     if name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; {', '.join(BACKENDS)} are.")

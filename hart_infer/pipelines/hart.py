@@ -117,7 +117,8 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             quantize_blocks(transformer, quantize)
             autoencoder = checkpoint.load_autoencoder(transformer.dtype)
             width = checkpoint.transformer.context_dim
-            encoder = load_text_encoder(folder, dtype=transformer.dtype, device=target, width=width) if folder else None
+            options: dict[str, Any] = {"dtype": transformer.dtype, "device": target, "width": width, "strict": strict_config}
+            encoder = load_text_encoder(folder, **options) if folder else None
             return cls(transformer, autoencoder, encoder, name=checkpoint.name, defaults=checkpoint.defaults).to(target)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from compose import COLOURS, plural
+from data import STYLES
 from training import Entry
 
 PLAIN_SHARE = 0.5  # of the captions that could leave the style out, those that do
@@ -151,9 +152,11 @@ def beside(wanted: Wanted, other: str, random: Random) -> str:
 
 
 def other_words(words: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of `words`, single ones, that are in no name; and, so that these stay a test, in no template held out."""
-    templates = (*HELD_OUT_TEMPLATES, *FRESH_TEMPLATES)
-    kept_out = {word for text in (*names, *templates) for word in re.findall(r"[a-z]+", text.lower())}
+    """Those of `words`, single ones, that say no name, colour, number or style; and, so that these stay a test, are in no
+    template held out."""
+    said = (*COLOURS, *(w for same in SYNONYMS.values() for w in same), *(w for same in NUMBER_WORDS.values() for w in same))
+    texts = (*names, *said, *STYLES, *HELD_OUT_TEMPLATES, *FRESH_TEMPLATES)
+    kept_out = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
     return sorted({word for word in words if word.isascii() and word.isalpha() and word.lower() not in kept_out})
 
 

@@ -42,7 +42,7 @@ def test_other_ways_are_refused(script, text):
 
 def test_every_ratio_is_to_the_released_code_of_its_own_round(script, tmp_path):
     variants = [script.Variant(OURS, OURS), script.Variant.parse("fast"), script.Variant(THEIRS, THEIRS)]
-    for name in (OURS, THEIRS):
+    for name in (OURS, "fast", THEIRS):
         for seed in (1, 2):
             torch.save({"images": torch.full((1, 3, 4, 4), 0.25 * seed), "indices": []}, tmp_path / f"{name}-{seed}.pt")
     seconds = [{OURS: 2.0, "fast": 1.0, THEIRS: 4.0}, {OURS: 16.0, "fast": 2.0, THEIRS: 8.0}]
@@ -55,6 +55,7 @@ def test_every_ratio_is_to_the_released_code_of_its_own_round(script, tmp_path):
     assert found["also"]["fast"]["time_ratios"] == [0.25, 0.25] and found["also"]["fast"]["cpu_time_ratio"] == pytest.approx(
         0.25
     )
+    assert found["also"]["fast"]["difference"] == {"largest": 0, "mean": 0}
     assert found["peak_bytes"] == {OURS: 16, "fast": 2, THEIRS: 8} and found["difference"]["largest"] == 0
     text = script.report(found | {"size": 256, "dtype": "bf16", "official_setting": "s", "processes": "together"})
     assert "fast: 0.250 (1.50 s; processor time 0.250)" in text

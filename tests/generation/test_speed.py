@@ -37,7 +37,7 @@ def test_coarse_scales_are_neither_pruned_nor_left_out() -> None:
     coarse, late = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), {"late_temperature": 0.8}
     assert completed("fast", coarse) == Knobs(guidance_stops_at=16, **late)
     assert completed("turbo", coarse) == Knobs(guidance_stops_at=10, num_inference_steps=4, **late)
-    assert completed("draft", coarse) == Knobs(guidance_stops_at=13, num_inference_steps=0, **late)
+    assert completed("draft", coarse) == Knobs(guidance_stops_at=10, num_inference_steps=0, **late)
     assert completed("fast", (*coarse, 24, 32)).prune == Prune(at=(24, 32), drop=(0.5, 0.75), cache_at=16)
     assert completed("fast", (*coarse, 23, 32)).prune == Prune(at=(32,), drop=(0.75,), cache_at=23)
     assert completed("draft", (*coarse, 23, 32)) == Knobs(guidance_stops_at=16, stop_after=23, num_inference_steps=0, **late)

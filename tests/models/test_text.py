@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Model
 
@@ -338,12 +339,15 @@ def test_what_was_saved_is_transformers_too(encoder: TextEncoder, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window = True is not supported; False is."),
+        (
+            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
+            "use_sliding_window = True is not supported; False is.",
+        ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
             "rope_scaling of type 'yarn' is not supported; 'linear' is.",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; 'silu' is."),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; 'silu' or 'swish' is."),
         ({"head_dim": 24}, "head_dim 24 is not hidden_size / num_attention_heads 12."),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3."),
     ],
@@ -370,3 +374,58 @@ def test_a_rope_theta_of_either_version_is_read(tmp_path: Path) -> None:
         contexts.append(load_text_encoder(folder).encode(PROMPTS, context_tokens=T).context)
     assert torch.equal(contexts[0], contexts[1])
     assert not torch.equal(contexts[0], contexts[2])
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    """A copy of the tiny encoder with other values in its configuration."""
+    shutil.copytree(golden("text-tiny-right"), folder)
+    config = folder / "config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"hidden_act": "swish"},
+        {"rope_parameters": {"rope_theta": 10000.0}},
+        {"rope_theta": 7.0},  # the one within rope_parameters goes before it
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(right: TextEncoder, tmp_path: Path, changes: dict[str, Any]) -> None:
+    found = load_text_encoder(changed(tmp_path / "text", **changes), dtype=torch.float32, strict=True)
+    assert torch.equal(found.encode(PROMPTS, context_tokens=T).context, right.encode(PROMPTS, context_tokens=T).context)
+
+
+def test_unknown_keys_are_refused_on_request(hart_tiny: Path, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "text", window_of_opportunity=3)
+    load_text_encoder(folder)
+    with pytest.raises(ConfigError, match="keys that hart_infer does not know: window_of_opportunity"):
+        HartPipeline.from_pretrained(hart_tiny, text_encoder=folder, device="cpu", strict_config=True)
+
+
+def test_other_tensors_are_not_read_and_an_index_says_which_files_are(right: TextEncoder, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "text")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part} | {f"visual.{file}": torch.ones(2)}, folder / file)
+    save_file({"norm.weight": torch.ones(3)}, folder / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
+    found = load_text_encoder(folder, dtype=torch.float32)
+    assert torch.equal(found.encode(["a"], context_tokens=T).context, right.encode(["a"], context_tokens=T).context)
+    index.write_text(json.dumps({"weight_map": {"norm.weight": "../one.safetensors"}}))
+    with pytest.raises(ConfigError, match="must list the files of its folder under weight_map"):
+        load_text_encoder(folder)
+
+
+def test_a_model_of_transformers_is_refused(right: TextEncoder) -> None:
+    with pytest.raises(WeightsError, match=r"is a hart_infer\.models\.llama\.Decoder, not a Qwen2Model"):
+        TextEncoder(transformers_model("right"), right.tokenizer)  # type: ignore[arg-type]

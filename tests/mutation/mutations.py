@@ -378,9 +378,9 @@ MUTATIONS = [
     Mutation(
         "kernels under autocast",
         "hart_infer/ops/registry.py",
-        " or autocast_dtype(x.device.type)",
+        " or (autocast_dtype(x.device.type) and _is_mixed(given))",
         "",
-        "tests/ops/test_registry.py::test_under_autocast_the_reference_runs",
+        "tests/ops/test_registry.py::test_where_autocast_mixes_dtypes_the_reference_runs",
     ),
     Mutation(
         "padding that a prompt's tokens attend to",

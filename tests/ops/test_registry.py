@@ -230,11 +230,20 @@ def test_compiled_code_on_a_gpu_holds_one_operation_and_no_break():
     assert found and "hart_infer" not in " ".join(found), "on the CPU the compiler sees into the reference"
 
 
-def test_under_autocast_the_reference_runs(declared):
-    """It mixes dtypes, and kernels want one."""
-    x = torch.ones(1, dtype=torch.bfloat16)
+def test_where_autocast_mixes_dtypes_the_reference_runs(monkeypatch):
+    """Kernels want one."""
+    module = types.ModuleType("fake_kernels")
+    module.refusal, module.add = lambda where: None, lambda x, y: x + y + 0.5
+    monkeypatch.setitem(sys.modules, "fake_kernels", module)
+
+    def add(x, y):
+        return x + y
+
+    declared = Op(add, {"triton": Backend("fake_kernels:add")})
+    x, y = torch.ones(1, dtype=torch.bfloat16), torch.ones(1)
     with use_backend("triton"):
         with torch.autocast("cpu", torch.bfloat16):
-            assert declared(x).item() == 2
-        assert declared(x).item() == 2.5
-        assert declared(torch.ones(1, device="meta", dtype=torch.bfloat16)).shape == (1,)  # a device without autocast
+            assert declared(x, y).item() == 2
+            assert declared(x, x).item() == 2.5
+        assert declared(x, y).item() == 2.5
+        assert declared(y.to("meta"), y.to("meta")).shape == (1,)  # a device without autocast

@@ -242,6 +242,18 @@ def test_a_call_leaves_nothing_of_its_settings_to_the_next(
     assert pipe.engine.unconditional() is not kept
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has only the older settings")
+def test_the_newer_settings_of_precision_are_no_hindrance(pipe: HartPipeline) -> None:
+    """PyTorch's older getter raises once they were used."""
+    matmul, expected = torch.backends.cuda.matmul, pipe("a cat", seed=1, output_type="latent").images
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        assert torch.equal(pipe("a cat", seed=1, output_type="latent").images, expected)
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("more_smooth", [True, False])
 @pytest.mark.parametrize(
     "options",

@@ -18,7 +18,7 @@ class Stamp:
     The same weights are the same tensors, at the same addresses, in the same versions. Assignment, loading, moving and
     operations in place make them others; writes through `parameter.data` go unnoticed. Tensors made under
     `torch.inference_mode` have no versions, so no stamp fits them. Settings are a forced backend, autocast, the number of
-    threads and the precision of fp32 products: each changes the last bits.
+    threads of a CPU and the precision of fp32 products: each changes the last bits.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -47,4 +47,13 @@ def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
 
 def _settings(tensors: list[Tensor]) -> tuple[Hashable, ...]:
     device = tensors[0].device.type if tensors else "cpu"
-    return forced_backend(), autocast_dtype(device), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads() if device == "cpu" else None
+    return forced_backend(), autocast_dtype(device), threads, *_precisions()
+
+
+def _precisions() -> tuple[str, ...]:
+    """What fp32 products are computed in; the older getter raises where the newer settings were used."""
+    backends: list[Any] = [getattr(part, "matmul", None) for part in (torch.backends.cuda, torch.backends.mkldnn)]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        return tuple(backend.fp32_precision for backend in backends)
+    return (torch.get_float32_matmul_precision(),)
