@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..models.next_scale import NextScaleTransformer
-from ..models.parts.cache import Place
+from ..models.parts.cache import CachePlace
 from ..models.parts.modulation import Modulation
 from ..models.parts.quantizer import area_resize
 from ..models.parts.rope import Table
@@ -25,7 +25,7 @@ class BlockInputs:
     x: Tensor  # [R, L, D]
     modulation: Modulation
     table: Table  # rotary angles, [R, 1, L, d] each
-    place: Place
+    place: CachePlace
 
     def at(self, chosen: Tensor) -> BlockInputs:
         """Return those at the places `chosen` [R, K] alone."""

@@ -6,7 +6,6 @@ The scales run one after the other through the modules that generate, over a cac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor
 from hart_infer.generation.schedule import Stage
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
+from hart_infer.models.parts.cache import Place
 from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
 from hart_infer.ops.registry import use_backend
@@ -39,7 +39,7 @@ class TeacherCache:
 
 
 class TeacherPlace:
-    """As a `Place`: where a scale's keys and values go, and what it attends to."""
+    """A `Place` that keeps what the backward pass needs."""
 
     def __init__(self, cache: TeacherCache, length: int) -> None:
         """Of a scale of `length` tokens."""
@@ -85,7 +85,7 @@ def _forward(
     transformer: NextScaleTransformer, stages: Sequence[Stage], condition: Condition, inputs: Sequence[Tensor]
 ) -> tuple[list[Tensor], Modulation]:
     cache = TeacherCache(len(condition.inputs), transformer.num_heads, transformer.head_dim)
-    place: Any = cache.at(condition.inputs.shape[1])
+    place: Place = cache.at(condition.inputs.shape[1])
     hidden = [transformer(condition.inputs, condition.modulation, condition.table, place)[:, -1:]]
     for stage, latent in zip(stages[1:], inputs, strict=True):
         (table,), place = transformer.image_tables([stage.side], condition.last_position), cache.at(stage.length)

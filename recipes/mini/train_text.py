@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +150,7 @@ def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, 
     """Hidden states [N, T, WIDTH] and mask [N, T] of captions."""
     tokens, mask = encoder.tokenize([c.text for c in captions], context_tokens=CONTEXT_TOKENS)
     model, positions = encoder.model, torch.arange(CONTEXT_TOKENS).expand(len(tokens), -1)
-    place: Any = TeacherCache(len(tokens), model.config.num_key_value_heads, model.config.head_dim).at(CONTEXT_TOKENS)
+    place = TeacherCache(len(tokens), model.config.num_key_value_heads, model.config.head_dim).at(CONTEXT_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
         return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
 

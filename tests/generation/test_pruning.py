@@ -54,7 +54,7 @@ class Transformer:
 
 
 def inputs() -> BlockInputs:
-    from hart_infer.models.parts.cache import Place
+    from hart_infer.models.parts.cache import CachePlace
 
     generator = torch.Generator().manual_seed(2)
 
@@ -65,7 +65,7 @@ def inputs() -> BlockInputs:
     modulation = Modulation(drawn(DEPTH, ROWS, 2, WIDTH), drawn(ROWS, 2, WIDTH))
     table = (drawn(ROWS, 1, length, WIDTH), drawn(ROWS, 1, length, WIDTH))
     no_cache: Any = None
-    return BlockInputs(drawn(ROWS, length, WIDTH), modulation, table, Place(no_cache, 0, length, True, slice(None)))
+    return BlockInputs(drawn(ROWS, length, WIDTH), modulation, table, CachePlace(no_cache, 0, length, True, slice(None)))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 36, (36, 5, 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,14 +46,26 @@ class KVCache:
             each = kept[:, rows, :, :length].unflatten(1, (count, -1))
             each[:, :, 1:].copy_(each[:, :, :1])
 
-    def at(self, offset: int, length: int, *, cached: bool = True, rows: slice = slice(None)) -> Place:
+    def at(self, offset: int, length: int, *, cached: bool = True, rows: slice = slice(None)) -> CachePlace:
         """Return the place of a scale of `length` tokens at position `offset`, for `rows`."""
-        return Place(self, offset, length, cached, rows)
+        return CachePlace(self, offset, length, cached, rows)
+
+
+class Place(Protocol):
+    """Where the keys and values of a scale, or of some positions, go, and what they attend to."""
+
+    def slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return memory [R, H, L, d] for the keys and the values of a block."""
+        ...
+
+    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [R, H, N, d] that are attended to, those just written last."""
+        ...
 
 
 @dataclass(frozen=True)
-class Place:
-    """A scale's part of the cache: where its keys and values go, and what it attends to."""
+class CachePlace:
+    """A scale's part of the cache: a `Place`."""
 
     cache: KVCache
     offset: int

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hart_infer.generation.schedule import Schedule, Stage, hart_schedule
-from hart_infer.models.parts.cache import KVCache, Place
+from hart_infer.models.parts.cache import CachePlace, KVCache
 from hart_infer.ops.precision import widens
 
 CPU = torch.device("cpu")
@@ -44,11 +44,11 @@ def poisoned() -> KVCache:
     return cache
 
 
-def place(cache: KVCache, stage: Stage, rows: slice = slice(None)) -> Place:
+def place(cache: KVCache, stage: Stage, rows: slice = slice(None)) -> CachePlace:
     return cache.at(stage.offset, stage.length, cached=stage.cached, rows=rows)
 
 
-def write(where: Place, layer: int) -> tuple[Tensor, Tensor]:
+def write(where: CachePlace, layer: int) -> tuple[Tensor, Tensor]:
     """Put random keys and values of a scale into a layer; returns them."""
     slots = where.slot(layer)
     written = tuple(torch.randn(slot.shape) for slot in slots)
