@@ -1,10 +1,10 @@
 """Make hart-mini and var-mini from nothing, step by step. A finished step is skipped, a begun one resumes.
 
-    python recipes/mini/make.py RUN [--share 0.02] [--tokenizer recipes/mini/tokenizer.safetensors]
+    python recipes/mini/make.py RUN [--share 0.02] [--start-from recipes/mini/begun]
 
 RUN/data and RUN/run hold what the steps write; the models land in RUN/hart-mini and RUN/var-mini. `--share` shortens every
-training: 0.02 takes about 10 minutes on two cores and shows that the steps fit together, not what they reach. `--tokenizer`
-takes a trained one, such as the recipe's own, in place of the first trainings.
+training: 0.02 takes about 10 minutes on two cores and shows that the steps fit together, not what they reach. `--start-from`
+takes the tokenizer and the text encoder of a model that this recipe exported, and goes on from its transformer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts import TEXT, TOKENIZER
-from safetensors.torch import load_file
-from training import save
+from parts import TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
 
@@ -42,18 +40,19 @@ class Step:
             raise SystemExit(f"{self.script} failed; mend what it says above and start again: finished steps are kept.")
 
 
-def plan(out: Path) -> list[Step]:
+def plan(out: Path, start_from: str | None = None) -> list[Step]:
     """All steps."""
     data, run, hart, var = (out / name for name in ("data", "run", "hart-mini", "var-mini"))
     both, made = (str(data), str(run)), "model_index.json"
-    tokenizer = run / TOKENIZER
+    tokenizer, text = run / TOKENIZER, run / TEXT
+    begun = ("--start-from", start_from) if start_from else ()
     return [
         Step("data.py", (str(data),), (data / "pictures.json",)),
         Step("classifier.py", (*both, "--name", "features", "--seed", "1"), (run / "features.pt", tokenizer), steps=400),
         Step("train_tokenizer.py", both, (tokenizer,), steps=3000),
-        Step("associate.py", both, (run / "words.json",)),
-        Step("train_text.py", both, (run / TEXT,), steps=5000),
-        Step("train_transformer.py", both, (hart / made,), steps=30000),
+        Step("associate.py", both, (run / "words.json", text)),
+        Step("train_text.py", both, (text,), steps=6500),
+        Step("train_transformer.py", (*both, *begun), (hart / made,), steps=30000),
         Step("export.py", (str(run), str(hart)), (hart / made,)),
         Step("train_transformer.py", (*both, "--model", "var"), (var / made,), steps=15000),
         Step("export.py", (str(run), str(var), "--model", "var"), (var / made,)),
@@ -66,13 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps of every training")
-    parser.add_argument("--tokenizer", type=Path, help="take this one, a safetensors file, in place of training one")
+    parser.add_argument("--start-from", metavar="MODEL", help="a model that this recipe exported")
     args = parser.parse_args()
-    run = args.out / "run"
-    if args.tokenizer is not None and not (run / TOKENIZER).exists():
-        run.mkdir(parents=True, exist_ok=True)
-        save(run / TOKENIZER, {name: value.float() for name, value in load_file(args.tokenizer).items()})
-    for step in plan(args.out):
+    if args.start_from and not (args.out / "run" / TEXT).exists():
+        (args.out / "run").mkdir(parents=True, exist_ok=True)
+        take_over(args.start_from, args.out / "run")
+    for step in plan(args.out, args.start_from):
         step.run(args.share)
 
 

@@ -495,3 +495,20 @@ def test_a_model_of_classes_is_written_with_its_names(tmp_path, monkeypatch):
     pipe = VarPipeline.from_pretrained(tmp_path / "made")
     assert pipe.labels.index("sun with face") == 2
     torch.testing.assert_close(pipe.transformer.class_embed.weight, weights["class_embed.weight"].bfloat16())
+
+
+def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
+    """Of the trainings only the transformers', var-mini's anew, and the judge's are left."""
+    import make
+    from parts import TEXT, TOKENIZER
+
+    run = []
+    monkeypatch.setattr(make.subprocess, "run", lambda command: run.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path), "--start-from", str(RECIPE / "begun")])
+    make.main()
+    assert (tmp_path / "run" / TOKENIZER).exists() and (tmp_path / "run" / TEXT).exists()
+    scripts = [Path(command[1]).name for command in run]
+    assert scripts == [
+        "data.py", "train_transformer.py", "export.py", "train_transformer.py", "export.py", "classifier.py"
+    ]  # fmt: skip
+    assert ["--start-from" in command for command in run] == [False, True, False, False, False, False]
