@@ -280,43 +280,32 @@ def parser() -> argparse.ArgumentParser:
                         help='approximate ways of ours in the same run: int8, fast, turbo, draft, "turbo int8"')  # fmt: skip
     result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     result.add_argument("--seed", type=int, default=1)
-    result.add_argument("--repeats", type=int, default=3)
-    result.add_argument("--warmup", type=int, default=1)
-    result.add_argument("--threads", type=int, default=torch.get_num_threads())
     result.add_argument("--processes", choices=("together", "separate"), default="together",
                         help="both loaded throughout, or a fresh process for every picture: half the memory")  # fmt: skip
-    result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where checkpoints are kept")
-    result.add_argument("--out", type=Path, help="JSON file to write, by convention in benchmarks/results/")
+    measure.add_run_options(result)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; returns the exit code: 2 where PATH is no checkout, 1 where a side fails."""
     args = parser().parse_args(arguments)
-    if args.repeats < 1:
-        parser().error("--repeats must be 1 or more")
+    return measure.exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Compare every model in every dtype, print, and write after each."""
     family, results = FAMILIES[args.family], []
     args.guidance = family.guidance if args.guidance is None else args.guidance
-    try:
-        args.official = official.check_checkout(args.official, args.family)
-        measure.require_package()
-        measure.check_out(args.out)
-        for model in getattr(args, family.option):
-            for dtype in args.dtype:
-                with tempfile.TemporaryDirectory() as folder:
-                    results.append(compare(model, dtype, args, Path(folder)))
-                print(report(results[-1]), flush=True)
-                if args.out:
-                    write(args, results)
-    except official.OfficialError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    args.official = official.check_checkout(args.official, args.family)
+    measure.require_package()
+    measure.check_out(args.out)
+    for model in getattr(args, family.option):
+        for dtype in args.dtype:
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(compare(model, dtype, args, Path(folder)))
+            print(report(results[-1]), flush=True)
+            if args.out:
+                write(args, results)
 
 
 def write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:

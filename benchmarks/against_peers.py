@@ -215,40 +215,29 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--official", type=Path, metavar="PATH", help="checkout of mit-han-lab/hart; without it no such row")
     result.add_argument("--dtype", choices=DTYPES, default="bf16")
     result.add_argument("--device", default="cpu")
-    result.add_argument("--repeats", type=int, default=3)
-    result.add_argument("--warmup", type=int, default=1)
-    result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where checkpoints are kept")
-    result.add_argument("--out", type=Path, help="JSON file to write")
+    measure.add_run_options(result)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run and print; returns the exit code: 2 where PATH is no checkout, 1 where a side fails."""
     args = parser().parse_args(arguments)
-    if args.repeats < 1:
-        parser().error("--repeats must be 1 or more")
-    try:
-        measure.require_package()
-        measure.check_out(args.out)
-        if args.official:
-            args.official = official.check_checkout(args.official, "hart")
-        result = compare([row for row in ROWS if args.official or row.model != RELEASED], args)
-    except official.OfficialError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return measure.exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Compare, print and write."""
+    measure.require_package()
+    measure.check_out(args.out)
+    if args.official:
+        args.official = official.check_checkout(args.official, "hart")
+    result = compare([row for row in ROWS if args.official or row.model != RELEASED], args)
     for name, row in result["rows"].items():
         print(f"{name:44}{row['seconds']['median']:8.2f} s {measure.gigabytes(row['peak_bytes']):>9}  ratio {row['ratio']:.3f}")
     if args.out:
         settings = {name: getattr(args, name) for name in ("dtype", "device", "repeats", "warmup", "threads")}
         machine = measure.machine(args.device) | {"diffusers": measure.version("diffusers")}
         measure.write_json(args.out, {"benchmark": "against_peers", "machine": machine, "settings": settings, **result})
-    return 0
 
 
 if __name__ == "__main__":

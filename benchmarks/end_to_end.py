@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -188,48 +187,40 @@ def parser() -> argparse.ArgumentParser:
                         help="with a given checkpoint: none, or anything else for its own")  # fmt: skip
     result.add_argument("--images", type=int, default=1, help="pictures per call")
     result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
-    result.add_argument("--repeats", type=int, default=3)
-    result.add_argument("--warmup", type=int, default=1)
-    result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where random checkpoints are kept")
-    result.add_argument("--out", type=Path, help="JSON file to write")
+    measure.add_run_options(result)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     args = parser().parse_args(arguments)
-    if args.repeats < 1:
-        parser().error("--repeats must be 1 or more")
-    try:
-        measure.require_package()
-        measure.check_out(args.out)
-        path, stored = args.checkpoint, args.stored or args.dtype
-        args.guidance = GUIDANCE[args.family] if args.guidance is None else args.guidance
-        if path == "random" and args.family == "var":
-            path = measure.random_var_checkpoint(args.depth, stored, args.cache_dir)
-        elif path == "random":
-            if args.size not in measure.SIZES:
-                parser().error(f"--size must be one of {sorted(measure.SIZES)}, not {args.size}")
-            path = measure.random_checkpoint(args.size, stored, args.text_encoder, args.cache_dir)
-        settings = {
-            **{name: getattr(args, name) for name in ("family", "dtype", "device", "text_encoder", "images", "guidance")},
-            **{name: getattr(args, name) for name in ("repeats", "warmup", "threads")},
-            "checkpoint": "random" if args.checkpoint == "random" else str(path),
-            "stored": stored if args.checkpoint == "random" else None,
-        }
-        with measure.Worker(__file__, "ours", args.threads) as worker:
-            answer = worker.ask("run", **{**settings, "checkpoint": str(path)})
-        result = {"benchmark": "end_to_end", "machine": measure.machine(args.device), "settings": settings, **answer}
-        if args.out:
-            measure.write_json(args.out, result)
-        print(report(result))
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return measure.exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Run, write and print."""
+    measure.require_package()
+    measure.check_out(args.out)
+    path, stored = args.checkpoint, args.stored or args.dtype
+    args.guidance = GUIDANCE[args.family] if args.guidance is None else args.guidance
+    if path == "random" and args.family == "var":
+        path = measure.random_var_checkpoint(args.depth, stored, args.cache_dir)
+    elif path == "random":
+        if args.size not in measure.SIZES:
+            parser().error(f"--size must be one of {sorted(measure.SIZES)}, not {args.size}")
+        path = measure.random_checkpoint(args.size, stored, args.text_encoder, args.cache_dir)
+    settings = {
+        **{name: getattr(args, name) for name in ("family", "dtype", "device", "text_encoder", "images", "guidance")},
+        **{name: getattr(args, name) for name in ("repeats", "warmup", "threads")},
+        "checkpoint": "random" if args.checkpoint == "random" else str(path),
+        "stored": stored if args.checkpoint == "random" else None,
+    }
+    with measure.Worker(__file__, "ours", args.threads) as worker:
+        answer = worker.ask("run", **{**settings, "checkpoint": str(path)})
+    result = {"benchmark": "end_to_end", "machine": measure.machine(args.device), "settings": settings, **answer}
+    if args.out:
+        measure.write_json(args.out, result)
+    print(report(result))
 
 
 if __name__ == "__main__":

@@ -149,9 +149,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--size", type=int, default=1024, choices=sorted(measure.SIZES))
     result.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    result.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    result.add_argument("--batch", type=measure.one_or_more, nargs="+", default=[1, 2, 4, 8, 16])
     result.add_argument("--speed", nargs="+", default=["exact", "fast", "turbo", "draft"], help="the first is every batch's")
-    result.add_argument("--repeats", type=int, default=20)
+    result.add_argument("--repeats", type=measure.one_or_more, default=20)
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
     result.add_argument("--official", metavar="CHECKOUT", help="the released code, timed beside ours by against_official.py")
     result.add_argument("--cache-dir", type=Path, default=measure.default_cache())
@@ -170,28 +170,24 @@ def against_official(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark, and where asked the released code's; returns the exit code."""
     args = parser().parse_args(arguments)
-    if args.repeats < 1 or min(args.batch) < 1:
-        parser().error("--repeats and --batch must be 1 or more")
-    try:
-        measure.require_package()
-        measure.check_out(args.out)
-        checkpoint = args.model or str(measure.random_checkpoint(args.size, args.dtype, "none", args.cache_dir))
-        settings = {name: getattr(args, name) for name in ("dtype", "device", "batch", "speed", "repeats", "threads")}
-        with measure.Worker(__file__, "ours", args.threads) as worker:
-            answer = worker.ask("run", **settings, checkpoint=checkpoint)
-        settings["checkpoint"] = args.model or "random weights"
-        result = {"benchmark": "latency", "machine": measure.machine(args.device), "settings": settings, **answer}
-        if args.out:
-            measure.write_json(args.out, result)
-        print(report(result))
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return against_official(args) if args.official else 0
+    return measure.exit_code(lambda: benchmark(args)) or (against_official(args) if args.official else 0)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Run, write and print."""
+    measure.require_package()
+    measure.check_out(args.out)
+    checkpoint = args.model or str(measure.random_checkpoint(args.size, args.dtype, "none", args.cache_dir))
+    settings = {name: getattr(args, name) for name in ("dtype", "device", "batch", "speed", "repeats", "threads")}
+    with measure.Worker(__file__, "ours", args.threads) as worker:
+        answer = worker.ask("run", **settings, checkpoint=checkpoint)
+    settings["checkpoint"] = args.model or "random weights"
+    result = {"benchmark": "latency", "machine": measure.machine(args.device), "settings": settings, **answer}
+    if args.out:
+        measure.write_json(args.out, result)
+    print(report(result))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -27,6 +28,36 @@ SIZES = {preset.size: name for name, preset in PRESETS.items()}
 
 class BenchmarkError(RuntimeError):
     """A benchmark can't run here; the message is one sentence for the user."""
+
+    exit_code = 1
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Run; return what it returns, or where it can't, say why in one sentence: 1, of a wrong checkout 2, interrupted 130."""
+    try:
+        return run() or 0
+    except (BenchmarkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def one_or_more(text: str) -> int:
+    """Read a number for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, repeats: int = 3) -> None:
+    """Add how often and in how many threads a benchmark runs, where it keeps checkpoints, and where its record goes."""
+    parser.add_argument("--repeats", type=one_or_more, default=repeats)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cache-dir", type=Path, default=default_cache(), help="where random checkpoints are kept")
+    parser.add_argument("--out", type=Path, help="JSON file to write, by convention in benchmarks/results/")
 
 
 # ---- the machine

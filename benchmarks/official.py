@@ -45,6 +45,8 @@ _DEAD_KEYS = ("attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_S
 class OfficialError(BenchmarkError):
     """The path is not a checkout of the released code, or it does not run here."""
 
+    exit_code = 2
+
 
 def check_checkout(path: str | Path, family: str) -> Path:
     """The checkout's absolute path, or an OfficialError that says what is missing."""

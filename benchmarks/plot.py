@@ -117,7 +117,7 @@ def draw(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read, model and draw."""
+    """Plot; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--roofline", type=Path, required=True, help="a record of roofline.py, for its rates")
     parser.add_argument("--against", type=Path, nargs="*", default=[], help="records of against_official.py")
@@ -125,22 +125,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, nargs="+", default=[256, 512, 1024], help="of the model")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
-    try:
-        record, latency = read(args.roofline), read(args.latency) if args.latency else None
-        device, cpu = roofline.Device(**record["rates"]), record["machine"]["cpu"]
-        check(args.roofline, record["settings"]["dtype"], DTYPE)
-        both = against(args.against, cpu)
-        if latency:
-            check(args.latency, latency["machine"]["cpu"], cpu)
-            check(args.latency, latency["settings"]["dtype"], DTYPE)
-            check(args.latency, latency["settings"]["checkpoint"], WEIGHTS)
-        model = modelled(device, sorted(args.size), latency["size"] if latency else max(args.size))
-        beside = (record["settings"]["size"], record["measured"]["whole"]) if record["measured"] else None
-        draw(model, both, latency, beside, f"HART, {DTYPE}, {WEIGHTS}: {device.name}", args.out)
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return measure.exit_code(lambda: plot(args))
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Read, model and draw."""
+    record, latency = read(args.roofline), read(args.latency) if args.latency else None
+    device, cpu = roofline.Device(**record["rates"]), record["machine"]["cpu"]
+    check(args.roofline, record["settings"]["dtype"], DTYPE)
+    both = against(args.against, cpu)
+    if latency:
+        check(args.latency, latency["machine"]["cpu"], cpu)
+        check(args.latency, latency["settings"]["dtype"], DTYPE)
+        check(args.latency, latency["settings"]["checkpoint"], WEIGHTS)
+    model = modelled(device, sorted(args.size), latency["size"] if latency else max(args.size))
+    beside = (record["settings"]["size"], record["measured"]["whole"]) if record["measured"] else None
+    draw(model, both, latency, beside, f"HART, {DTYPE}, {WEIGHTS}: {device.name}", args.out)
 
 
 if __name__ == "__main__":

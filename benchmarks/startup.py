@@ -65,7 +65,7 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, floa
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--repeats", type=int, default=5)
+    result.add_argument("--repeats", type=measure.one_or_more, default=5)
     result.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, its kernels built")
     result.add_argument("--out", type=Path, help="JSON file to write")
     return result
@@ -74,20 +74,19 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run and print; returns the exit code: 1 where a checkout draws no picture."""
     args = parser().parse_args(arguments)
-    if args.repeats < 1:
-        parser().error("--repeats must be 1 or more")
+    return measure.exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Start every checkout by turns, print and write."""
     checkouts = {"this": REPOSITORY} | ({"other": args.against.resolve()} if args.against else {})
     runs: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in checkouts}
-    try:
-        measure.check_out(args.out)
-        for repeat in range(args.repeats + 1):
-            for name, checkout in checkouts.items():
-                found = run_once(checkout)
-                if repeat:  # the first fills the file caches
-                    runs[name].append(found)
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    measure.check_out(args.out)
+    for repeat in range(args.repeats + 1):
+        for name, checkout in checkouts.items():
+            found = run_once(checkout)
+            if repeat:  # the first fills the file caches
+                runs[name].append(found)
     result: dict[str, Any] = {name: summary(found) for name, found in runs.items()}
     for name in result["this"]["seconds"]:
         cells = [f"{result[who]['seconds'][name]:6.2f} s ({result[who]['processor'][name]:.2f})" for who in checkouts]
@@ -99,7 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
         settings = {"repeats": args.repeats}
         record = {"benchmark": "startup", "machine": measure.machine(), "settings": settings, "commits": commits}
         measure.write_json(args.out, record | result)
-    return 0
 
 
 if __name__ == "__main__":

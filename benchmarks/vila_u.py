@@ -180,16 +180,20 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     result.add_argument("--device", default="cpu")
     result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument("--repeats", type=int, default=3, help="of `depth` and `language`, after a turn that does not count")
+    result.add_argument(
+        "--repeats", type=measure.one_or_more, default=3, help="of `depth` and `language`, after a turn that does not count"
+    )
     result.add_argument("--slots", type=int, nargs="+", default=list(SLOTS), help="D of `depth` and `counts` (4 16)")
     result.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="of `depth` (2 8)")
-    result.add_argument("--width", type=int, default=4096, help="of `language` (4096)")
-    result.add_argument("--layers", type=int, default=2, help="of `language` (2)")
-    result.add_argument("--prompt", type=int, default=128, help="tokens before the answer, in `language` (128)")
-    result.add_argument("--new-tokens", type=int, default=64, help="of `language` (64)")
+    result.add_argument("--width", type=measure.one_or_more, default=4096, help="of `language` (4096)")
+    result.add_argument("--layers", type=measure.one_or_more, default=2, help="of `language` (2)")
+    result.add_argument("--prompt", type=measure.one_or_more, default=128, help="tokens before the answer, in `language` (128)")
+    result.add_argument("--new-tokens", type=measure.one_or_more, default=64, help="of `language` (64)")
     result.add_argument("--uses-layers", type=int, default=2, help="Llama layers in `uses`; 0 takes a tiny model (2)")
-    result.add_argument("--picture-rows", type=int, default=2, help="rows of positions to draw of a picture (2)")
-    result.add_argument("--video-rows", type=int, default=1, help="and of a video (1)")
+    result.add_argument(
+        "--picture-rows", type=measure.one_or_more, default=2, help="rows of positions to draw of a picture (2)"
+    )
+    result.add_argument("--video-rows", type=measure.one_or_more, default=1, help="and of a video (1)")
     result.add_argument("--cache-dir", type=Path, default=measure.default_cache(), help="where random checkpoints are kept")
     result.add_argument("--out", type=Path, help="JSON file to write")
     return result
@@ -198,24 +202,19 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     args = parser().parse_args(arguments)
+    return measure.exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Run every part, write and print."""
     settings = {name: value for name, value in vars(args).items() if name not in ("part", "out", "cache_dir")}
-    for name in ("repeats", "width", "layers", "prompt", "new_tokens", "picture_rows", "video_rows"):
-        if settings[name] < 1:
-            parser().error(f"--{name.replace('_', '-')} must be 1 or more")
-    try:
-        measure.require_package()
-        measure.check_out(args.out)
-        results = {part: run_part(part, settings, args.cache_dir) for part in dict.fromkeys(args.part)}
-        result = {"benchmark": "vila_u", "machine": measure.machine(args.device), "settings": settings, "results": results}
-        if args.out:
-            measure.write_json(args.out, result)
-        print(report(results))
-    except (measure.BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    measure.require_package()
+    measure.check_out(args.out)
+    results = {part: run_part(part, settings, args.cache_dir) for part in dict.fromkeys(args.part)}
+    result = {"benchmark": "vila_u", "machine": measure.machine(args.device), "settings": settings, "results": results}
+    if args.out:
+        measure.write_json(args.out, result)
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -111,25 +111,22 @@ def _root(path: Path, markers: tuple[str, ...]) -> Path:
 def choose_weights(
     names: Collection[str], folder: str, stems: Sequence[str], variant: str | None, origin: str
 ) -> tuple[str, ...]:
-    """Choose the weights of one folder ("" for names without): the first stem that exists, safetensors before .bin, one file
-    or all its shards.
+    """Choose the weights of one folder: the first stem that exists, safetensors before .bin, one file or all its shards.
 
     Raises CheckpointNotFoundError if there are none, or shards are missing.
     """
     marked = f"\\.{re.escape(variant)}" if variant else ""
-    place = f"{folder}/" if folder else ""
     for stem in stems:
         for suffix in ("safetensors", "bin"):
-            pattern = rf"{place}{stem}(?:{marked}(-\d+-of-(?P<a>\d+))?|(-\d+-of-(?P<b>\d+)){marked})\.{suffix}"
+            pattern = rf"{folder}/{stem}(?:{marked}(-\d+-of-(?P<a>\d+))?|(-\d+-of-(?P<b>\d+)){marked})\.{suffix}"
             matches = [match for name in sorted(names) if (match := re.fullmatch(pattern, name))]
             if matches:
                 shards = int(matches[-1]["a"] or matches[-1]["b"] or 1)
                 chosen = [match.string for match in matches if int(match["a"] or match["b"] or 1) == shards]
                 if len(chosen) != shards:
                     raise CheckpointNotFoundError(
-                        f"{origin} has {len(chosen)} of {shards} shards of {place}{stem}.{suffix}; copy the others too."
+                        f"{origin} has {len(chosen)} of {shards} shards of {folder}/{stem}.{suffix}; copy the others too."
                     )
                 return tuple(chosen)
-    where = f" in {place}" if place else ""
     wanted = " or ".join(f"{stem}{'.' + variant if variant else ''}.safetensors" for stem in stems)
-    raise CheckpointNotFoundError(f"{origin} has no weights{where}: expected {wanted} (or .bin).")
+    raise CheckpointNotFoundError(f"{origin} has no weights in {folder}/: expected {wanted} (or .bin).")

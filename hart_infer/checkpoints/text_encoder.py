@@ -15,7 +15,7 @@ from ..models.llama import Decoder
 from ..models.text import TextEncoder
 from .configs import read_json
 from .hub import HUB, HubOptions, Repository
-from .layouts import choose_weights, hub_id, local_path
+from .layouts import hub_id, local_path
 from .llama import QWEN2_KEYS, decoder_rules, qwen2_config, qwen2_name, read_decoder
 from .saving import write_module
 from .weights import RenameTable, load_module
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TEXT_FOLDERS = ("text_encoder", "text-encoder")  # beside a checkpoint's weights
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: classes that only load tokenizer.json
-_STEMS = ("model", "pytorch_model")  # of its weights
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _READ, _DROPPED = r"(model\.)?(embed_tokens|layers|norm)\..*", r".*rotary_emb\.inv_freq"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -95,14 +95,19 @@ def load_text_encoder(
 
 
 def _weights(path: Path, title: str) -> list[Path]:
-    """Return the files that hold the weights: those that an index lists, or the usual ones."""
-    for index in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json"):
+    """Return the files that hold the weights: one, or those that its index lists; safetensors before .bin."""
+    for name in _WEIGHTS:
+        index = path / f"{name}.index.json"
+        if (path / name).is_file():
+            return [path / name]
         if index.is_file():
             listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
+            if not isinstance(listed, dict) or not all(Path(str(file)).name == file for file in listed.values()):
                 raise ConfigError(f"{index} must list the files of its folder under weight_map.")
-            return [path / name for name in sorted(set(listed.values()))]
-    return [path / name for name in choose_weights([entry.name for entry in path.iterdir()], "", _STEMS, None, title)]
+            return [path / file for file in sorted(set(listed.values()))]
+    raise CheckpointNotFoundError(
+        f"{title} has no weights: expected {' or '.join(_WEIGHTS)}, or the shards of one and its index."
+    )
 
 
 def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int | str) -> None:

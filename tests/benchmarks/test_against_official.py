@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 OURS, THEIRS = "ours", "theirs"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import against_official
-
-    yield against_official
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,22 +13,12 @@ from PIL import Image
 from hart_infer import VarPipeline
 
 pytest.importorskip("torchmetrics")
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
 def fine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modes do to these small models what they do to large ones."""
     monkeypatch.setattr("hart_infer.generation.speed.FINE", 5)
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import fast_modes
-
-    yield fast_modes
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")

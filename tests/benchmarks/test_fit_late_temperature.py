@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,6 @@ import torch
 
 from hart_infer import HartPipeline, VarPipeline
 from hart_infer.generation.schedule import hart_schedule
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import fit_late_temperature
-
-    yield fit_late_temperature
-    sys.path.remove(str(BENCHMARKS))
 
 
 def stages() -> Any:

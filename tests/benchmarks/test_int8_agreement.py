@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    import int8_agreement
-
-    yield int8_agreement
-    sys.path.remove(str(BENCHMARKS))
 
 
 def test_contexts_are_those_of_the_prompts_or_random_ones(script: Any, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,22 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import architecture
-        import attention_tiles
-        import counting
-        import latency
-        import measure
-        import plot
-        import roofline
-        import run
-
-        modules = (architecture, attention_tiles, counting, latency, measure, plot, roofline, run)
-        yield {module.__name__: module for module in modules}
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def scripts(benchmarks: None) -> dict[str, ModuleType]:
+    names = ("architecture", "attention_tiles", "counting", "latency", "measure", "plot", "roofline", "run")
+    return {name: importlib.import_module(name) for name in names}
 
 
 @pytest.fixture(scope="module")

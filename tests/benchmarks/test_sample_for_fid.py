@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 OPTIONS = ("--batch-size", "3", "--dtype", "fp32", "--device", "cpu")
 NAMES = [f"{label:04d}-{index:05d}.png" for index in range(2) for label in range(10)]
 
 
 @pytest.fixture(scope="module")
-def script(whole_var_tiny: Path):
-    sys.path.insert(0, str(BENCHMARKS))
+def script(benchmarks: None, whole_var_tiny: Path):
     import sample_for_fid
 
     sample_for_fid.var_tiny = whole_var_tiny
-    yield sample_for_fid
-    sys.path.remove(str(BENCHMARKS))
+    return sample_for_fid
 
 
 @pytest.fixture(scope="module")

@@ -421,6 +421,8 @@ def test_other_tensors_are_not_read_and_an_index_says_which_files_are(right: Tex
     index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
     found = load_text_encoder(folder, dtype=torch.float32)
     assert torch.equal(found.encode(["a"], context_tokens=T).context, right.encode(["a"], context_tokens=T).context)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"norm.weight": "absent.bin"}}')
+    assert load_text_encoder(folder).width == found.width, "the index of another format is not asked"
     index.write_text(json.dumps({"weight_map": {"norm.weight": "../one.safetensors"}}))
     with pytest.raises(ConfigError, match="must list the files of its folder under weight_map"):
         load_text_encoder(folder)
