@@ -209,19 +209,19 @@ def test_true_noise_has_the_least_diffusion_loss(parts, monkeypatch):
     from residual import diffusion_loss
 
     diffusion = parts[0].diffusion
-    residual = torch.randn(64, diffusion.channels) * 0.2
+    residual = torch.randn(256, diffusion.channels) * 0.2
     seen = {}
 
     def knowing(x, time, condition):
-        from residual import DRAWS, _constants
+        from residual import _constants
 
         c = {name: values[time, None] for name, values in _constants().items()}
-        noise = (c["x0_from_x"] * x - residual.repeat(DRAWS, 1) / LATENT_SCALE) / c["x0_from_noise"]
+        noise = (c["x0_from_x"] * x - residual / LATENT_SCALE) / c["x0_from_noise"]
         seen["noise"] = noise
         return noise + seen.get("error", 0.0), torch.full_like(x, -1.0)
 
     monkeypatch.setattr(type(diffusion), "forward", lambda self, *inputs: knowing(*inputs))
-    condition = torch.randn(64, parts[0].config.embed_dim)
+    condition = torch.randn(256, parts[0].config.embed_dim)
     best = diffusion_loss(diffusion, residual, condition, torch.Generator().manual_seed(0)).item()
     seen["error"] = 0.1
     worse = diffusion_loss(diffusion, residual, condition, torch.Generator().manual_seed(0)).item()

@@ -37,8 +37,7 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
         qkv = self.qkv(x).view(rows, length, 3, self.num_heads, self.head_dim)
         q = ops.rope_cache(qkv, *table, *place.slot(layer), self.gains())
-        keys, values = place.visible(layer)
-        return self.proj(ops.attention(q, keys, values, scale=self.scale))
+        return self.proj(place.attend(q, layer, scale=self.scale))
 
 
 class NormalizedAttention(Attention):

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...ops.precision import widens
 
 
@@ -62,6 +63,10 @@ class Place(Protocol):
         """Return the keys and values [R, H, N, d] that are attended to, those just written last."""
         ...
 
+    def attend(self, q: Tensor, layer: int, *, scale: float) -> Tensor:
+        """Let the queries [R, H, L, d] of a block attend to what is visible -> [R, L, H * d]."""
+        ...
+
 
 @dataclass(frozen=True)
 class CachePlace:
@@ -85,6 +90,10 @@ class CachePlace:
             keys[:, :, : self.offset].copy_(self.cache.keys[layer, self.rows, :, : self.offset])
             values[:, :, : self.offset].copy_(self.cache.values[layer, self.rows, :, : self.offset])
         return keys, values
+
+    def attend(self, q: Tensor, layer: int, *, scale: float) -> Tensor:
+        """As `Place`: every query to all of it."""
+        return ops.attention(q, *self.visible(layer), scale=scale)
 
     def _buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the memory of what was cached before and the scale itself: [R, H, offset + length, d] each."""

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import ops
 from ...ops.held import without_cudnn_attention
 from ..parts.cache import KVCache, Place
 from ..parts.checks import require, require_positive
@@ -61,7 +60,7 @@ class DepthAttention(nn.Module):
         own_keys, own_values = place.slot(layer)
         own_keys.copy_(k)
         own_values.copy_(v)
-        return self.proj(ops.attention(q, *place.visible(layer), scale=self.scale))
+        return self.proj(place.attend(q, layer, scale=self.scale))
 
 
 class DepthBlock(nn.Module):
