@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.ops.logits import filter_logits, guide, keep_ties
+from hart_infer.ops.logits import BEST, drop_tail, drop_tail_below_best, filter_logits, guide, keep_ties
 
 V = 50
 
@@ -106,3 +106,20 @@ def test_without_ties_nothing_comes_back() -> None:
 def test_guidance():
     conditional, unconditional = torch.tensor([[3.0]]), torch.tensor([[1.0]])
     assert guide(torch.cat([conditional, unconditional]), 1.5).item() == 2.5 * 3 - 1.5 * 1
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 9.0])  # of which nuclei hold nearly all, some and one or two
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bf16 there are equal logits
+@pytest.mark.parametrize("removable", [0.0, 0.05, 0.2, 0.9])
+def test_sorting_the_best_alone_drops_the_same_tail(removable: float, dtype: torch.dtype, spread: float) -> None:
+    drawn = torch.randn(2, 30, 8 * BEST, generator=torch.Generator().manual_seed(1))
+    given = (drawn * spread).to(dtype).float()
+    given[1, 3, 5:] = -torch.inf  # as few as five are left
+    found, expected = given.transpose(0, 1), given.clone().transpose(0, 1)  # not contiguous
+    drop_tail_below_best(found, removable)
+    drop_tail(expected, removable)
+    assert torch.equal(found, expected)
+    assert spread < 1 or removable == 0 or (kept(found).sum(-1) < BEST).any()
+    damaged = torch.full((1, 2, 8 * BEST), torch.nan)
+    drop_tail_below_best(damaged, removable)
+    assert damaged.isnan().all()
