@@ -15,6 +15,7 @@ from hart_infer import HartPipeline, InputError
 from hart_infer.checkpoints.hart import find_checkpoint
 from hart_infer.checkpoints.layouts import BUNDLED_MODEL
 
+SIDE = 96  # pixels
 SAME = 32.0  # dB
 REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at
 DRAWN = {"a rocket, twemoji style": 0, "a pizza, noto style": 1, "a robot, twemoji style": 2, "a snowman, noto style": 3}
@@ -46,14 +47,14 @@ def test_it_is_the_default_and_needs_no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     pipe = HartPipeline.from_pretrained(device="cpu")
-    assert pipe.name == BUNDLED_MODEL and pipe.sizes == (96,) and pipe.text_encoder is not None
+    assert pipe.name == BUNDLED_MODEL and pipe.sizes == (SIDE,) and pipe.text_encoder is not None
     assert BUNDLED_MODEL in pipe.describe()
 
 
 def test_its_bare_name_is_never_a_folder_nearby(monkeypatch, tmp_path, hart_tiny):
     (tmp_path / BUNDLED_MODEL).symlink_to(hart_tiny, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint(BUNDLED_MODEL).transformer.patch_nums == (1, 2, 3, 5, 8, 12)
+    assert find_checkpoint(BUNDLED_MODEL).transformer.patch_nums[-1] * 8 == SIDE
     for folder in (f"./{BUNDLED_MODEL}", Path(BUNDLED_MODEL)):
         assert "llm" in str(find_checkpoint(folder).transformer_files[0])
 
@@ -99,7 +100,8 @@ def test_pictures_are_what_was_asked_for(mini):
     for picture in (red, blue):
         corners = np.stack([picture[:6, :6], picture[:6, -6:], picture[-6:, :6], picture[-6:, -6:]])
         assert corners.min() > 225, "the background is white"
-    red, blue = (picture[36:60, 36:60].mean(axis=(0, 1)) for picture in (red, blue))
+    middle = slice(3 * SIDE // 8, 5 * SIDE // 8)
+    red, blue = (picture[middle, middle].mean(axis=(0, 1)) for picture in (red, blue))
     assert red[0] > red[2] + 80 and blue[2] > blue[0] + 80
 
 
@@ -136,7 +138,7 @@ def test_hybrid_reconstruction_beats_discrete(mini):
     """Of pictures that it did not draw: a face, a house and stripes."""
     originals = []
     for i in range(3):
-        picture = Image.new("RGB", (96, 96), "white")
+        picture = Image.new("RGB", (96, 96), "white")  # in whose pixels all is drawn
         draw = ImageDraw.Draw(picture)
         if i == 0:
             draw.ellipse((6, 6, 90, 90), fill="#ffcc33")
@@ -149,7 +151,7 @@ def test_hybrid_reconstruction_beats_discrete(mini):
         else:
             for x in range(8, 88, 16):
                 draw.rectangle((x, 8, x + 7, 88), fill="#3366bb")
-        originals.append(picture)
+        originals.append(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     hybrid, discrete = (
         np.mean([psnr(pixels(a), pixels(b)) for a, b in zip(mini.reconstruct(originals, mode), originals, strict=True)])
         for mode in ("hybrid", "discrete")
@@ -166,7 +168,7 @@ def test_guidance_and_the_system_prompt_default_to_what_it_was_trained_with(mini
 
 
 def test_the_wrong_size_is_refused(mini):
-    with pytest.raises(InputError, match="96"):
+    with pytest.raises(InputError, match=str(SIDE)):
         mini("a cat", size=1024)
 
 
@@ -183,7 +185,8 @@ def test_bf16_as_stored(mini):
     assert stored.dtype == torch.bfloat16
     stored.set_progress_bar_config(disable=True)
     picture = pixels(stored("a red heart, fluent style", seed=0).images[0]).astype(float)
-    assert picture[40:56, 40:56, 0].mean() > picture[40:56, 40:56, 2].mean() + 60
+    middle = slice(7 * SIDE // 16, 9 * SIDE // 16)
+    assert picture[middle, middle, 0].mean() > picture[middle, middle, 2].mean() + 60
 
 
 def _write_references() -> None:

@@ -58,7 +58,8 @@ def test_hart_mini_draws_a_table(capsys):
     assert Image.open("alone.png").tobytes() == Image.open("out/images/cat.png").tobytes()
     batched, alone = read_metadata("out/images/cat.png"), read_metadata("alone.png")
     assert batched == alone
-    assert Image.open(next(Path("out/sheets").iterdir())).size == (2 * 96 + 4, 96)
+    side = Image.open("alone.png").width
+    assert Image.open(next(Path("out/sheets").iterdir())).size == (2 * side + 4, side)
     capsys.readouterr()
     Path("p.csv").write_text("id,prompt,seed\ncat,a cat,7\ndog,a dog,8\n")
     assert main(["batch", "p.csv", "-o", "out"]) == 0

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from hart_infer import HartPipeline
+from hart_infer.images.files import make_grid
 from tests.golden.data import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -43,6 +45,20 @@ def test_the_script_draws_what_the_pipeline_draws(tmp_path: Path):
     assert "scale 5: latents (2, 16, 12, 12)" in run.stdout
     expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(["a cat", "a dog"], seed=5).images
     assert [Image.open(tmp_path / f"{i}.png").tobytes() for i in range(2)] == [image.tobytes() for image in expected]
+
+
+def test_the_animation_ends_with_the_pictures(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "sharpening.py"), "prompts.txt", "out.gif", "--seed", "5", "--columns", "1"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    pipe = HartPipeline.from_pretrained("hart-mini", device="cpu")
+    expected = make_grid(pipe(["a cat", "a dog"], seed=5).images, 1).quantize()
+    with Image.open(tmp_path / "out.gif") as animation:
+        assert animation.n_frames == 6
+        animation.seek(5)
+        assert animation.info["duration"] == 3200 and animation.size == expected.size
+        gap = np.abs(np.asarray(animation.convert("RGB"), float) - np.asarray(expected.convert("RGB"), float))
+        assert gap.mean() < 8  # of 255
 
 
 def test_two_processes_draw_what_one_does(tmp_path: Path):
