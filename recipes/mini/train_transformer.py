@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from captions import caption, wanted_of
 from foreseen import principal
-from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_STYLES
+from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYLES
 from parts import STATE, assemble, assemble_var, latents_of, parts_hash, take_over, trained
 from teacher import losses
 from torch import Tensor, nn
@@ -108,14 +108,15 @@ class Prompts:
 
 
 class Classes:
-    """var-mini: pictures in some styles by the number of their subject."""
+    """var-mini: pictures of some groups in some styles, by the number of their subject."""
 
     def __init__(self, pictures: Pictures, out: Path, start_from: str | None) -> None:
         """New, on the tokenizer in `out`, or as a saved pipeline is."""
         if start_from:
             raise SystemExit("--start-from goes with hart-mini alone.")
         about = pictures.about
-        self.pictures = [i for i in pictures.split("train") if about[i].style in VAR_STYLES]
+        train = pictures.split("train")
+        self.pictures = [i for i in train if about[i].style in VAR_STYLES and about[i].group in VAR_GROUPS]
         self.classes = sorted({about[i].name for i in self.pictures})
         number = {name: place for place, name in enumerate(self.classes)}
         self.number = {i: number[about[i].name] for i in self.pictures}
