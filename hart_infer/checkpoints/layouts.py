@@ -13,7 +13,7 @@ from ..errors import CheckpointNotFoundError
 from .hub import HubOptions, Repository, file_names
 
 INDEX = "model_index.json"  # of the project's own layout, which `save_pretrained` writes
-BUNDLED_MODEL = "hart-mini"  # comes with this package, in assets/
+BUNDLED_MODEL, BUNDLED_VAR = BUNDLED = ("hart-mini", "var-mini")  # they come with this package, in assets/
 RELEASED_MODEL = "mit-han-lab/hart-0.7b-1024px"
 _ASSETS = Path(__file__).parents[1] / "assets"
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(llm|transformer))?/?")
@@ -66,9 +66,9 @@ def open_source(repo_or_path: str | Path, markers: Iterable[str], hub: HubOption
 
 
 def local_path(repo_or_path: str | Path) -> Path | None:
-    """Return the path, `~` expanded, or None if it doesn't exist; the bundled model's bare name gives its folder here."""
-    if str(repo_or_path) == BUNDLED_MODEL and not isinstance(repo_or_path, Path):
-        return _ASSETS / BUNDLED_MODEL
+    """Return the path, `~` expanded, or None if it doesn't exist; a bundled model's bare name gives its folder here."""
+    if repo_or_path in BUNDLED:
+        return _ASSETS / repo_or_path
     path = Path(os.path.expanduser(repo_or_path))
     try:
         return path if path.exists() else None
@@ -77,8 +77,8 @@ def local_path(repo_or_path: str | Path) -> Path | None:
 
 
 def absolute(repo_or_path: str | None) -> str | None:
-    """Return a local folder's absolute path, which other processes find too; an id, the bundled name and None as they are."""
-    if repo_or_path is None or repo_or_path == BUNDLED_MODEL:
+    """Return a local folder's absolute path, which other processes find too; an id, a bundled name and None as they are."""
+    if repo_or_path is None or repo_or_path in BUNDLED:
         return repo_or_path
     path = local_path(repo_or_path)
     return repo_or_path if path is None else os.path.abspath(path)

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoints import var as checkpoints
 from ..checkpoints.hub import HubOptions
+from ..checkpoints.layouts import BUNDLED_VAR
 from ..checkpoints.var import VarDefaults, find_checkpoint
 from ..engine.quantize import Quantize
 from ..errors import InputError
@@ -38,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class VarPipeline(NextScalePipeline[VarTransformer]):
     """Class to image with VAR (Visual Autoregressive Modeling, arXiv:2404.02905).
 
+    >>> VarPipeline.from_pretrained()("sauropod", seed=7).images[0].save("sauropod.png")  # var-mini, in the package
     >>> pipe = VarPipeline.from_pretrained("FoundationVision/var", variant="d16")
     >>> pipe("golden retriever", seed=7).images[0].save("dog.png")
     """
@@ -61,7 +63,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
     @classmethod
     def from_pretrained(
         cls,
-        repo_or_path: str | Path,
+        repo_or_path: str | Path = BUNDLED_VAR,
         *,
         variant: str | None = None,
         revision: str | None = None,
@@ -75,8 +77,9 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
     ) -> VarPipeline:
         """Load a checkpoint from the Hub (owner/name) or a folder.
 
-        The released one is "FoundationVision/var", with the variants d16, d20, d24, d30 (256 px) and d36 (512 px). A folder
-        holds `var_*.pth` and one `vae_*.pth`, or is one that `save_pretrained` wrote.
+        "var-mini", the default, is the small model of emoji that comes with this package. The released one is
+        "FoundationVision/var", with the variants d16, d20, d24, d30 (256 px) and d36 (512 px). A folder holds `var_*.pth` and
+        one `vae_*.pth`, or is one that `save_pretrained` wrote.
 
         `variant`: needed where there are several `var_*.pth`. `dtype` (alias `torch_dtype`): None keeps the stored one; the
         quantizer stays fp32. `device` None: CUDA, else MPS, else the CPU. `revision`, `cache_dir`, `token`,

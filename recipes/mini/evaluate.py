@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from captions import FRESH_TEMPLATES, HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, Wanted, fill, spoken
 from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
+from PIL import Image, ImageDraw
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 from torch import Tensor
@@ -230,8 +231,26 @@ def pairs(e: Evaluation) -> dict[str, Any]:
     return scores
 
 
+def blind(e: Evaluation) -> dict[str, Any]:
+    """A numbered sheet of names at random, to be named by someone who has not seen them; what they are is in the results."""
+    known = sorted({a.name for a in e.pictures.about if a.split == "train"} & e.pictures.names)
+    names = Random(e.seed).sample(known, min(48, len(known)))
+    pictures = [
+        Image.fromarray(x.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()) for x in e.draw(names)
+    ]
+    side, label = pictures[0].width, 14
+    sheet = Image.new("RGB", (8 * (side + 8), -(-len(names) // 8) * (side + label + 8)), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, 8)
+        corner = column * (side + 8), row * (side + label + 8)
+        ImageDraw.Draw(sheet).text(corner, str(place + 1), fill="black")
+        sheet.paste(picture, (corner[0], corner[1] + label))
+    sheet.save(e.out / "blind.png")
+    return {"names": names}
+
+
 PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen, pairs)
+    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen, pairs, blind)
 }
 
 
