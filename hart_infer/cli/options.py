@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.hub import HubOptions
-from ..checkpoints.layouts import BUNDLED_MODEL
+from ..checkpoints.layouts import BUNDLED_MODEL, BUNDLED_VAR
 from ..errors import InputError
 from ..pipelines.checks import check_float, check_int, check_size, check_steps
 from .console import UsageError
@@ -118,7 +118,7 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
         "--model",
         metavar="PATH|ID",
         type=named,
-        help=f"checkpoint folder or Hugging Face id (default: {BUNDLED_MODEL}, which is in the package)",
+        help=f"checkpoint folder or Hugging Face id (default: {BUNDLED_MODEL}; it and {BUNDLED_VAR} are in the package)",
     )
     add_source(group)
     return group

@@ -1,14 +1,14 @@
 """Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen combinations.
+Or a var-mini: its classes.
 
-    python recipes/mini/evaluate.py DATA OUT [--only reconstruction prompts ...]
+    python recipes/mini/evaluate.py DATA OUT [--model var-mini] [--only reconstruction prompts ...]
 
-Needs OUT/judge.pt (classifier.py). Writes OUT/results.json and, for the eye, OUT/*.png.
+Needs OUT/judge.pt (classifier.py). Writes OUT/hart-results.json or OUT/var-results.json and, for the eye, OUT/*.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from captions import FRESH_TEMPLATES, HELD_OUT_TEMPLATES, PLAIN, STYLED_TEMPLATES, Wanted, fill, spoken
 from classifier import STYLE_NAMES, Classifier, load_classifier, subjects_of
+from model import VAR_STYLES
 from PIL import Image, ImageDraw
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 from torch import Tensor
 from training import Pictures, psnr, write_grid
 
-from hart_infer import HartPipeline
-from hart_infer.checkpoints.hart import find_checkpoint
+from hart_infer import HartPipeline, VarPipeline
+from hart_infer.checkpoints.families import Family, find_family
+from hart_infer.pipelines.describe import weights_digest
 
 BATCH = 16
 
@@ -36,10 +38,14 @@ BATCH = 16
 class Evaluation:
     """A pipeline, the pictures, and the judge."""
 
+    pipe: HartPipeline | VarPipeline
+
     def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, *, count: int, seed: int) -> None:
         """`count`: how many pictures are generated for a score; `subjects` as for `Pictures`."""
         self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
-        self.pipe = HartPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
+        self.family = find_family(model)
+        pipeline = VarPipeline if self.family == "VAR" else HartPipeline
+        self.pipe = pipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier: Classifier = load_classifier(out / "judge.pt", self.pictures)
         self.subjects = {name: i for i, name in enumerate(subjects_of(self.pictures))}
@@ -249,19 +255,29 @@ def blind(e: Evaluation) -> dict[str, Any]:
     return {"names": names}
 
 
-PARTS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    part.__name__: part for part in (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen, pairs, blind)
+def classes(e: Evaluation) -> dict[str, Any]:
+    """var-mini: every class once, against the real pictures, and what the tokenizer makes of those."""
+    named = [names[0] for names in e.pipe.labels.names]
+    of_name = {e.pictures.about[i].name: i for i in e.pictures.split("train") if e.pictures.about[i].style in VAR_STYLES}
+    indices = [of_name[name] for name in named]
+    real, missed = e.pictures.tensor(indices), []
+    scores: dict[str, Any] = {"pictures": len(indices), "real": e.judge(real, indices)}
+    rows = {"tokenizer": e.pipe.reconstruct(real / 2 + 0.5) * 2 - 1, "drawn": e.draw(named)}
+    for name, pictures in rows.items():
+        scores[name] = e.judge(pictures, indices, missed if name == "drawn" else None) | {
+            "frechet": e.frechet(pictures, real), "psnr_to_real": psnr(pictures, real).mean().item()
+        }  # fmt: skip
+    chosen = Random(e.seed).sample(range(len(indices)), 24)
+    halves = chosen[:12], chosen[12:]
+    write_grid(e.out / "classes.png", [shown[half] for half in halves for shown in (real, rows["drawn"])])
+    return scores | {"missed": missed, "shown": [named[i] for i in chosen]}
+
+
+Part = Callable[[Evaluation], dict[str, Any]]
+PARTS: dict[Family, tuple[Part, ...]] = {
+    "HART": (reconstruction, generation, guidance, prompts, fresh_prompts, plain, unseen, pairs, blind),
+    "VAR": (classes,),
 }
-
-
-def weights_of(model: str) -> str:
-    """A short hash of a checkpoint's weights, to tell whose figures these are."""
-    found = find_checkpoint(model)
-    digest = hashlib.sha256()
-    words = found.text_encoder.glob("*.safetensors") if found.text_encoder else ()
-    for file in sorted((*found.transformer_files, *found.autoencoder_files, *words)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def main() -> None:
@@ -271,19 +287,21 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="hart-mini")
     parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=[part.__name__ for parts in PARTS.values() for part in parts])
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     evaluation = Evaluation(args.data, args.subjects, args.out, args.model, count=args.count, seed=args.seed)
-    path, weights = args.out / "results.json", weights_of(args.model)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.only:
-        settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
-        settings |= {"weights": weights, "subjects": args.subjects and args.subjects.name}
-        results[name] = PARTS[name](evaluation) | {"settings": settings}
-        print(json.dumps({name: results[name]}, indent=1), flush=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    path, results = args.out / f"{evaluation.family.lower()}-results.json", {}
+    if path.exists():
+        results = json.loads(path.read_text())
+    settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
+    settings |= {"weights": weights_digest(evaluation.pipe.components), "subjects": args.subjects and args.subjects.name}
+    for part in PARTS[evaluation.family]:
+        if args.only is None or part.__name__ in args.only:
+            results[part.__name__] = part(evaluation) | {"settings": settings}
+            print(json.dumps({part.__name__: results[part.__name__]}, indent=1), flush=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,14 @@ def draw_pictures(folder: Path) -> None:
         colour, size = generator.integers(0, 200, 3), generator.integers(20, 60)
         for number, style in enumerate(("noto", "fluent", "twemoji")):
             split = "train" if subject != "van" else "subject"
-            entry = {"emoji": subject[0], "name": subject, "keywords": [], "group": "Activities", "style": style, "split": split}
+            entry = {
+                "emoji": subject[0],
+                "name": subject,
+                "keywords": [],
+                "group": "Activities",
+                "style": style,
+                "split": split,
+            }
             disc = np.where((far < size + 3 * number)[..., None], colour, 255)
             pixels.append(disc)
             about.append(entry | {"colour": None, "number": 1})
