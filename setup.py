@@ -72,7 +72,8 @@ def compile_cpu(output: Path) -> None:
     if compiler is None:
         raise NoKernels(f"{os.environ.get('CXX') or 'g++'} was not found (CXX, PATH)")
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-static-libgcc", *map(str, sources)]
+    command = [compiler, "-O3", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-static-libgcc"]
+    command += map(str, sources)
     run(command, output, verbose=os.environ.get("HART_INFER_BUILD_CPU") == "1")
 
 

@@ -212,6 +212,11 @@ def guided_sample(x: Inputs) -> Call:
     return (logits, codebook, seeds, offset, _settings(x)), {"top_k": True, "top_p": False, "more_smooth": True}
 
 
+def drop_unlikely(x: Inputs) -> Call:
+    """The last scale's logits by top-k and top-p; in place, so that all calls but the first find them filtered."""
+    return (x(1, x.shapes.tokens, x.shapes.codes, dtype=torch.float32), 600, 0.96), {}
+
+
 def normal_noise(x: Inputs) -> Call:
     """The residual diffusion's of one step."""
     seeds = torch.tensor([7], device=x.device)
@@ -240,8 +245,8 @@ CASES: dict[str, Callable[[Inputs], Call]] = {
     case.__name__: case
     for case in (
         attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
-        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, normal_noise, group_norm_silu,
-        int8_linear,
+        layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, drop_unlikely, normal_noise,
+        group_norm_silu, int8_linear,
     )
 }  # fmt: skip
 

@@ -76,6 +76,14 @@ struct RopeCache {
     int64_t rows, heads, tokens, head_dim;
 };
 
+// See `hart_infer/ops/logits.py`. Contiguous.
+struct Filter {
+    float *logits;  // [rows, width]
+    int64_t rows, width, top_k;  // 0: no top-k
+    int32_t has_top_p;
+    float removable;
+};
+
 // See `hart_infer/ops/int8_linear.py`. All contiguous; `levels` [rows, in] and `row_scales` [rows] are room to work in.
 struct Int8Linear {
     const uint16_t *x;

@@ -6,6 +6,7 @@ from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
 from .int8_linear import int8_linear
 from .layer_norm_modulate import gated_layer_norm_modulate, layer_norm_modulate
+from .logits import drop_unlikely
 from .normal_noise import normal_noise
 from .products import conv2d, linear
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_modulate, rms_norm_quantized
@@ -19,6 +20,7 @@ __all__ = [
     "causal_attention",
     "conv2d",
     "diffusion_step",
+    "drop_unlikely",
     "gated_layer_norm_modulate",
     "group_norm_silu",
     "guided_sample",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registry import Backend, op
+
 BEST = 512  # codes: a nucleus seldom keeps more
 
 
@@ -34,8 +36,16 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k and then top-p remove from `logits` [..., V] fp32; in place, and returned.
 
     `top_k`: keep the k largest and ties with the k-th. `top_p`: then drop the least likely of the rest while their
-    probabilities add up to at most 1 - top_p, never the best one. 0 disables either.
+    probabilities add up to at most 1 - top_p, never the best one; of equal ones the first. 0 disables either.
     """
+    if 0 < top_k < logits.shape[-1] or top_p > 0:
+        drop_unlikely(logits, top_k, top_p)
+    return logits
+
+
+@op(mutates=("logits",), keeps_layout=True, cpu=Backend(".cpu.filter:drop_unlikely"))
+def drop_unlikely(logits: Tensor, top_k: int, top_p: float) -> None:
+    """Do what `filter_logits` says, in place."""
     vocab_size = logits.shape[-1]
     if 0 < top_k < vocab_size:
         lowest = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -43,15 +53,14 @@ def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
     if top_p > 0:
         # What top-k left is sorted fast: most of it is equal.
         (drop_tail if 0 < top_k < vocab_size else drop_tail_below_best)(logits, 1 - top_p)
-    return logits
 
 
 def drop_tail(logits: Tensor, removable: float | Tensor) -> None:
     """Set to -inf the least likely of `logits` [..., V] while their probabilities add up to at most `removable`; in place.
 
-    Never the best one.
+    Never the best one; of equal ones the first.
     """
-    ascending, order = logits.sort(dim=-1, descending=False)
+    ascending, order = logits.sort(dim=-1, stable=True)
     remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= removable
     remove[..., -1] = False
     logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)

@@ -34,7 +34,7 @@ def pixels(pipe: HartPipeline, **options) -> np.ndarray:
 @DTYPES
 def test_every_operation_that_has_kernels_runs_by_one_unless_its_table_says_why_not(dtype):
     where = Where.of(torch.zeros(1, dtype=dtype, device="cuda"))
-    by = {name: operation.choose(where) for name, operation in OPS.items() if operation.backends}
+    by = {name: operation.choose(where) for name, operation in OPS.items() if {*operation.backends} - {"cpu"}}
     assert all(choice.backend != "torch" or choice.why for choice in by.values()), {n: c.refusals for n, c in by.items()}
     assert ops.attention.choose(where, multiplicity=2, ranges=[0, 1]).backend == "triton"
 

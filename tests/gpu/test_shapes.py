@@ -28,7 +28,11 @@ def calls():
 
 def results(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
     """What an operation returns and what it writes."""
+    if name == "drop_unlikely":
+        arguments = (arguments[0].clone(), *arguments[1:])
     found = OPS[name](*arguments, **options)
+    if name == "drop_unlikely":
+        return [arguments[0]]
     found = list(found) if isinstance(found, tuple) else [found]
     return found + [slot.clone() for slot in arguments[3:5]] if name == "rope_cache" else found
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from hart_infer.ops.logits import BEST, drop_tail, drop_tail_below_best, filter_logits, guide, keep_ties
+from hart_infer.ops.cpu import filter
+from hart_infer.ops.logits import BEST, drop_tail, drop_tail_below_best, drop_unlikely, filter_logits, guide, keep_ties
+from hart_infer.ops.registry import Where, use_backend
 
 V = 50
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """By the reference and by the CPU's kernel."""
+    if request.param == "cpu" and (reason := filter.refusal(Where("cpu", torch.float32))):
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
 
 
 def logits(*shape: int, seed: int = 0, ties: bool = False) -> Tensor:
@@ -123,3 +135,38 @@ def test_sorting_the_best_alone_drops_the_same_tail(removable: float, dtype: tor
     damaged = torch.full((1, 2, 8 * BEST), torch.nan)
     drop_tail_below_best(damaged, removable)
     assert damaged.isnan().all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 4096])
+@pytest.mark.parametrize(("top_k", "top_p"), [(600, 0.96), (0, 0.8), (3, 0.0), (40, 0.5), (0, 1.0)])
+def test_the_kernel_keeps_what_the_reference_keeps(backend: str, top_k: int, top_p: float, width: int) -> None:
+    drawn = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(width)) * 3
+    drawn[0] = drawn[0].bfloat16()  # with equal ones
+    drawn[1, 3, 2:] = -torch.inf
+    drawn[2, :, ::3] = 0.0
+    drawn[2, :, ::2] *= -1  # -0.0 equals 0.0
+    given = drawn.transpose(0, 1)
+    expected = given.clone()
+    drop_unlikely.reference(expected, top_k, top_p)
+    assert torch.equal(filter_logits(given, top_k=top_k, top_p=top_p), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_without_a_softmax_stay_without_one(backend: str, bad: float) -> None:
+    given = torch.randn(4, 20)
+    given[1, 7] = bad
+    given[2] = -torch.inf
+    filtered = filter_logits(given.clone(), top_k=5, top_p=0.9)
+    assert filtered.softmax(dim=-1).isnan().all(dim=-1).tolist() == [False, True, True, False]
+
+
+def test_any_number_of_threads_and_no_row_at_all(backend: str) -> None:
+    given, before, found = torch.randn(100, 500), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(filter_logits(given.clone(), top_k=50, top_p=0.9))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert filter_logits(torch.empty(0, 9), top_k=3, top_p=0.5).shape == (0, 9)
