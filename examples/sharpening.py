@@ -1,6 +1,7 @@
-"""Draw prompts, one a line, and write an animated picture of the scales, each sharper than the one before.
+"""Draw prompts or classes, one a line, and write an animated picture of the scales, each sharper than the one before.
 
     python examples/sharpening.py recipes/mini/demo.txt sharpening.webp --columns 4
+    python examples/sharpening.py recipes/mini/classes.txt sharpening.webp --columns 6 --model var-mini
 
 The last frame is the pictures themselves; it stays longest. Also a GIF, by its extension, of 256 colours.
 """
@@ -8,7 +9,8 @@ The last frame is the pictures themselves; it stays longest. Also a GIF, by its 
 import argparse
 from pathlib import Path
 
-from hart_infer import HartPipeline
+from hart_infer import HartPipeline, VarPipeline
+from hart_infer.checkpoints.families import find_family
 from hart_infer.images.files import make_grid
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,7 +22,7 @@ parser.add_argument("--columns", type=int)
 parser.add_argument("--milliseconds", type=int, default=400, help="of a frame; the last takes eight times as long")
 args = parser.parse_args()
 
-pipe = HartPipeline.from_pretrained(args.model)
+pipe = {"HART": HartPipeline, "VAR": VarPipeline}[find_family(args.model)].from_pretrained(args.model)
 prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
 frames = []
 pipe(prompts, seed=args.seed, callback_on_step_end=lambda step: frames.append(make_grid(step.preview(), args.columns)))

@@ -81,7 +81,7 @@ def convert(
         raise UsageError(f"--max-shard-size: {error}") from error
     check_destination(destination)
     pipe = load_pipeline(
-        family_of(model),
+        family_of(model, None if with_text_encoder else {"no_text_encoder"}),
         model,
         MachineOptions(device="cpu", dtype=dtype, threads=None),
         text_encoder=model.text_encoder if with_text_encoder else False,

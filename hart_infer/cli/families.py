@@ -31,6 +31,7 @@ FLAGS = {
     "use_system_prompt": "--no-system-prompt",
     "preset": "--preset",
     "text_encoder": "--text-encoder",
+    "no_text_encoder": "--no-text-encoder",
     "use_ema": "--no-ema",
     "quantize": "--quantize",
 }

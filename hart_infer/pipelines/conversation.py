@@ -317,6 +317,8 @@ class ConversationPipeline(Pipeline):
     def _message(self, question: Any, name: str) -> list[str | Image]:
         """Return a question's texts and pictures as they follow each other. Raises InputError."""
         if isinstance(question, str):
+            if not question.strip():
+                raise InputError(f"{name} is empty; ask something.")
             return [question]
         if not isinstance(question, list | tuple):
             raise InputError(f"{name} must be a text, or a list of texts and media, not {type(question).__name__}.")

@@ -100,13 +100,16 @@ def test_what_var_does_not_take_is_a_wrong_command_line(
     assert here() == ["photo.png"]
 
 
-@pytest.mark.parametrize("command", [["info"], ["convert", "-q"]])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(["info"], "--no-ema"), (["convert", "-q"], "--no-ema"), (["convert", "-q"], "--no-text-encoder")],
+)
 def test_options_of_hart_with_a_positional_model(
-    var_tiny: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+    var_tiny: Path, capsys: pytest.CaptureFixture[str], command: list[str], option: str
 ) -> None:
     destination = ["out"] if command[0] == "convert" else []
-    assert main([*command, str(var_tiny), *destination, "--no-ema"]) == 2
-    assert "which does not take --no-ema; leave it out." in capsys.readouterr().err
+    assert main([*command, str(var_tiny), *destination, option]) == 2
+    assert f"which does not take {option}; leave it out." in capsys.readouterr().err
     assert here() == []
 
 
