@@ -16,7 +16,7 @@ from hart_infer.checkpoints.layouts import BUNDLED_VAR
 SIDE = 128  # pixels
 SAME = 32.0  # dB
 REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_var_mini.py`, and looked at
-DRAWN = {"watermelon": 0, "sauropod": 1, "rocket": 2, "snowman": 3}
+DRAWN = {"watermelon": 0, "sauropod": 1, "rocket": 2, "pineapple": 3}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -57,7 +57,7 @@ def test_a_class_and_a_seed_draw_the_picture_they_drew(mini, name):
     assert drawn.tobytes() == number.tobytes()
 
 
-@pytest.mark.parametrize("other", [{"guidance_scale": 10.0}, {"top_k": 1, "top_p": 0.0, "stop_after": 3}], ids=str)
+@pytest.mark.parametrize("other", [{"guidance_scale": 10.0}, {"stop_after": 6}], ids=str)
 def test_other_settings_draw_pictures_that_are_not_taken_for_the_same(mini, other):
     found = [
         psnr(pixels(mini(name, seed=seed, **other).images[0]), pixels(Image.open(reference(name))))
@@ -80,7 +80,7 @@ def test_a_picture_does_not_depend_on_its_batch(mini):
 
 
 def test_it_paints_what_a_mask_leaves_open(mini):
-    picture = mini("snowman", seed=3).images[0]
+    picture = mini("pineapple", seed=3).images[0]
     edited = mini.inpaint(picture, (0.0, 0.5, 1.0, 1.0), "watermelon", seed=1).images[0]
     left, right = slice(0, SIDE // 2 - 16), slice(SIDE // 2 + 16, SIDE)
     assert np.abs(pixels(edited)[:, left].astype(int) - pixels(picture)[:, left]).max() <= 2

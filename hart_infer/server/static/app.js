@@ -12,7 +12,7 @@ import { Settings } from "./settings.js";
 const AGAIN = 1000; // milliseconds between two looks at a model that is being loaded
 const EXAMPLES = {
   "hart-mini": ["a cat, noto style", "a pizza, fluent style", "an octopus", "a rocket, twemoji style"],
-  "var-mini": ["watermelon", "sauropod", "rocket", "snowman"],
+  "var-mini": ["watermelon", "sauropod", "rocket", "pineapple"],
   VAR: ["golden retriever", "volcano", "teapot", "387"],
   other: ["a lighthouse in the snow", "a cat on a red sofa", "an owl made of paper"],
 };
@@ -133,7 +133,7 @@ function show(next) {
   byId("facts").textContent = `${model.family}, ${model.sizes.join(" and ")} px`;
   byId("model-box").dataset.state = "ready";
   const examples = EXAMPLES[model.id] ?? EXAMPLES[model.family] ?? EXAMPLES.other;
-  drawForm.elements.prompt.placeholder = model.family === "VAR" ? "A class of ImageNet: its name or number" : "Describe a picture";
+  drawForm.elements.prompt.placeholder = model.family === "VAR" ? "A class: its name or number" : "Describe a picture";
   byId("examples").replaceChildren(...examples.map((text) => button(text, null, () => {
     drawForm.elements.prompt.value = text;
     drawForm.elements.prompt.focus();
