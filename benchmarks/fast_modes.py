@@ -4,9 +4,9 @@
     python benchmarks/fast_modes.py MODEL --dtype bf16 --prompts prompts.txt --count 8 --out fast.json
 
 The modes take turns picture by picture in one process. DATA and JUDGE are recipes/mini's: prompts are then hart-mini's in
-wordings that it was not trained on, and the judge tells subject, style, a Frechet distance to the real pictures, and a
-distance to exact's picture by its features (as LPIPS, but of this small network and without LPIPS's weights). `--alone` adds
-each knob of the modes by itself. Needs the extra `evaluate`.
+wordings that it was not trained on, or var-mini's classes, and the judge tells subject, style, a Frechet distance to the real
+pictures, and a distance to exact's picture by its features (as LPIPS, but of this small network and without LPIPS's weights).
+`--alone` adds each knob of the modes by itself, `--int8` exact and the modes in int8. Needs the extra `evaluate`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from hart_infer import HartError
+from hart_infer import HartError, VarPipeline
 from hart_infer.generation.next_scale import Generation
 from hart_infer.generation.schedule import Schedule
 from hart_infer.generation.speed import SPEEDS
@@ -109,15 +109,20 @@ def draw(pipe: Any, subject: Any, seed: int, way: dict[str, Any]) -> Drawn:
     return Drawn(image, codes, seconds, processor_seconds)
 
 
-def draw_all(pipe: Any, subjects: Sequence[Any], ways: dict[str, dict[str, Any]], seed: int) -> dict[str, list[Drawn]]:
-    """Draw every subject in every way; which comes first changes from picture to picture. The first round is not counted."""
-    for way in ways.values():
-        draw(pipe, subjects[0], seed, way)
+def draw_all(
+    pipes: Mapping[str, Any], subjects: Sequence[Any], ways: Mapping[str, dict[str, Any]], seed: int
+) -> dict[str, list[Drawn]]:
+    """Draw every subject in every way, by the way's pipeline; which comes first changes from picture to picture.
+
+    The first round is not counted.
+    """
+    for name, way in ways.items():
+        draw(pipes[name], subjects[0], seed, way)
     names, drawn = list(ways), {name: list[Drawn]() for name in ways}
     for index, subject in enumerate(subjects):
         first = index % len(names)
         for name in [*names[first:], *names[:first]]:
-            drawn[name].append(draw(pipe, subject, seed + index, ways[name]))
+            drawn[name].append(draw(pipes[name], subject, seed + index, ways[name]))
     return drawn
 
 
@@ -154,7 +159,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 class Judge:
     """recipes/mini's classifier, the real pictures and the captions that ask for them."""
 
-    def __init__(self, data: Path, judge: Path, subjects: Path | None, count: int) -> None:
+    def __init__(self, pipe: Any, data: Path, judge: Path, subjects: Path | None, count: int) -> None:
         sys.path[:0] = [str(ROOT / "recipes" / "evaluate"), str(ROOT / "recipes" / "mini")]
         import mini
         from networks import load_judge, load_network
@@ -162,6 +167,8 @@ class Judge:
         from pictures import of_array
 
         self.path, self.wishes = judge, mini.read_wishes(data, subjects, count)
+        if isinstance(pipe, VarPipeline):
+            self.wishes = mini.read_class_wishes(data, [names[0] for names in pipe.labels.names or ()], count)
         pixels = np.load(data / "pictures.npy", mmap_mode="r")[[wish.index for wish in self.wishes]]
         self.size, self.network = pixels.shape[1], load_network("judge", judge, torch.device("cpu"))
         self.distance = PerceptualLoss(load_judge(judge))
@@ -234,10 +241,15 @@ def run(args: argparse.Namespace) -> None:
     """Draw, measure, write."""
     measure.check_out(args.out)
     pipe = load(args.model, args.variant, args.device, DTYPES[args.dtype])
-    judge = Judge(args.data, args.judge, args.subjects, args.count) if args.judge else None
+    judge = Judge(pipe, args.data, args.judge, args.subjects, args.count) if args.judge else None
     subjects = [w.prompt for w in judge.wishes] if judge else subjects_of(pipe, args.prompts, args.count)
     ways = ways_of(pipe, [mode for mode in args.modes if mode != EXACT], alone=args.alone)
-    drawn = draw_all(pipe, subjects, ways, args.seed)
+    pipes = dict.fromkeys(ways, pipe)
+    if args.int8:
+        quantized = load(args.model, args.variant, args.device, DTYPES[args.dtype], "int8")
+        for name in (EXACT, *(mode for mode in args.modes if mode != EXACT)):
+            ways[f"{name} in int8"], pipes[f"{name} in int8"] = ways[name], quantized
+    drawn = draw_all(pipes, subjects, ways, args.seed)
     costs: dict[str, Cost] = {}
     for mode, pictures in drawn.items():
         found = asdict(cost(pipe, ways[mode], pictures, drawn[EXACT]))
@@ -266,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", help="as of from_pretrained")
     parser.add_argument("--modes", nargs="+", choices=list(SPEEDS), default=list(SPEEDS))
     parser.add_argument("--alone", action="store_true", help="also each knob of the modes by itself")
+    parser.add_argument("--int8", action="store_true", help="also exact and the modes in int8")
     parser.add_argument("--prompts", type=Path, help="HART without a judge: a file of prompts, one per line")
     parser.add_argument("--data", type=Path, help="with --judge: what recipes/mini/data.py wrote")
     parser.add_argument("--judge", type=Path, help="what recipes/mini/classifier.py trained")

@@ -26,6 +26,7 @@ from hart_infer import HartPipeline, VarPipeline
 from hart_infer.checkpoints.families import find_family
 from hart_infer.checkpoints.hub import HUB
 from hart_infer.checkpoints.layouts import INDEX
+from hart_infer.engine.quantize import Quantize
 from hart_infer.generation.sampling import Sampler
 from hart_infer.generation.schedule import Stage
 from hart_infer.images.files import whole_file
@@ -114,12 +115,16 @@ def shown(fitted: float | None) -> str:
     return f"not fitted: codes are certain to {CERTAIN} nats, so 1" if fitted is None else f"{fitted:.3f}"
 
 
-def load(model: str, variant: str | None, device: str | None, dtype: torch.dtype = torch.float32) -> Any:
+def load(
+    model: str,
+    variant: str | None,
+    device: str | None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+) -> Any:
     """The pipeline of a model of either family."""
-    if find_family(model, HUB) == "VAR":
-        pipe: Any = VarPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
-    else:
-        pipe = HartPipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device)
+    pipeline: Any = VarPipeline if find_family(model, HUB) == "VAR" else HartPipeline
+    pipe = pipeline.from_pretrained(model, variant=variant, dtype=dtype, device=device, quantize=quantize)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -90,6 +90,26 @@ def read_wishes(data: Path, subjects: Path | None, count: int, seed: int = 0) ->
     return wishes
 
 
+def read_class_wishes(data: Path, names: Sequence[str], count: int) -> list[Wish]:
+    """Choose `count` of var-mini's classes, spread over all: its pictures, and their names as prompts. Raises InputError."""
+    sys.path.insert(0, str(MINI))
+    try:
+        from data import STYLES
+        from model import VAR_STYLES
+    except ImportError as error:
+        raise InputError(f"this needs what recipes/mini needs ({error}): pip install -r {MINI}/requirements.txt.") from error
+    finally:
+        sys.path.remove(str(MINI))
+    about = json.loads((data / "pictures.json").read_text(encoding="utf-8"))
+    classes = {name: i for i, name in enumerate(sorted({each["name"] for each in about}))}
+    learned = {e["name"]: i for i, e in enumerate(about) if e["split"] == "train" and e["style"] in VAR_STYLES}
+    if unknown := set(names) - set(learned):
+        raise InputError(f"{data} has no picture that var-mini learned of {min(unknown)}.")
+    chosen = [names[index * len(names) // min(count, len(names))] for index in range(min(count, len(names)))]
+    styles = list(STYLES)
+    return [Wish(learned[name], name, classes[name], styles.index(about[learned[name]]["style"])) for name in chosen]
+
+
 def see(pictures: PictureSet, wishes: Sequence[Wish], judge: Path, size: int) -> Seen:
     """Ask the judge what it sees in each picture. Raises InputError."""
     classifier = load_judge(judge)

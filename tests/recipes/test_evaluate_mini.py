@@ -54,6 +54,16 @@ def test_wishes_are_of_learned_pictures_in_other_words(data):
     assert read_wishes(data, None, 3) == read_wishes(data, None, 3) and len(read_wishes(data, None, 3)) == 3
 
 
+def test_classes_are_wished_for_by_name(data):
+    from mini import read_class_wishes
+
+    wishes = read_class_wishes(data, NAMES, 2)
+    assert [(w.prompt, w.index, w.style) for w in wishes] == [("cat", 2, 2), ("dog", 5, 2)]
+    assert len(read_class_wishes(data, NAMES, 100)) == 3
+    with pytest.raises(InputError, match="no picture that var-mini learned of fog"):
+        read_class_wishes(data, ["cat", "fog"], 2)
+
+
 def test_only_the_vocabulary_is_wished_for(data, tmp_path):
     from mini import read_wishes
 
