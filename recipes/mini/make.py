@@ -18,6 +18,7 @@ from pathlib import Path
 from parts import TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
+VAR = ("--model", "var", "--lr", "1.2e-3", "--full-every", "1")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
         Step("train_text.py", both, (text,), steps=6500),
         Step("train_transformer.py", (*both, *begun), (hart / made,), steps=30000),
         Step("export.py", (str(run), str(hart)), (hart / made,)),
-        Step("train_transformer.py", (*both, "--model", "var"), (var / made,), steps=15000),
+        Step("train_transformer.py", (*both, *VAR), (var / made,), steps=3000),
         Step("export.py", (str(run), str(var), "--model", "var"), (var / made,)),
         Step("classifier.py", (*both, "--name", "judge"), (run / "judge.pt",), steps=1500),
     ]
