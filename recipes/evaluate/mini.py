@@ -2,7 +2,7 @@
 
     python recipes/evaluate/mini.py DATA JUDGE OUT --subjects recipes/mini/vocabulary.txt -- --model hart-mini
 
-DATA is what recipes/mini/data.py wrote, JUDGE the file judge.pt that recipes/mini/classifier.py trained. What follows `--`
+DATA is what recipes/mini/data.py wrote, JUDGE recipes/mini/judge.safetensors. What follows `--`
 are options of `hart-infer batch`. The pairs of subject and style that hart-mini learned are drawn in wordings that no
 training caption has, with the residual diffusion and without. Killed, the same command goes on. Writes OUT/results.json.
 """

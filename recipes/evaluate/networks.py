@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from metrics import Mean, mean_of
 from pictures import PictureSet, Read, Reader
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
 from tqdm import tqdm
@@ -128,10 +130,10 @@ def load_judge(path: Path) -> nn.Module:
     finally:
         sys.path.remove(str(MINI))
     try:
-        weights = torch.load(path, weights_only=True)
+        weights = load_file(path)
         judge = Classifier(len(weights["subject.weight"]))
         judge.load_state_dict(weights)
-    except (RuntimeError, KeyError, TypeError, OSError, ValueError) as error:
+    except (RuntimeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"{path} is not what recipes/mini/classifier.py of this version writes.") from error
     return judge.eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@ Or a var-mini: its classes.
 
     python recipes/mini/evaluate.py DATA OUT [--model var-mini] [--only reconstruction prompts ...]
 
-Needs OUT/judge.pt (classifier.py). Writes OUT/hart-results.json or OUT/var-results.json and, for the eye, OUT/*.png.
+The judge is classifier.py's. Writes OUT/hart-results.json or OUT/var-results.json and, for the eye, OUT/*.png.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Evaluation:
 
     pipe: HartPipeline | VarPipeline
 
-    def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, *, count: int, seed: int) -> None:
+    def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, judge: Path, *, count: int, seed: int) -> None:
         """`count`: how many pictures are generated for a score; `subjects` as for `Pictures`."""
         self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
         self.family = find_family(model)
         pipeline = VarPipeline if self.family == "VAR" else HartPipeline
         self.pipe = pipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
-        self.classifier: Classifier = load_classifier(out / "judge.pt", self.pictures)
+        self.classifier: Classifier = load_classifier(judge, self.pictures)
         self.subjects = {name: i for i, name in enumerate(subjects_of(self.pictures))}
 
     def draw(self, prompts: Sequence[str], **options: Any) -> Tensor:
@@ -286,12 +286,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="hart-mini")
+    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
     parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
     parser.add_argument("--only", nargs="*", choices=[part.__name__ for parts in PARTS.values() for part in parts])
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    evaluation = Evaluation(args.data, args.subjects, args.out, args.model, count=args.count, seed=args.seed)
+    evaluation = Evaluation(args.data, args.subjects, args.out, args.model, args.judge, count=args.count, seed=args.seed)
     path, results = args.out / f"{evaluation.family.lower()}-results.json", {}
     if path.exists():
         results = json.loads(path.read_text())

@@ -49,7 +49,9 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
     begun = ("--start-from", start_from) if start_from else ()
     return [
         Step("data.py", (str(data),), (data / "pictures.json",)),
-        Step("classifier.py", (*both, "--name", "features", "--seed", "1"), (run / "features.pt", tokenizer), steps=400),
+        Step(
+            "classifier.py", (*both, "--name", "features", "--seed", "1"), (run / "features.safetensors", tokenizer), steps=400
+        ),
         Step("train_tokenizer.py", both, (tokenizer,), steps=3000),
         Step("associate.py", both, (run / "words.json", text)),
         Step("train_text.py", both, (text,), steps=6500),
@@ -57,7 +59,6 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
         Step("export.py", (str(run), str(hart)), (hart / made,)),
         Step("train_transformer.py", (*both, *VAR), (var / made,), steps=3000),
         Step("export.py", (str(run), str(var), "--model", "var"), (var / made,)),
-        Step("classifier.py", (*both, "--name", "judge"), (run / "judge.pt",), steps=1500),
     ]
 
 

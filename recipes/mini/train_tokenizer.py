@@ -2,7 +2,7 @@
 
     python recipes/mini/train_tokenizer.py DATA OUT
 
-Needs OUT/features.pt (classifier.py) for the perceptual loss; a discriminator joins for the last part of the steps.
+Needs OUT/features.safetensors (classifier.py) for the perceptual loss; a discriminator joins for the last part of the steps.
 Half of every batch is decoded from the continuous latent, half from the codes (straight-through). The codebook follows the
 vectors that it codes by exponential averages; codes that nothing uses begin anew. Resumes from OUT/tokenizer.pt.
 """
@@ -115,7 +115,7 @@ def main() -> None:
         Muon(matrices, args.lr, weight_decay=0.01),
         torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    perceptual = PerceptualLoss(load_classifier(args.out / "features.pt", pictures))
+    perceptual = PerceptualLoss(load_classifier(args.out / "features.safetensors", pictures))
     discriminator = Discriminator()
     critic = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
     path, start = args.out / "tokenizer.pt", 0

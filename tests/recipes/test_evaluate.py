@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from hart_infer import InputError
 from hart_infer.batch.driver import run_batch
@@ -228,9 +229,9 @@ def test_the_judge_is_the_recipes_classifier(tmp_path):
 
     sys.path.remove(str(MINI))
     classifier = Classifier(5).eval()
-    torch.save(classifier.state_dict(), tmp_path / "judge.pt")
+    save_file(classifier.state_dict(), tmp_path / "judge.safetensors")
     pictures = open_set(write_pictures(tmp_path / "a", 2, seed=0, side=32))
-    found = extract(load_network("judge", tmp_path / "judge.pt", torch.device("cpu")), pictures, size=None)
+    found = extract(load_network("judge", tmp_path / "judge.safetensors", torch.device("cpu")), pictures, size=None)
     pixels = np.stack([np.asarray(pictures.source.picture(i)[0]) for i in range(2)])
     with torch.inference_mode():
         expected = classifier.features(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hart_infer import VarPipeline
 from hart_infer.engine.graphs import tensors_of
@@ -408,15 +409,16 @@ def test_the_evaluation_scores_what_is_drawn_and_says_of_which_weights(tmp_path,
         tmp_path, [entry(name, "noto", "train", f"word {name}") for name in names] + [entry("late", "noto", "style")]
     )
     torch.manual_seed(0)
-    torch.save(Classifier(11).state_dict(), tmp_path / "judge.pt")
+    save_file(Classifier(11).state_dict(), tmp_path / "judge.safetensors")
     asked = []
     monkeypatch.setattr(
         evaluate.Evaluation, "draw", lambda self, prompts: asked.extend(prompts) or torch.zeros(len(prompts), 3, 32, 32)
     )
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (tmp_path, tmp_path)), "--only", "plain", "--count", "10"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--judge", str(tmp_path / "judge.safetensors")])
     evaluate.main()
-    found = json.loads((tmp_path / "results.json").read_text())["plain"]
-    assert len(found["settings"]["weights"]) == 12
+    found = json.loads((tmp_path / "hart-results.json").read_text())["plain"]
+    assert len(found["settings"]["weights"]) == 16
     assert {*asked[10:20]} == {f"a {name}, please" for name in names} and {*asked[20:]} == {f"word {name}" for name in names}
     for kind in ("training wordings", "a new wording", "a keyword"):
         right = found[kind]["pictures"] - len(found[kind]["missed"])
