@@ -166,9 +166,13 @@ class Judge:
         from perceptual import PerceptualLoss
         from pictures import of_array
 
-        self.path, self.wishes = judge, mini.read_wishes(data, subjects, count)
+        self.path = judge
         if isinstance(pipe, VarPipeline):
-            self.wishes = mini.read_class_wishes(data, [names[0] for names in pipe.labels.names or ()], count)
+            if pipe.labels.names is None:
+                raise measure.BenchmarkError(f"{pipe.name} has no class names, by which the judge knows what was asked for.")
+            self.wishes = mini.read_class_wishes(data, [names[0] for names in pipe.labels.names], count)
+        else:
+            self.wishes = mini.read_wishes(data, subjects, count)
         pixels = np.load(data / "pictures.npy", mmap_mode="r")[[wish.index for wish in self.wishes]]
         self.size, self.network = pixels.shape[1], load_network("judge", judge, torch.device("cpu"))
         self.distance = PerceptualLoss(load_judge(judge))
@@ -274,15 +278,15 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder, a Hub id, or hart-mini")
+    parser.add_argument("model", help="a folder, a Hub id, hart-mini or var-mini")
     parser.add_argument("--variant", help="as of from_pretrained")
     parser.add_argument("--modes", nargs="+", choices=list(SPEEDS), default=list(SPEEDS))
     parser.add_argument("--alone", action="store_true", help="also each knob of the modes by itself")
     parser.add_argument("--int8", action="store_true", help="also exact and the modes in int8")
     parser.add_argument("--prompts", type=Path, help="HART without a judge: a file of prompts, one per line")
     parser.add_argument("--data", type=Path, help="with --judge: what recipes/mini/data.py wrote")
-    parser.add_argument("--judge", type=Path, help="what recipes/mini/classifier.py trained")
-    parser.add_argument("--subjects", type=Path, help="with --judge: what the model has learned, one name a line (all)")
+    parser.add_argument("--judge", type=Path, help="recipes/mini/judge.safetensors")
+    parser.add_argument("--subjects", type=Path, help="HART with --judge: what it has learned, one name a line (all)")
     parser.add_argument("--count", type=int, default=32, help="pictures drawn in every mode (32)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -26,15 +26,16 @@ INLINE inline int32_t ordered(float x) {
 
 // e^x for x up to 0, to 1e-7 of it; 0 under -87.
 INLINE inline float exp_of(float x) {
-    const float whole = (float)(int32_t)(x * 1.44269504f - 0.5f);
-    const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    const float inside = x < -87.0f ? -87.0f : x;
+    const float whole = (float)(int32_t)(inside * 1.44269504f - 0.5f);
+    const float r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const int32_t bits = ((int32_t)whole + 127) << 23;
+    const uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * scale;

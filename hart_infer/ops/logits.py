@@ -51,8 +51,9 @@ def drop_unlikely(logits: Tensor, top_k: int, top_p: float) -> None:
         lowest = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits.masked_fill_(logits < lowest, -torch.inf)
     if top_p > 0:
-        # What top-k left is sorted fast: most of it is equal.
-        (drop_tail if 0 < top_k < vocab_size else drop_tail_below_best)(logits, 1 - top_p)
+        # What top-k left is sorted fast: most of it is equal. Other devices would have to be waited for, or lack fp64.
+        by_best = top_k == 0 and logits.device.type == "cpu"
+        (drop_tail_below_best if by_best else drop_tail)(logits, 1 - top_p)
 
 
 def drop_tail(logits: Tensor, removable: float | Tensor) -> None:
@@ -69,7 +70,7 @@ def drop_tail(logits: Tensor, removable: float | Tensor) -> None:
 def drop_tail_below_best(logits: Tensor, removable: float) -> None:
     """Do to `logits` [..., V] what `drop_tail` does, in a third of its time on a CPU: sort each row's BEST codes alone.
 
-    Rows that keep as many or more, or some of several equal ones, are sorted whole. Waits for the device.
+    Rows that keep as many or more, or some of several equal ones, are sorted whole. On a CPU alone.
     """
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.shape[-1] < 4 * BEST:

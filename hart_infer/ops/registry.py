@@ -185,7 +185,8 @@ class Op(Generic[P, R]):
         schema = torch.library.infer_schema(self.reference, mutates_args=mutates)
         name = f"hart_infer::{self.name}"
         traced = torch.library.custom_op(name, laid_out(self._run), mutates_args=mutates, schema=schema)
-        traced.register_fake(laid_out(self.reference))
+        returns = inspect.signature(self.reference).return_annotation
+        traced.register_fake(_nothing if returns in (None, "None") else laid_out(self.reference))
         self.traced = traced
 
     def choose(self, where: Where, **options: Any) -> Choice[P, R]:
@@ -219,6 +220,10 @@ class Op(Generic[P, R]):
                 return Choice(name, backend.function(), refusals, backend.limit_error(), why)
             refusals[name] = reason
         return Choice(REFERENCE, self.reference, refusals)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Return None: what an operation that only writes over its arguments tells a compiler."""
 
 
 def _is_learning(args: tuple[Any, ...]) -> bool:

@@ -309,6 +309,8 @@ class ConversationPipeline(Pipeline):
             answers.append(turn[1])
         messages.append(self._message(question, "question"))
         messages[0][:0] = self._pictures(media)
+        if all(isinstance(part, str) and not part.strip() for part in messages[-1]):
+            raise InputError("question is empty; ask something.")
         *asked, last = [[part if isinstance(part, str) else IMAGE for part in message] for message in messages]
         turns = [Turn(each, replied) for each, replied in zip(asked, answers, strict=True)]
         pictures = [part for message in messages for part in message if not isinstance(part, str)]
@@ -317,8 +319,6 @@ class ConversationPipeline(Pipeline):
     def _message(self, question: Any, name: str) -> list[str | Image]:
         """Return a question's texts and pictures as they follow each other. Raises InputError."""
         if isinstance(question, str):
-            if not question.strip():
-                raise InputError(f"{name} is empty; ask something.")
             return [question]
         if not isinstance(question, list | tuple):
             raise InputError(f"{name} must be a text, or a list of texts and media, not {type(question).__name__}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from .. import ops
 from ..engine.packed import PackedLinear
 from ..ops.registry import OPS, REFERENCE, Choice, Op, Where
+
+IN_FP32 = {"drop_unlikely"}  # operations whose arguments are in fp32, whatever a pipeline's dtype
 
 
 def describe(
@@ -41,7 +44,7 @@ def operations(where: Where) -> dict[str, str]:
             told[name] = "PyTorch; this version has no kernel for it"
             continue
         try:
-            choice = declared.choose(where)
+            choice = declared.choose(replace(where, dtype=torch.float32) if name in IN_FP32 else where)
         except torch.OutOfMemoryError:
             told[name] = "not known; the device has too little memory to try its kernels"
             continue

@@ -94,6 +94,9 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         target, dtype = check_device(device), dtype or torch_dtype
         check_dtype(dtype)
         check_bool(local_files_only, "local_files_only")
+        if variant is not None and repo_or_path == BUNDLED_VAR:
+            released = f'from_pretrained("FoundationVision/var", variant={variant!r})'
+            raise InputError(f"{BUNDLED_VAR} has no variants; name a repository that has: {released}.")
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         checkpoint = find_checkpoint(repo_or_path, variant=variant, hub=hub)
         labels = Labels.for_checkpoint(checkpoint.transformer.num_classes, checkpoint.classes)

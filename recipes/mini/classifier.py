@@ -4,13 +4,14 @@
 
 Another one, of another seed, gives the features of the tokenizer's perceptual loss, so that the judge has no part in training.
 
-Writes OUT/judge.safetensors, bf16; the judge of all figures here is the one beside this file, of 1,500 steps.
+Writes OUT/judge.safetensors, bf16. The one beside this file, of 1,500 steps, judged var-mini, and judges what follows.
 Trained on the training pictures alone, under shifts, scalings, blur and changes of brightness.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -122,7 +123,9 @@ def main() -> None:
             )
             log(step=step + 1, loss=loss.item(), held_out_subject=right[0].item(), held_out_style=right[1].item())
     weights = {name: value.bfloat16().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(weights, args.out / f"{args.name}.safetensors")
+    part = args.out / f"{args.name}.part"
+    save_file(weights, part)
+    os.replace(part, args.out / f"{args.name}.safetensors")
 
 
 if __name__ == "__main__":

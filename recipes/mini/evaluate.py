@@ -43,8 +43,7 @@ class Evaluation:
     def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, judge: Path, *, count: int, seed: int) -> None:
         """`count`: how many pictures are generated for a score; `subjects` as for `Pictures`."""
         self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
-        self.family = find_family(model)
-        pipeline = VarPipeline if self.family == "VAR" else HartPipeline
+        pipeline = VarPipeline if find_family(model) == "VAR" else HartPipeline
         self.pipe = pipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
         self.classifier: Classifier = load_classifier(judge, self.pictures)
@@ -288,21 +287,25 @@ def main() -> None:
     parser.add_argument("--model", default="hart-mini")
     parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
     parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
-    parser.add_argument("--only", nargs="*", choices=[part.__name__ for parts in PARTS.values() for part in parts])
+    parser.add_argument("--only", nargs="+", choices=[part.__name__ for parts in PARTS.values() for part in parts])
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    family = find_family(args.model)
+    parts = {part.__name__: part for part in PARTS[family]}
+    if others := [name for name in args.only or () if name not in parts]:
+        raise SystemExit(f"{args.model} is a {family} model, which has no part {others[0]}; it has {', '.join(parts)}.")
     evaluation = Evaluation(args.data, args.subjects, args.out, args.model, args.judge, count=args.count, seed=args.seed)
-    path, results = args.out / f"{evaluation.family.lower()}-results.json", {}
+    path, results = args.out / f"{family.lower()}-results.json", {}
     if path.exists():
         results = json.loads(path.read_text())
     settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
     settings |= {"weights": weights_digest(evaluation.pipe.components), "subjects": args.subjects and args.subjects.name}
-    for part in PARTS[evaluation.family]:
-        if args.only is None or part.__name__ in args.only:
-            results[part.__name__] = part(evaluation) | {"settings": settings}
-            print(json.dumps({part.__name__: results[part.__name__]}, indent=1), flush=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+    for name in args.only or parts:
+        results[name] = parts[name](evaluation) | {"settings": settings}
+        print(json.dumps({name: results[name]}, indent=1), flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def softmax(scores: Tensor) -> Tensor:
 
 def mask_of(lengths: Sequence[int]) -> Tensor:
     """[L, L] for `lengths` of L in all: 0 where a scale sees itself or one before, else so little that a softmax makes it 0."""
-    scale = torch.repeat_interleave(torch.tensor(lengths))
+    scale = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     return torch.where(scale[:, None] >= scale, 0.0, -1e4)
 
 

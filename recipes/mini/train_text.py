@@ -38,7 +38,7 @@ from compose import COLOURS
 from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
 from parts import TEXT, WORDS, latents_of
-from teacher import TeacherCache
+from teacher import TeacherPlace
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save
@@ -150,7 +150,7 @@ def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, 
     """Hidden states [N, T, WIDTH] and mask [N, T] of captions."""
     tokens, mask = encoder.tokenize([c.text for c in captions], context_tokens=CONTEXT_TOKENS)
     model, positions = encoder.model, torch.arange(CONTEXT_TOKENS).expand(len(tokens), -1)
-    place = TeacherCache(len(tokens), model.config.num_key_value_heads, model.config.head_dim).at(CONTEXT_TOKENS)
+    place = TeacherPlace(len(tokens), model.config.num_key_value_heads, model.config.head_dim, [CONTEXT_TOKENS])
     with torch.autocast("cpu", torch.bfloat16):
         return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
 

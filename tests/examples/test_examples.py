@@ -58,7 +58,7 @@ def test_the_animation_ends_with_the_pictures(tmp_path: Path):
         animation.seek(5)
         assert animation.info["duration"] == 3200 and animation.size == expected.size
         gap = np.abs(np.asarray(animation.convert("RGB"), float) - np.asarray(expected.convert("RGB"), float))
-        assert gap.mean() < 8  # of 255
+        assert gap.mean() < 3  # of 255; without the residual diffusion it is more
 
 
 def test_two_processes_draw_what_one_does(tmp_path: Path):

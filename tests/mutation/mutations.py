@@ -29,7 +29,17 @@ def triton(name: str, module: str, before: str, after: str, test: str, file: str
     return Mutation(name, f"kernels/{module}.py", before, after, f"tests/ops/{file}.py::{test}")
 
 
+def cpu_filter(name: str, before: str, after: str) -> Mutation:
+    """In the CPU's filter of logits."""
+    test = "test_the_filter_keeps_what_a_sort_keeps_without_undefined_behaviour"
+    return Mutation(name, "csrc/cpu/filter.cpp", before, after, f"tests/csrc/test_filter.py::{test}")
+
+
 MUTATIONS = [
+    cpu_filter("the lowest kept logit dropped too", "order[i] < lowest ||", "order[i] <= lowest ||"),
+    cpu_filter("one code too few", ">= a->top_k", "> a->top_k"),
+    cpu_filter("what top-k removed counts for top-p", "weight[i] = order[i] >= lowest ?", "weight[i] = true ?"),
+    cpu_filter("equal logits all kept", "if (!fits(mass += weight[i])) break;", "break;"),
     cuda(
         "no barrier before the warps' sums are read",
         "reduce",

@@ -17,7 +17,9 @@ from tests.golden.data import golden_root
 from tests.mutation.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "hart-mini", "data", "mutation", "references", "pictures", "results")
+LEFT_OUT = shutil.ignore_patterns(
+    "__pycache__", "*.so", "hart-mini", "var-mini", "data", "mutation", "references", "pictures", "results"
+)
 SAMPLE = MUTATIONS[:: len(MUTATIONS) // 10]
 CASES = [
     pytest.param(mutation, id=mutation.name.replace(" ", "-"), marks=[pytest.mark.sample] if mutation in SAMPLE else [])

@@ -133,7 +133,6 @@ def test_media_stand_where_they_are_put(pipe: VilaUPipeline, asked: list[Any]) -
         (noise(), ["What?", noise()], [IMAGE, "What?", IMAGE]),
         (None, ["a", "b"], ["a", "b"]),
         (noise(), "", [IMAGE]),
-        (None, "", ""),
     ]:
         answered(pipe, media, question)
         assert asked[-1][0] == encode(message)
@@ -239,7 +238,8 @@ def test_special_tokens_in_the_text_are_plain_text(pipe: VilaUPipeline, text: st
         ({"question": 3}, "question must be a text, or a list of texts and media, not int"),
         ({"question": None}, "question must be a text"),
         ({"question": []}, "question is an empty list"),
-        ({"question": " "}, "question is empty; ask something."),
+        ({"media": None, "question": " "}, "question is empty; ask something."),
+        ({"media": None, "question": ["", "\n"]}, "question is empty; ask something."),
         ({"question": "\ud800"}, "not valid Unicode"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1"),
         ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),

@@ -33,7 +33,11 @@ def refusal(where: Any) -> str | None:
 
 
 def drop_unlikely(logits: Tensor, top_k: int, top_p: float) -> None:
-    """Compute what the reference in `hart_infer/ops/logits.py` computes, but within rounding of p."""
+    """Compute what the reference in `hart_infer/ops/logits.py` computes.
+
+    A code whose sum is within rounding of p may differ, and one of a logit 87 below the best has no probability here. Rows
+    without a softmax (a NaN, an inf, or all -inf) stay as they are.
+    """
     if logits.dtype != torch.float32 or logits.device.type != "cpu":
         raise ValueError(f"drop_unlikely: the logits must be in float32, on the CPU, not in {logits.dtype} on {logits.device}.")
     width = logits.shape[-1]
