@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--model", choices=STATE, default="hart")
     args = parser.parse_args()
     pipe = finished(args.out, args.model)
-    path = pipe.to(torch.bfloat16).save_pretrained(args.checkpoint)
+    path = pipe.to(torch.bfloat16).save_pretrained(args.checkpoint, max_shard_size="24MB")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(pipe.describe(), f"\n{size / 1e6:.1f} MB in {args.checkpoint}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from parts import TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
+HART = ("--batch", "64", "--lr", "1.2e-3")
 VAR = ("--model", "var", "--lr", "1.2e-3", "--full-every", "1")
 
 
@@ -55,7 +56,7 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
         Step("train_tokenizer.py", both, (tokenizer,), steps=3000),
         Step("associate.py", both, (run / "words.json", text)),
         Step("train_text.py", both, (text,), steps=6500),
-        Step("train_transformer.py", (*both, *begun), (hart / made,), steps=30000),
+        Step("train_transformer.py", (*both, *HART, *begun), (hart / made,), steps=7500),
         Step("export.py", (str(run), str(hart)), (hart / made,)),
         Step("train_transformer.py", (*both, *VAR), (var / made,), steps=3000),
         Step("export.py", (str(run), str(var), "--model", "var"), (var / made,)),
