@@ -1,4 +1,7 @@
-"""hart-mini, the trained model in the package, end to end: what it draws, and that sampling still draws it."""
+"""hart-mini, the trained model in the package, end to end: what it draws, and that sampling still draws it.
+
+`python -m tests.test_mini` draws its references anew.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,10 @@ from PIL import Image, ImageDraw
 from hart_infer import HartPipeline, InputError
 from hart_infer.checkpoints.hart import find_checkpoint
 from hart_infer.checkpoints.layouts import BUNDLED_MODEL
+from tests.reference_pictures import REFERENCES, SAME, near, pixels, psnr
 
 SIDE = 96  # pixels
-SAME = 32.0  # dB
-REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_mini.py`, and looked at
 DRAWN = {"a rocket, twemoji style": 0, "a pizza, noto style": 1, "a robot, twemoji style": 2, "a snowman, noto style": 3}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = ((a.astype(float) - b.astype(float)) ** 2).mean() / 255**2
-    return float(-10 * np.log10(max(error, 1e-12)))
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"))
 
 
 def name_of(prompt: str) -> str:
@@ -59,22 +52,17 @@ def test_its_bare_name_is_never_a_folder_nearby(monkeypatch, tmp_path, hart_tiny
         assert "llm" in str(find_checkpoint(folder).transformer_files[0])
 
 
-def near(drawn: Image.Image, prompt: str) -> float:
-    """PSNR of a picture against a prompt's reference."""
-    return psnr(pixels(drawn), pixels(Image.open(REFERENCES / name_of(prompt))))
-
-
 @pytest.mark.parametrize("prompt", DRAWN)
 def test_a_prompt_and_a_seed_draw_the_picture_they_drew(mini, prompt):
     """Rounding differs between CPUs and changes a few codes; a fault in sampling draws another picture."""
-    assert near(mini(prompt, seed=DRAWN[prompt]).images[0], prompt) > SAME
+    assert near(mini(prompt, seed=DRAWN[prompt]).images[0], name_of(prompt)) > SAME
 
 
 @pytest.mark.parametrize("other", [{"seed": 100}, {"guidance_scale": 30.0}, {"num_inference_steps": 0}], ids=str)
 def test_other_settings_draw_pictures_that_are_not_taken_for_the_same(mini, other):
     """So a fault in seeding, guidance or the residual would show above. The model is sure of what it knows: other filters, or
     drawn codes for mixtures, change less than another CPU might (`golden` holds those)."""
-    found = [near(mini(prompt, **{"seed": seed, **other}).images[0], prompt) for prompt, seed in DRAWN.items()]
+    found = [near(mini(prompt, **{"seed": seed, **other}).images[0], name_of(prompt)) for prompt, seed in DRAWN.items()]
     assert min(found) < SAME, found
 
 

@@ -1,36 +1,27 @@
-"""var-mini, the class-conditional model in the package, end to end. It knows its pictures by heart, whatever the seed: these
-tests hold loading, the scales and the decoder; sampling is held by `golden` and by hart-mini."""
+"""var-mini, the class-conditional model in the package, end to end.
+
+It knows its pictures by heart, whatever the seed: these tests hold loading, the scales and the decoder; sampling is held by
+`golden` and by hart-mini. `python -m tests.test_var_mini` draws its references anew.
+"""
 
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hart_infer import InputError, VarPipeline
 from hart_infer.checkpoints.layouts import BUNDLED_VAR
+from tests.reference_pictures import REFERENCES, SAME, near, pixels, psnr
 
 SIDE = 128  # pixels
-SAME = 32.0  # dB
-REFERENCES = Path(__file__).parent / "references"  # drawn by `python tests/test_var_mini.py`, and looked at
 DRAWN = {"watermelon": 0, "sauropod": 1, "rocket": 2, "pineapple": 3}
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = ((a.astype(float) - b.astype(float)) ** 2).mean() / 255**2
-    return float(-10 * np.log10(max(error, 1e-12)))
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"))
-
-
-def reference(name: str) -> Path:
-    return REFERENCES / f"var-mini-{name}.png"
+def name_of(label: str) -> str:
+    return f"var-mini-{label}.png"
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +45,12 @@ def test_it_is_the_default_and_needs_no_network(monkeypatch):
 def test_a_class_and_a_seed_draw_the_picture_they_drew(mini, name):
     """Rounding differs between CPUs and changes a few codes; a fault in a scale or in the decoder draws another picture."""
     drawn, number = (mini(label, seed=DRAWN[name]).images[0] for label in (name, mini.labels.index(name)))
-    assert psnr(pixels(drawn), pixels(Image.open(reference(name)))) > SAME
+    assert near(drawn, name_of(name)) > SAME
     assert drawn.tobytes() == number.tobytes()
 
 
 def test_a_picture_without_its_last_scales_is_not_taken_for_the_same(mini):
-    found = [
-        psnr(pixels(mini(name, seed=seed, stop_after=10).images[0]), pixels(Image.open(reference(name))))
-        for name, seed in DRAWN.items()
-    ]
+    found = [near(mini(name, seed=seed, stop_after=10).images[0], name_of(name)) for name, seed in DRAWN.items()]
     assert max(found) < SAME, found
 
 
@@ -110,7 +98,7 @@ def test_it_is_small():
 def _write_references() -> None:
     pipe = VarPipeline.from_pretrained(torch_dtype=torch.float32, device="cpu")
     for name, seed in DRAWN.items():
-        pipe(name, seed=seed).images[0].save(reference(name))
+        pipe(name, seed=seed).images[0].save(REFERENCES / name_of(name))
 
 
 if __name__ == "__main__":

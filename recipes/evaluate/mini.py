@@ -10,6 +10,7 @@ training caption has, with the residual diffusion and without. Killed, the same 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,50 +66,63 @@ class Wish:
         return f"{self.index:05d}"
 
 
-def read_wishes(data: Path, subjects: Path | None, count: int, seed: int = 0) -> list[Wish]:
-    """Choose training pictures by `seed`, each with a caption in one of the held-out wordings. Raises InputError."""
+@dataclass(frozen=True)
+class Learned:
+    """What recipes/mini/data.py wrote of every picture, and the judge's classes."""
+
+    about: list[dict[str, Any]]
+    subjects: dict[str, int]
+    styles: list[str]
+
+    def wish(self, index: int, prompt: str) -> Wish:
+        """Ask for a picture by a prompt."""
+        about = self.about[index]
+        return Wish(index, prompt, self.subjects[about["name"]], self.styles.index(about["style"]))
+
+
+def read_learned(data: Path) -> Learned:
+    """Read the names of the pictures in `data`. Raises InputError where what recipes/mini needs is missing."""
+    from_recipe = recipe("data")
+    about = json.loads((data / "pictures.json").read_text(encoding="utf-8"))
+    subjects = {name: i for i, name in enumerate(sorted({each["name"] for each in about}))}
+    return Learned(about, subjects, list(from_recipe.STYLES))
+
+
+def recipe(module: str) -> Any:
+    """Import a module of recipes/mini. Raises InputError where what it needs is missing."""
     sys.path.insert(0, str(MINI))
     try:
-        from captions import HELD_OUT_TEMPLATES, Wanted, fill, spoken
-        from data import STYLES
+        return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"this needs what recipes/mini needs ({error}): pip install -r {MINI}/requirements.txt.") from error
     finally:
         sys.path.remove(str(MINI))
-    about = json.loads((data / "pictures.json").read_text(encoding="utf-8"))
-    classes = {name: i for i, name in enumerate(sorted({each["name"] for each in about}))}
-    styles = list(STYLES)
-    known = set(subjects.read_text(encoding="utf-8").splitlines()) if subjects else set(classes)
-    if unknown := known - set(classes):
+
+
+def read_wishes(data: Path, subjects: Path | None, count: int, seed: int = 0) -> list[Wish]:
+    """Choose training pictures by `seed`, each with a caption in one of the held-out wordings. Raises InputError."""
+    captions, learned = recipe("captions"), read_learned(data)
+    known = set(subjects.read_text(encoding="utf-8").splitlines()) if subjects else set(learned.subjects)
+    if unknown := known - set(learned.subjects):
         raise InputError(f"{subjects} names what {data} has no pictures of, such as {min(unknown)}.")
-    indices = [i for i, each in enumerate(about) if each["split"] == "train" and each["name"] in known]
-    chosen = Random(seed).sample(indices, min(count, len(indices)))
+    indices = [i for i, each in enumerate(learned.about) if each["split"] == "train" and each["name"] in known]
     wishes = []
-    for i in chosen:
-        template, each = HELD_OUT_TEMPLATES[i % len(HELD_OUT_TEMPLATES)], about[i]
-        prompt = fill(template, Wanted(spoken(each["name"]), each["style"]))
-        wishes.append(Wish(i, prompt, classes[each["name"]], styles.index(each["style"])))
+    for i in Random(seed).sample(indices, min(count, len(indices))):
+        template, each = captions.HELD_OUT_TEMPLATES[i % len(captions.HELD_OUT_TEMPLATES)], learned.about[i]
+        wanted = captions.Wanted(captions.spoken(each["name"]), each["style"])
+        wishes.append(learned.wish(i, captions.fill(template, wanted)))
     return wishes
 
 
 def read_class_wishes(data: Path, names: Sequence[str], count: int) -> list[Wish]:
     """Choose `count` of var-mini's classes, spread over all: its pictures, and their names as prompts. Raises InputError."""
-    sys.path.insert(0, str(MINI))
-    try:
-        from data import STYLES
-        from model import VAR_STYLES
-    except ImportError as error:
-        raise InputError(f"this needs what recipes/mini needs ({error}): pip install -r {MINI}/requirements.txt.") from error
-    finally:
-        sys.path.remove(str(MINI))
-    about = json.loads((data / "pictures.json").read_text(encoding="utf-8"))
-    classes = {name: i for i, name in enumerate(sorted({each["name"] for each in about}))}
-    learned = {e["name"]: i for i, e in enumerate(about) if e["split"] == "train" and e["style"] in VAR_STYLES}
-    if unknown := set(names) - set(learned):
+    styles, learned = recipe("model").VAR_STYLES, read_learned(data)
+    place = {e["name"]: i for i, e in enumerate(learned.about) if e["split"] == "train" and e["style"] in styles}
+    if unknown := set(names) - set(place):
         raise InputError(f"{data} has no picture that var-mini learned of {min(unknown)}.")
-    chosen = [names[index * len(names) // min(count, len(names))] for index in range(min(count, len(names)))]
-    styles = list(STYLES)
-    return [Wish(learned[name], name, classes[name], styles.index(about[learned[name]]["style"])) for name in chosen]
+    count = min(count, len(names))
+    chosen = [names[index * len(names) // count] for index in range(count)]
+    return [learned.wish(place[name], name) for name in chosen]
 
 
 def see(pictures: PictureSet, wishes: Sequence[Wish], judge: Path, size: int) -> Seen:
