@@ -34,6 +34,7 @@ BACKLOG = 2048
 ENDING = "The server is ending; send the request to another, or again later."
 STOP_SECONDS = 5.0  # for a worker to end by itself
 GRACE_SECONDS = 10.0  # beyond the drain, to send the last answers
+IDLE_SECONDS = 75  # an open connection may wait for its next request: longer than clients (5) and proxies (60) keep theirs
 POLL_SECONDS = 0.05
 
 
@@ -105,6 +106,7 @@ class _Uvicorn(uvicorn.Server):
             log_config=None,
             backlog=BACKLOG,
             server_header=False,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=round(settings.drain + GRACE_SECONDS),
         )
         super().__init__(config)

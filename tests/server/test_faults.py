@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -309,6 +310,15 @@ async def test_more_at_once_than_can_be_drawn(count: int, room: int) -> None:
                     assert "pictures wait already" in told(response, 429)
                     assert 1 <= int(response.headers["retry-after"]) <= 60
             assert await metric(made, 'hart_infer_queued_rows{model="stand-in"}') == 0
+
+
+def test_an_idle_connection_stays_open_longer_than_clients_keep_theirs() -> None:
+    """Else a request that a client sends over it just then would be lost."""
+    with stand_in() as (address, _), closing(HTTPConnection(urlsplit(address).netloc, timeout=SECONDS)) as made:
+        for pause in (6, 0):
+            made.request("GET", "/metrics")
+            assert made.getresponse().read()
+            time.sleep(pause)
 
 
 # The end.
