@@ -50,9 +50,9 @@ class TeacherPlace:
         """
         keys, values = self.stored[layer]
         earlier = sum(self.lengths[:-1])
-        before, last = q.to(keys.dtype).tensor_split([earlier], dim=2)
-        scores = before @ keys[:, :, :earlier].mT * scale + self.mask
-        found = [softmax(scores) @ values[:, :, :earlier], softmax(last @ keys.mT * scale) @ values]
+        before, last = (q * scale).to(keys.dtype).tensor_split([earlier], dim=2)
+        scores = before @ keys[:, :, :earlier].mT + self.mask
+        found = [softmax(scores) @ values[:, :, :earlier], softmax(last @ keys.mT) @ values]
         return torch.cat(found, dim=2).transpose(1, 2).flatten(2)
 
 

@@ -31,7 +31,7 @@ from hart_infer import HartPipeline, VarPipeline
 from hart_infer.generation.schedule import Schedule, Settings, hart_schedule, var_schedule
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
-from hart_infer.models.parts.layers import SwiGLU
+from hart_infer.models.parts.layers import SteadyLinear, SwiGLU
 from hart_infer.models.text import TextEncoder
 from hart_infer.models.var import VarTransformer
 
@@ -155,6 +155,13 @@ class Classes:
         return self.pipe(some, seed=0, output_type="pt").images * 2 - 1
 
 
+def in_one_product(transformer: NextScaleTransformer) -> None:
+    """Map all rows at once where generation maps two at a time, to round as the released code does."""
+    for module in transformer.modules():
+        if isinstance(module, SteadyLinear):
+            module.halves = False
+
+
 def initialise(transformer: NextScaleTransformer) -> None:
     """Modulations start at none, the sublayers' outputs small; the rest depends on the family."""
     nn.init.zeros_(transformer.head.modulation.weight)
@@ -242,6 +249,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     learned: Learned = {"hart": Prompts, "var": Classes}[args.model](pictures, args.out, args.start_from)
     transformer, quantizer = learned.pipe.transformer.requires_grad_(True), learned.pipe.autoencoder.quantizer
+    in_one_product(transformer)
     both = optimizers(transformer, args.lr)
     average = Average(transformer, 0.998)
     path, start = args.out / STATE[args.model], 0
