@@ -232,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, default=30000)
     result.add_argument("--batch", type=int, default=16)
     result.add_argument("--lr", type=float, default=8e-4)
+    result.add_argument("--decay", type=float, default=0.25, help="share of the steps in which the rate falls, the last ones")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
     result.add_argument("--full-every", type=int, default=3, help="steps: the others leave the last scale and its residual out")
@@ -264,7 +265,7 @@ def main() -> None:
     codes = torch.cat([torch.cat(quantizer.encode(part).indices, dim=1).short() for part in latents.split(64)])
     stages, drawn_from = learned.schedule.stages, learned.batches(args.batch, args.seed, start)
     for step in range(start, args.steps):
-        rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps)
+        rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps, decay=args.decay)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
         chosen, random, generator = next(drawn_from), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
