@@ -508,7 +508,7 @@ def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
     from parts import TEXT, TOKENIZER
 
     run = []
-    monkeypatch.setattr(make.subprocess, "run", lambda command: run.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(make.subprocess, "run", lambda command, env: run.append(command) or SimpleNamespace(returncode=0))
     monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path), "--start-from", str(RECIPE / "begun")])
     make.main()
     assert (tmp_path / "run" / TOKENIZER).exists() and (tmp_path / "run" / TEXT).exists()
