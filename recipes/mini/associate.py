@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from captions import spoken
+from parts import MEANINGS
 from torch import Tensor
 from training import Pictures
 from transformers import AutoModel, AutoTokenizer
@@ -97,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found = associations(Pictures(args.data), args.common)
-    (args.out / "words.json").write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
+    (args.out / MEANINGS).write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
     print(f"{len(found)} words of {len(set(found.values()))} subjects")  # noqa: T201
 
 

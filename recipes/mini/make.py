@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts import TEXT, TOKENIZER, take_over
+from parts import MEANINGS, TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
 HART = ("--batch", "64", "--lr", "1.2e-3")
@@ -62,7 +62,7 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
             "classifier.py", (*both, "--name", "features", "--seed", "1"), (run / "features.safetensors", tokenizer), steps=400
         ),
         Step("train_tokenizer.py", both, (tokenizer,), steps=3000),
-        Step("associate.py", both, (run / "words.json", text)),
+        Step("associate.py", both, (run / MEANINGS,)),
         Step("train_text.py", both, (text,), steps=6500),
         Step("train_transformer.py", (*both, *HART, *begun), (hart / made,), steps=7500),
         Step("export.py", (str(run), str(hart)), (hart / made,)),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from model import AUTOENCODER, DEFAULTS, TRANSFORMER, VAR_DEFAULTS, var_config
 from text_encoder import build_text_encoder
-from torch import Tensor
+from torch import Tensor, nn
 from training import Pictures, save
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ from hart_infer.models.var import VarTransformer
 from hart_infer.pipelines.labels import Labels
 
 TOKENIZER, TEXT, WORDS, LATENTS = "tokenizer-final.pt", "text-final.pt", "text_tokenizer", "latents.pt"
+MEANINGS = "words.json"  # associate.py's: which subject a word means
 STATE = {"hart": "transformer.pt", "var": "var.pt"}  # of a training, to go on from
 
 
@@ -74,8 +75,14 @@ def assemble_var(out: Path, names: Sequence[str]) -> VarPipeline:
     return pipe
 
 
+def learning(pipe: HartPipeline | VarPipeline) -> nn.ModuleDict:
+    """What train_transformer.py trains: the transformer, and hart-mini's text encoder with it."""
+    encoder = pipe.text_encoder if isinstance(pipe, HartPipeline) else None
+    return nn.ModuleDict({"transformer": pipe.transformer} | ({"text": encoder.model} if encoder else {}))
+
+
 def parts_hash(out: Path, model: str) -> str:
-    """Tells the trained tokenizer in `out`, and hart-mini's text encoder, from others: a transformer knows one pair alone."""
+    """Tells the trained tokenizer in `out`, and hart-mini's text encoder, from others: a transformer began with one pair."""
     files = (TOKENIZER, TEXT) if model == "hart" else (TOKENIZER,)
     return hashlib.sha256(b"".join((out / name).read_bytes() for name in files)).hexdigest()[:12]
 
@@ -114,5 +121,5 @@ def finished(out: Path, model: str) -> HartPipeline | VarPipeline:
     """The pipeline of the averaged weights that the training in `out` reached."""
     state = trained(out, model)
     pipe = assemble(out) if model == "hart" else assemble_var(out, state["classes"])
-    pipe.transformer.load_state_dict(state["average"])
+    learning(pipe).load_state_dict(state["average"])
     return pipe

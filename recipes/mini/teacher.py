@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from model import AUTOENCODER
+from model import AUTOENCODER, CONTEXT_TOKENS
 from residual import diffusion_loss
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
 from hart_infer.models.parts.modulation import Modulation
 from hart_infer.models.parts.quantizer import Quantizer
+from hart_infer.models.text import TextEncoder, attended
 from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
@@ -54,6 +55,15 @@ class TeacherPlace:
         scores = before @ keys[:, :, :earlier].mT + self.mask
         found = [softmax(scores) @ values[:, :, :earlier], softmax(last @ keys.mT) @ values]
         return torch.cat(found, dim=2).transpose(1, 2).flatten(2)
+
+
+def encode(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, T, D], which have gradients, and mask [N, T] of captions."""
+    tokens, mask = encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
+    model, positions = encoder.model, torch.arange(CONTEXT_TOKENS).expand(len(tokens), -1)
+    place = TeacherPlace(len(tokens), model.config.num_key_value_heads, model.config.head_dim, [CONTEXT_TOKENS])
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
 
 
 def softmax(scores: Tensor) -> Tensor:

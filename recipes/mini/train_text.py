@@ -2,8 +2,8 @@
 
     python recipes/mini/train_text.py DATA OUT
 
-Needs OUT/words.json (associate.py) and the tokenizer. The transformer is trained on the finished encoder: captions cost little,
-and it need not learn by heart what the encoder foresees. Linear maps read subject, style, colour and number from the hidden
+Needs OUT/words.json (associate.py) and the tokenizer. Captions cost little, so this comes before the transformer,
+which then need not learn by heart what the encoder foresees; the encoder learns on with it. Linear maps read subject, style, colour and number from the hidden
 states of a caption's last token and of the last position, and the picture from their mean (foreseen.py); the maps are
 thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
 """
@@ -37,15 +37,15 @@ from classifier import STYLE_NAMES, subjects_of
 from compose import COLOURS
 from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
-from parts import TEXT, WORDS, latents_of
-from teacher import TeacherPlace
+from parts import MEANINGS, TEXT, WORDS, latents_of
+from teacher import encode
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save
 from transformers import PreTrainedTokenizerFast
 
 from hart_infer.models.hart import masked_average
-from hart_infer.models.text import TextEncoder, attended
+from hart_infer.models.text import TextEncoder
 
 OF_PICTURES, OF_WORDS, OF_ANY = 0.45, 0.3, 0.15  # shares of captions; the rest has another thing beside the wanted one
 COLOUR_NAMES = [None, *COLOURS]
@@ -146,22 +146,13 @@ def _thing(about: Entry) -> Thing:
     return about.name, about.style, about.colour if about.made else None, about.number
 
 
-def encode(encoder: TextEncoder, captions: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, T, WIDTH] and mask [N, T] of captions."""
-    tokens, mask = encoder.tokenize([c.text for c in captions], context_tokens=CONTEXT_TOKENS)
-    model, positions = encoder.model, torch.arange(CONTEXT_TOKENS).expand(len(tokens), -1)
-    place = TeacherPlace(len(tokens), model.config.num_key_value_heads, model.config.head_dim, [CONTEXT_TOKENS])
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
-
-
 @torch.no_grad()
 def score(encoder: TextEncoder, reader: Reader, captions: Sequence[Labelled], foreseen: Foreseen) -> list[float]:
     """How often the last position tells subject, style, colour and number; and the share of the picture that is missed."""
     right, missed = [], []
     for first in range(0, len(captions), 256):
         part = captions[first : first + 256]
-        hidden, mask = encode(encoder, part)
+        hidden, mask = encode(encoder, [c.text for c in part])
         logits, labels = reader(hidden, mask), reader.labels(part)
         right.append(torch.stack([(x[len(part) :].argmax(1) == y).float() for x, y in zip(logits, labels, strict=True)], dim=1))
         missed.append(foreseen.missed(reader.picture(hidden, mask), [c.thing for c in part]))
@@ -190,7 +181,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints and scores")
     args = parser.parse_args()
     pictures, log = Pictures(args.data), Log(args.out / "text.jsonl")
-    words: dict[str, str] = json.loads((args.out / "words.json").read_text(encoding="utf-8"))
+    words: dict[str, str] = json.loads((args.out / MEANINGS).read_text(encoding="utf-8"))
     if not (args.out / WORDS).exists():
         texts = [*words, *words] + [spoken(a.name) for a in pictures.about]
         wanted = [Wanted(spoken(a.name), a.style, a.colour, a.number) for a in pictures.about[::7]]
@@ -218,7 +209,7 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = learning_rate(step, peak=args.lr, warmup=100, steps=args.steps, decay=0.5)
         random = Random(args.seed + step)
         drawn = [captions.draw(random) for _ in range(args.batch)]
-        hidden, mask = encode(encoder, drawn)
+        hidden, mask = encode(encoder, [c.text for c in drawn])
         logits, labels = reader(hidden, mask), reader.labels(drawn)
         losses = [F.cross_entropy(x, y.repeat(2)) for x, y in zip(logits, labels, strict=True)]
         missed = foreseen.missed(reader.picture(hidden, mask), [c.thing for c in drawn])

@@ -3,8 +3,9 @@
     python recipes/mini/train_transformer.py DATA OUT [--model var]
 
 hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
-subject. A tenth of the conditions is dropped for guidance. The last scale, more than half of all tokens, takes part in every
-third step (--full-every): nothing before depends on it. Resumes from OUT/transformer.pt (OUT/var.pt); without one,
+subject. hart-mini's text encoder learns on with it. A tenth of the conditions is dropped for guidance. The last scale, more
+than half of all tokens, takes part in every third step (--full-every): nothing before depends on it. But it has nearly all of
+the details, so it wants every step in the end. Resumes from OUT/transformer.pt (OUT/var.pt); without one,
 --start-from goes on from the weights of a pipeline that this recipe exported.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +21,11 @@ from random import Random
 from typing import Protocol
 
 import torch
-from captions import caption, wanted_of
+from captions import caption, other_words, spoken, wanted_of
 from foreseen import principal
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYLES
-from parts import STATE, assemble, assemble_var, latents_of, parts_hash, take_over, trained
-from teacher import losses
+from parts import MEANINGS, STATE, assemble, assemble_var, latents_of, learning, parts_hash, take_over, trained
+from teacher import encode, losses
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
@@ -36,6 +38,7 @@ from hart_infer.models.text import TextEncoder
 from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.1  # share of conditions replaced by the unconditional one
+OF_WORDS = 0.2  # share of captions by a word that means the picture, where there are some
 COMPOSED = 5  # every so many-th batch is of composed pictures
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -73,6 +76,11 @@ class Prompts:
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
         self.single, self.several = pictures.split("train"), pictures.split("composed")
+        meanings: dict[str, str] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
+        self.words: dict[str, list[str]] = {}
+        for word, name in sorted(meanings.items()):
+            self.words.setdefault(name, []).append(word)
+        self.others = other_words(meanings, [spoken(a.name) for a in self.about])
         self.classes: list[str] = []
         self.schedule = hart_schedule(
             TRANSFORMER.patch_nums, context_tokens=CONTEXT_TOKENS, share_quant_resi=AUTOENCODER.share_quant_resi
@@ -92,15 +100,21 @@ class Prompts:
         """As `Learned`."""
         encoder = self.pipe.text_encoder
         assert encoder is not None
-        captions = [fitting(encoder, self.about[i], random) for i in chosen]
-        with torch.no_grad():
-            tokens, mask = encoder.tokenize(captions, context_tokens=CONTEXT_TOKENS)
-            context = encoder.hidden_states(tokens, mask)
+        context, mask = encode(encoder, [self.caption(encoder, self.about[i], random) for i in chosen])
         dropped = torch.rand(len(context), generator=generator) < DROPPED
         position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
         context = torch.where(dropped[:, None, None], 0.0, context)
         mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
         return self.pipe.transformer.condition(context, mask, position_ids)
+
+    def caption(self, encoder: TextEncoder, about: Entry, random: Random) -> str:
+        """A caption of a picture, by its name or a word that means it, that fits the context."""
+        while True:
+            words = self.words.get(about.name)
+            word = random.choice(words) if words and random.random() < OF_WORDS else None
+            text = caption(wanted_of(about, random, word), random, self.others)
+            if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
+                return text
 
     def draw(self) -> Tensor:
         """As `Learned`."""
@@ -204,23 +218,15 @@ def _initialise_var(transformer: VarTransformer) -> None:
         nn.init.constant_(block.attn.log_scale, math.log(4))
 
 
-def optimizers(transformer: NextScaleTransformer, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the rest: embeddings, the code head, biases and norms."""
-    matrices = [m.weight for m in transformer.modules() if isinstance(m, nn.Linear) and m is not transformer.head.linear]
+def optimizers(learned: nn.Module, head: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the rest: embeddings, the code `head`, biases and norms."""
+    matrices = [m.weight for m in learned.modules() if isinstance(m, nn.Linear) and m is not head]
     apart = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in transformer.parameters() if id(parameter) not in apart]
+    others = [parameter for parameter in learned.parameters() if id(parameter) not in apart]
     return [
         Muon(matrices, rate, weight_decay=0.05),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.97), weight_decay=0.0, fused=True),
     ]
-
-
-def fitting(encoder: TextEncoder, about: Entry, random: Random) -> str:
-    """A caption of a picture that fits the context."""
-    while True:
-        text = caption(wanted_of(about, random), random)
-        if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
-            return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -249,14 +255,15 @@ def main() -> None:
     pictures, log = Pictures(args.data, args.subjects), Log(args.out / f"{args.model}.jsonl")
     torch.manual_seed(args.seed)
     learned: Learned = {"hart": Prompts, "var": Classes}[args.model](pictures, args.out, args.start_from)
-    transformer, quantizer = learned.pipe.transformer.requires_grad_(True), learned.pipe.autoencoder.quantizer
+    transformer, quantizer = learned.pipe.transformer, learned.pipe.autoencoder.quantizer
+    whole = learning(learned.pipe).requires_grad_(True)
     in_one_product(transformer)
-    both = optimizers(transformer, args.lr)
-    average = Average(transformer, 0.998)
+    both = optimizers(whole, transformer.head.linear, args.lr)
+    average = Average(whole, 0.998)
     path, start = args.out / STATE[args.model], 0
     if path.exists():
         state = trained(args.out, args.model)
-        transformer.load_state_dict(state["model"])
+        whole.load_state_dict(state["model"])
         average.values, start = state["average"], state["step"]
         for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -275,9 +282,9 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             condition = learned.condition(chosen, random, generator)
         found = losses(transformer, quantizer, part, condition, split, latents[rows], generator)
-        transformer.zero_grad()
+        whole.zero_grad()
         found["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
         for optimizer in both:
             optimizer.step()
         average.update(step)
@@ -287,7 +294,7 @@ def main() -> None:
             state = {"average": average.values, "step": step + 1, "parts": parts_hash(args.out, args.model)}
             state["classes"] = learned.classes
             optimizing = [optimizer.state_dict() for optimizer in both]
-            save(path, state | {"model": transformer.state_dict(), "optimizers": optimizing})
+            save(path, state | {"model": whole.state_dict(), "optimizers": optimizing})
             average.swap()
             write_grid(args.out / f"{args.model}-{step + 1:05d}.png", list(learned.draw().split(6)))
             average.swap()

@@ -195,12 +195,13 @@ def test_a_dropped_prompt_is_conditioned_as_generation_without_one(parts, monkey
     learned = Prompts.__new__(Prompts)
     learned.pipe, learned.about = SimpleNamespace(transformer=transformer, text_encoder=encoder), [about(), about()]
     monkeypatch.setattr(train_transformer, "DROPPED", share)
-    monkeypatch.setattr(train_transformer, "fitting", lambda *_: "a cat")
+    monkeypatch.setattr(Prompts, "caption", lambda *_: "a cat")
+    tokens, mask = encoder.tokenize(["a cat"] * 2, context_tokens=transformer.config.context_token)
+    monkeypatch.setattr(train_transformer, "encode", lambda *_: (encoder.hidden_states(tokens, mask), mask))
     found = learned.condition([0, 1], Random(0), torch.Generator())
     if share:
         expected = transformer.unconditional()
     else:
-        tokens, mask = encoder.tokenize(["a cat"] * 2, context_tokens=transformer.config.context_token)
         expected = transformer.condition(encoder.hidden_states(tokens, mask), mask, mask.long().cumsum(dim=1) - 1)
     for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
         torch.testing.assert_close(one, other.expand_as(one))
@@ -489,17 +490,17 @@ def test_a_transformer_is_not_taken_to_another_tokenizer_or_text_encoder(tmp_pat
 def test_a_model_of_classes_is_written_with_its_names(tmp_path, monkeypatch):
     from export import main
     from model import AUTOENCODER
-    from parts import STATE, TOKENIZER, assemble_var, parts_hash
+    from parts import STATE, TOKENIZER, assemble_var, learning, parts_hash
 
     names = ["bus", "cat", "sun with face"]
     torch.save(Autoencoder(AUTOENCODER).state_dict(), tmp_path / TOKENIZER)
-    weights = assemble_var(tmp_path, names).transformer.state_dict()
+    weights = learning(assemble_var(tmp_path, names)).state_dict()
     torch.save({"average": weights, "classes": names, "parts": parts_hash(tmp_path, "var")}, tmp_path / STATE["var"])
     monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), str(tmp_path / "made"), "--model", "var"])
     main()
     pipe = VarPipeline.from_pretrained(tmp_path / "made")
     assert pipe.labels.index("sun with face") == 2
-    torch.testing.assert_close(pipe.transformer.class_embed.weight, weights["class_embed.weight"].bfloat16())
+    torch.testing.assert_close(pipe.transformer.class_embed.weight, weights["transformer.class_embed.weight"].bfloat16())
 
 
 def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
@@ -514,9 +515,30 @@ def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
     assert (tmp_path / "run" / TOKENIZER).exists() and (tmp_path / "run" / TEXT).exists()
     scripts = [Path(command[1]).name for command in run]
     assert scripts == [
-        "data.py", "train_transformer.py", "export.py", "train_transformer.py", "export.py"
+        "data.py", "associate.py", "train_transformer.py", "export.py", "train_transformer.py", "export.py"
     ]  # fmt: skip
-    assert ["--start-from" in command for command in run] == [False, True, False, False, False]
+    assert ["--start-from" in command for command in run] == [False, False, True, False, False, False]
+
+
+def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(recipe, monkeypatch, tmp_path):
+    import train_transformer
+    from parts import MEANINGS, learning, take_over
+    from train_transformer import CONTEXT_TOKENS, Prompts
+
+    (tmp_path / MEANINGS).write_text(json.dumps({"kitten": "cat", "tabby": "cat", "dinghy": "boat"}))
+    take_over(str(RECIPE / "begun"), tmp_path)
+    entry = about(name="cat")
+    pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
+    learned = Prompts(pictures, tmp_path, None)
+    encoder, drawn = learned.pipe.text_encoder, Random(0)
+    monkeypatch.setattr(train_transformer, "OF_WORDS", 0.5)
+    captions = [learned.caption(encoder, entry, drawn) for _ in range(200)]
+    meant = sum("cat" not in text for text in captions)
+    assert 60 < meant < 140 and any("dinghy" in text for text in captions), "as a word that is not wanted"
+    assert max(len(encoder.tokenizer(text)["input_ids"]) for text in captions) <= CONTEXT_TOKENS
+    whole = learning(learned.pipe).requires_grad_(True)
+    learned.condition([0, 0], drawn, torch.Generator().manual_seed(0)).modulation.blocks.sum().backward()
+    assert all(layer.mlp.gate.weight.grad is not None for layer in whole["text"].layers)
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in RECIPE.glob("*.py")))
@@ -532,13 +554,11 @@ def test_every_script_finds_what_it_imports(recipe, script):
 def test_the_text_encoder_learns_what_it_encodes(recipe, tmp_path):
     """In training its hidden states are those of generation, but for rounding."""
     pytest.importorskip("scipy")
-    from captions import Wanted
     from parts import take_over
-    from train_text import Labelled, encode
+    from teacher import encode
 
     encoder = take_over(str(RECIPE / "begun"), tmp_path).text_encoder
-    captions = [Labelled(text, "cat", Wanted("cat", None), "noto") for text in ("two cats", "a cat, noto style")]
-    hidden, mask = encode(encoder, captions)
+    hidden, mask = encode(encoder, ["two cats", "a cat, noto style"])
     tokens, expected_mask = encoder.tokenize(["two cats", "a cat, noto style"], context_tokens=hidden.shape[1])
     expected = encoder.hidden_states(tokens, expected_mask)
     assert torch.equal(mask, expected_mask)
