@@ -2,10 +2,10 @@
 
     python recipes/mini/train_text.py DATA OUT
 
-Needs OUT/words.json (associate.py) and the tokenizer. Captions cost little, so this comes before the transformer,
-which then need not learn by heart what the encoder foresees; the encoder learns on with it. Linear maps read subject, style, colour and number from the hidden
-states of a caption's last token and of the last position, and the picture from their mean (foreseen.py); the maps are
-thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
+Needs OUT/words.json (associate.py) and the tokenizer. Captions cost little, so this comes before the transformer, which then
+need not learn by heart what the encoder foresees; the encoder learns on with it. Linear maps read subject, style, colour and
+number from the hidden states of a caption's last token and of the last position, and the picture from their mean
+(foreseen.py); the maps are thrown away. Resumes from OUT/text.pt; writes OUT/text-final.pt.
 """
 
 from __future__ import annotations
