@@ -22,7 +22,7 @@ from hart_infer.models.text import TextEncoder, attended
 from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
-CORRUPTED = 0.05  # share of input codes replaced by random ones, as sampling errs too
+CORRUPTED = 0.05  # as sampling errs too
 
 
 class TeacherPlace:
@@ -118,15 +118,17 @@ def _forward(
 
 def losses(
     transformer: NextScaleTransformer, quantizer: Quantizer, stages: Sequence[Stage], condition: Condition,
-    codes: list[Tensor], latent: Tensor, generator: torch.Generator,
+    codes: list[Tensor], latent: Tensor, generator: torch.Generator, corrupted: float = CORRUPTED,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The loss, and its parts: the codes' cross-entropy by scale and, where HART's last scale takes part, the residual's.
+
+    `corrupted` is the share of input codes that are replaced by random ones.
 
     Half of the loss weighs tokens alike, half weighs scales alike: the first ones have few tokens and decide what is drawn.
     """
     with torch.no_grad():
         embeddings = [quantizer.embed(c) for c in codes]
-        inputs = quantizer.inputs([quantizer.embed(corrupt(c, generator)) for c in codes])[: len(stages) - 1]
+        inputs = quantizer.inputs([quantizer.embed(corrupt(c, corrupted, generator)) for c in codes])[: len(stages) - 1]
     with torch.autocast("cpu", torch.bfloat16):
         hidden, modulation = forward(transformer, stages, condition, inputs)
     entropy = [code_entropy(transformer, h, modulation.head, c) for h, c in zip(hidden, codes, strict=False)]
@@ -152,10 +154,10 @@ def code_entropy(transformer: NextScaleTransformer, hidden: Tensor, modulation: 
     return torch.cat(flat).view(codes.shape)
 
 
-def corrupt(codes: Tensor, generator: torch.Generator) -> Tensor:
+def corrupt(codes: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Replace a share of the codes by random ones."""
     others = torch.randint(AUTOENCODER.vocab_size, codes.shape, generator=generator)
-    return torch.where(torch.rand(codes.shape, generator=generator) < CORRUPTED, others, codes)
+    return torch.where(torch.rand(codes.shape, generator=generator) < share, others, codes)
 
 
 def _tokens(x: Tensor) -> Tensor:

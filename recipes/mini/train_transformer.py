@@ -5,8 +5,9 @@
 hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
 subject. hart-mini's text encoder learns on with it. A tenth of the conditions is dropped for guidance. The last scale, more
 than half of all tokens, takes part in every third step (--full-every): nothing before depends on it. But it has nearly all of
-the details, so it wants every step in the end. Resumes from OUT/transformer.pt (OUT/var.pt); without one,
---start-from goes on from the weights of a pipeline that this recipe exported.
+the details, so it wants every step in the end. Beside the loss the log has that of the averaged weights on some pictures with
+no condition dropped and no code replaced ("known"). Resumes from OUT/transformer.pt (OUT/var.pt); without one, --start-from
+goes on from the weights of a pipeline that this recipe exported.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from captions import caption, other_words, spoken, wanted_of
 from foreseen import principal
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYLES
 from parts import MEANINGS, STATE, assemble, assemble_var, latents_of, learning, parts_hash, take_over, trained
-from teacher import encode, losses
+from teacher import CORRUPTED, encode, losses
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
 
 from hart_infer import HartPipeline, VarPipeline
-from hart_infer.generation.schedule import Schedule, Settings, hart_schedule, var_schedule
+from hart_infer.generation.schedule import Schedule, Settings, Stage, hart_schedule, var_schedule
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.next_scale import Condition, NextScaleTransformer
 from hart_infer.models.parts.layers import SteadyLinear, SwiGLU
@@ -59,8 +60,8 @@ class Learned(Protocol):
         """Endless batches of pictures from step `start` on."""
         ...
 
-    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
-        """The condition of these pictures, some of them dropped."""
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator, dropped: float) -> Condition:
+        """The condition of these pictures, a share of them dropped."""
         ...
 
     def draw(self) -> Tensor:
@@ -96,15 +97,15 @@ class Prompts:
         for step in itertools.count(start):
             yield next(several if step % COMPOSED == COMPOSED - 1 else single)
 
-    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator, dropped: float) -> Condition:
         """As `Learned`."""
         encoder = self.pipe.text_encoder
         assert encoder is not None
         context, mask = encode(encoder, [self.caption(encoder, self.about[i], random) for i in chosen])
-        dropped = torch.rand(len(context), generator=generator) < DROPPED
-        position_ids = torch.where(dropped[:, None], 0, mask.long().cumsum(dim=1) - 1)
-        context = torch.where(dropped[:, None, None], 0.0, context)
-        mask = torch.where(dropped[:, None], torch.arange(mask.shape[1]) == 0, mask)
+        without = torch.rand(len(context), generator=generator) < dropped
+        position_ids = torch.where(without[:, None], 0, mask.long().cumsum(dim=1) - 1)
+        context = torch.where(without[:, None, None], 0.0, context)
+        mask = torch.where(without[:, None], torch.arange(mask.shape[1]) == 0, mask)
         return self.pipe.transformer.condition(context, mask, position_ids)
 
     def caption(self, encoder: TextEncoder, about: Entry, random: Random) -> str:
@@ -157,11 +158,11 @@ class Classes:
         """As `Learned`."""
         return shuffled(self.pictures, batch, seed, start)
 
-    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator) -> Condition:
+    def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator, dropped: float) -> Condition:
         """As `Learned`."""
         classes = torch.tensor([self.number[i] for i in chosen])
-        dropped = torch.rand(len(classes), generator=generator) < DROPPED
-        return self.pipe.transformer.condition(torch.where(dropped, self.pipe.transformer.config.num_classes, classes))
+        without = torch.rand(len(classes), generator=generator) < dropped
+        return self.pipe.transformer.condition(torch.where(without, self.pipe.transformer.config.num_classes, classes))
 
     def draw(self) -> Tensor:
         """As `Learned`."""
@@ -271,17 +272,20 @@ def main() -> None:
     place, latents = latents_of(args.out, pictures)
     codes = torch.cat([torch.cat(quantizer.encode(part).indices, dim=1).short() for part in latents.split(64)])
     stages, drawn_from = learned.schedule.stages, learned.batches(args.batch, args.seed, start)
+
+    def lost(chosen: list[int], some: Sequence[Stage], seed: int, dropped: float, corrupted: float) -> dict[str, Tensor]:
+        rows, generator = torch.tensor([place[i] for i in chosen]), torch.Generator().manual_seed(seed)
+        split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
+        with torch.autocast("cpu", torch.bfloat16):
+            condition = learned.condition(chosen, Random(seed), generator, dropped)
+        return losses(transformer, quantizer, some, condition, split, latents[rows], generator, corrupted)
+
     for step in range(start, args.steps):
         rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps, decay=args.decay)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
-        chosen, random, generator = next(drawn_from), Random(args.seed + step), torch.Generator().manual_seed(args.seed + step)
-        rows = torch.tensor([place[i] for i in chosen])
         part = stages if step % args.full_every == 0 else stages[:-1]
-        split = list(codes[rows].long().split([s.tokens for s in stages], dim=1))
-        with torch.autocast("cpu", torch.bfloat16):
-            condition = learned.condition(chosen, random, generator)
-        found = losses(transformer, quantizer, part, condition, split, latents[rows], generator)
+        found = lost(next(drawn_from), part, args.seed + step, DROPPED, CORRUPTED)
         whole.zero_grad()
         found["loss"].backward()
         norm = nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
@@ -296,6 +300,9 @@ def main() -> None:
             optimizing = [optimizer.state_dict() for optimizer in both]
             save(path, state | {"model": whole.state_dict(), "optimizers": optimizing})
             average.swap()
+            with torch.no_grad():
+                known = lost(next(learned.batches(args.batch, args.seed, 0)), stages, args.seed, 0.0, 0.0)
+            log(step=step + 1, **{f"known {name}": value.item() for name, value in known.items()})
             write_grid(args.out / f"{args.model}-{step + 1:05d}.png", list(learned.draw().split(6)))
             average.swap()
 

@@ -155,19 +155,16 @@ def test_the_last_scale_can_be_left_out(parts):
         torch.testing.assert_close(whole[f"scale {stage.side}"], part[f"scale {stage.side}"])
 
 
-def test_a_dropped_class_is_conditioned_as_generation_without_one(of_classes, monkeypatch):
-    import train_transformer
+def test_a_dropped_class_is_conditioned_as_generation_without_one(of_classes):
     from train_transformer import Classes
 
     transformer, _ = of_classes
     learned = Classes.__new__(Classes)
     learned.pipe, learned.number = SimpleNamespace(transformer=transformer), dict(enumerate(range(12)))
-    monkeypatch.setattr(train_transformer, "DROPPED", 1.0)
-    found = learned.condition(range(12), Random(0), torch.Generator())
+    found = learned.condition(range(12), Random(0), torch.Generator(), 1.0)
     expected = transformer.unconditional()
     torch.testing.assert_close(found.inputs, expected.inputs[:1].expand_as(found.inputs))
-    monkeypatch.setattr(train_transformer, "DROPPED", 0.0)
-    kept = learned.condition(range(12), Random(0), torch.Generator())
+    kept = learned.condition(range(12), Random(0), torch.Generator(), 0.0)
     torch.testing.assert_close(kept.inputs, transformer.condition(torch.arange(12)).inputs)
 
 
@@ -194,11 +191,10 @@ def test_a_dropped_prompt_is_conditioned_as_generation_without_one(parts, monkey
     transformer, encoder = parts[0], Encoder()
     learned = Prompts.__new__(Prompts)
     learned.pipe, learned.about = SimpleNamespace(transformer=transformer, text_encoder=encoder), [about(), about()]
-    monkeypatch.setattr(train_transformer, "DROPPED", share)
     monkeypatch.setattr(Prompts, "caption", lambda *_: "a cat")
     tokens, mask = encoder.tokenize(["a cat"] * 2, context_tokens=transformer.config.context_token)
     monkeypatch.setattr(train_transformer, "encode", lambda *_: (encoder.hidden_states(tokens, mask), mask))
-    found = learned.condition([0, 1], Random(0), torch.Generator())
+    found = learned.condition([0, 1], Random(0), torch.Generator(), share)
     if share:
         expected = transformer.unconditional()
     else:
@@ -537,7 +533,7 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     assert 60 < meant < 140 and any("dinghy" in text for text in captions), "as a word that is not wanted"
     assert max(len(encoder.tokenizer(text)["input_ids"]) for text in captions) <= CONTEXT_TOKENS
     whole = learning(learned.pipe).requires_grad_(True)
-    learned.condition([0, 0], drawn, torch.Generator().manual_seed(0)).modulation.blocks.sum().backward()
+    learned.condition([0, 0], drawn, torch.Generator(), 0.0).modulation.blocks.sum().backward()
     assert all(layer.mlp.gate.weight.grad is not None for layer in whole["text"].layers)
 
 
