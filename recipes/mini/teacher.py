@@ -5,7 +5,8 @@ All scales run at once through the modules that generate, over a place that lets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +46,43 @@ class TeacherPlace:
         return self.stored[layer]
 
     def attend(self, q: Tensor, layer: int, *, scale: float) -> Tensor:
-        """Let every scale attend to itself and those before: the last to all, the others by a mask.
-
-        By products and a softmax: their backward pass in bf16 takes a quarter of that of PyTorch's attention on a CPU.
-        """
+        """Let every scale attend to itself and those before: the last to all, the others by a mask."""
         keys, values = self.stored[layer]
         earlier = sum(self.lengths[:-1])
         before, last = (q * scale).to(keys.dtype).tensor_split([earlier], dim=2)
-        scores = before @ keys[:, :, :earlier].mT + self.mask
-        found = [softmax(scores) @ values[:, :, :earlier], softmax(last @ keys.mT) @ values]
-        return torch.cat(found, dim=2).transpose(1, 2).flatten(2)
+        seen = (
+            attended_by(before, keys[:, :, :earlier], values[:, :, :earlier], self.mask),
+            attended_by(last, keys, values, None),
+        )
+        return torch.cat(seen, dim=2).transpose(1, 2).flatten(2)
+
+
+class Attended(torch.autograd.Function):
+    """Attention by products and a softmax, whose backward pass works in place: on a CPU in bf16 PyTorch's takes four times as
+    long as these products, and its softmax alone a sixth of them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [..., M, d], k and v [..., N, d], mask [M, N], added, -> [..., M, d]."""
+        scores = q @ k.mT
+        if mask is not None:
+            scores += mask
+        weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)
+        found = weights @ v
+        ctx.save_for_backward(q, k, v, weights, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Of q, k and v."""
+        q, k, v, weights, found = ctx.saved_tensors
+        of_scores = gradient @ v.mT
+        of_scores -= (gradient * found).sum(dim=-1, keepdim=True)
+        of_scores *= weights
+        return of_scores @ k, of_scores.mT @ q, weights.mT @ gradient, None
+
+
+attended_by: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = Attended.apply
 
 
 def encode(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -64,11 +92,6 @@ def encode(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Tensor, Tenso
     place = TeacherPlace(len(tokens), model.config.num_key_value_heads, model.config.head_dim, [CONTEXT_TOKENS])
     with torch.autocast("cpu", torch.bfloat16):
         return model(model.embed_tokens(tokens), positions, place, attended(mask, 0)).float(), mask
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension, dtype kept, under autocast too."""
-    return torch.softmax(scores, dim=-1, dtype=scores.dtype)
 
 
 def mask_of(lengths: Sequence[int]) -> Tensor:

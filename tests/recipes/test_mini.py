@@ -128,6 +128,18 @@ def test_every_parameter_learns(parts):
     assert silent(transformer) == []
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_learns_as_by_the_formula(recipe, masked):
+    from teacher import attended_by, mask_of
+
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = mask_of([1, 4]).double() if masked else None
+    torch.testing.assert_close(
+        attended_by(q, k, v, mask), torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    )
+    assert torch.autograd.gradcheck(lambda *x: attended_by(*x, mask), (q, k, v))
+
+
 def test_every_parameter_of_classes_learns(parts, of_classes):
     from teacher import losses
 
