@@ -34,7 +34,7 @@ BACKLOG = 2048
 ENDING = "The server is ending; send the request to another, or again later."
 STOP_SECONDS = 5.0  # for a worker to end by itself
 GRACE_SECONDS = 10.0  # beyond the drain, to send the last answers
-IDLE_SECONDS = 75  # an open connection may wait for its next request: longer than clients (5) and proxies (60) keep theirs
+IDLE_SECONDS = 75  # an open connection may wait for its next request: longer than httpx (5) and load balancers (60) do
 POLL_SECONDS = 0.05
 
 

@@ -20,7 +20,7 @@ from parts import MEANINGS, TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
 HART = ("--batch", "64", "--lr", "1.2e-3")
-# glibc keeps freed memory: getting it anew takes a quarter of a step with the last scale. Ignored elsewhere.
+# For glibc: it keeps freed memory, which takes long to get anew, and asks for large pages. Ignored elsewhere.
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**34),
     "MALLOC_TRIM_THRESHOLD_": str(2**35),
@@ -45,7 +45,7 @@ class Step:
         shortened = [] if self.steps is None else ["--steps", str(max(round(share * self.steps), 4))]
         print(f"{self.script} {' '.join([*self.arguments, *shortened])}", flush=True)  # noqa: T201
         command = [sys.executable, str(HERE / self.script), *self.arguments, *shortened]
-        found = subprocess.run(command, env=os.environ | KEPT_MEMORY)
+        found = subprocess.run(command, env=KEPT_MEMORY | os.environ)
         if found.returncode:
             raise SystemExit(f"{self.script} failed; mend what it says above and start again: finished steps are kept.")
 

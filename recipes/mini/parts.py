@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hart_infer.pipelines.labels import Labels
 
 TOKENIZER, TEXT, WORDS, LATENTS = "tokenizer-final.pt", "text-final.pt", "text_tokenizer", "latents.pt"
 MEANINGS = "words.json"  # associate.py's: which subject a word means
+PARTS = {"hart": (TOKENIZER, TEXT), "var": (TOKENIZER,)}  # what a transformer's training begins with
 STATE = {"hart": "transformer.pt", "var": "var.pt"}  # of a training, to go on from
 
 
@@ -56,6 +58,14 @@ def latents_of(out: Path, pictures: Pictures) -> tuple[dict[int, int], Tensor]:
     return {picture: row for row, picture in enumerate(shown)}, kept["latents"]
 
 
+def meanings_of(out: Path) -> dict[str, str]:
+    """Which subject a word means, by associate.py. SystemExit where it has not run."""
+    if not (out / MEANINGS).exists():
+        raise SystemExit(f"{out} has no {MEANINGS}: run associate.py first.")
+    found: dict[str, str] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
+    return found
+
+
 def assemble(out: Path) -> HartPipeline:
     """The trained tokenizer and text encoder in `out` with a transformer of random weights, fp32."""
     transformer = HartTransformer(TRANSFORMER, vocab_size=AUTOENCODER.vocab_size, channels=AUTOENCODER.z_channels)
@@ -82,17 +92,18 @@ def learning(pipe: HartPipeline | VarPipeline) -> nn.ModuleDict:
 
 
 def parts_hash(out: Path, model: str) -> str:
-    """Tells the trained tokenizer in `out`, and hart-mini's text encoder, from others: a transformer began with one pair."""
-    files = (TOKENIZER, TEXT) if model == "hart" else (TOKENIZER,)
-    return hashlib.sha256(b"".join((out / name).read_bytes() for name in files)).hexdigest()[:12]
+    """Tells what the training of a transformer in `out` began with, the tokenizer and hart-mini's text encoder, from others."""
+    return hashlib.sha256(b"".join((out / name).read_bytes() for name in PARTS[model])).hexdigest()[:12]
 
 
 def trained(out: Path, model: str) -> dict[str, Any]:
-    """What train_transformer.py wrote to `out`; SystemExit where the tokenizer or the text encoder there is another by now."""
+    """What train_transformer.py wrote to `out`; SystemExit where it began with other parts."""
     path = out / STATE[model]
     state: dict[str, Any] = torch.load(path, weights_only=True)
     if state["parts"] != parts_hash(out, model):
-        raise SystemExit(f"{path} was trained on other parts than {TOKENIZER} and {TEXT}: give each its own folder.")
+        raise SystemExit(f"{path} began with another {' or '.join(PARTS[model])} than is there: give each its own folder.")
+    if not all(name.startswith(("transformer.", "text.")) for name in state["average"]):
+        raise SystemExit(f"{path} is of an earlier version of this recipe, which can't be gone on from.")
     return state
 
 

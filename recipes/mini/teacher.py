@@ -23,7 +23,7 @@ from hart_infer.models.text import TextEncoder, attended
 from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
-CORRUPTED = 0.05  # as sampling errs too
+CORRUPTED = 0.05  # share of input codes replaced by random ones: sampling errs too
 
 
 class TeacherPlace:
@@ -58,8 +58,10 @@ class TeacherPlace:
 
 
 class Attended(torch.autograd.Function):
-    """Attention by products and a softmax, whose backward pass works in place: on a CPU in bf16 PyTorch's takes four times as
-    long as these products, and its softmax alone a sixth of them."""
+    """Attention by products and a softmax. The gradient of the scores is computed in their place.
+
+    In bf16 on a CPU the backward pass of PyTorch's attention takes four times as long.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +76,7 @@ class Attended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Of q, k and v."""
+        """The gradients of q, k and v."""
         q, k, v, weights, found = ctx.saved_tensors
         of_scores = gradient @ v.mT
         of_scores -= (gradient * found).sum(dim=-1, keepdim=True)
@@ -144,8 +146,6 @@ def losses(
     codes: list[Tensor], latent: Tensor, generator: torch.Generator, corrupted: float = CORRUPTED,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The loss, and its parts: the codes' cross-entropy by scale and, where HART's last scale takes part, the residual's.
-
-    `corrupted` is the share of input codes that are replaced by random ones.
 
     Half of the loss weighs tokens alike, half weighs scales alike: the first ones have few tokens and decide what is drawn.
     """

@@ -11,7 +11,6 @@ number from the hidden states of a caption's last token and of the last position
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from classifier import STYLE_NAMES, subjects_of
 from compose import COLOURS
 from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
-from parts import MEANINGS, TEXT, WORDS, latents_of
+from parts import TEXT, WORDS, latents_of, meanings_of
 from teacher import encode
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
@@ -181,7 +180,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints and scores")
     args = parser.parse_args()
     pictures, log = Pictures(args.data), Log(args.out / "text.jsonl")
-    words: dict[str, str] = json.loads((args.out / MEANINGS).read_text(encoding="utf-8"))
+    words = meanings_of(args.out)
     if not (args.out / WORDS).exists():
         texts = [*words, *words] + [spoken(a.name) for a in pictures.about]
         wanted = [Wanted(spoken(a.name), a.style, a.colour, a.number) for a in pictures.about[::7]]

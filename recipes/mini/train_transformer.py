@@ -4,9 +4,9 @@
 
 hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
 subject. hart-mini's text encoder learns on with it. A tenth of the conditions is dropped for guidance. The last scale, more
-than half of all tokens, takes part in every third step (--full-every): nothing before depends on it. But it has nearly all of
-the details, so it wants every step in the end. Beside the loss the log has that of the averaged weights on some pictures with
-no condition dropped and no code replaced ("known"). Resumes from OUT/transformer.pt (OUT/var.pt); without one, --start-from
+than half of all tokens, takes part in every third step: nothing before depends on it. But it has nearly all of the details, so
+use --full-every 1 in the end. Beside the loss the log has that of the averaged weights on the first batch with no condition
+dropped and no code replaced ("known"). Resumes from OUT/transformer.pt (OUT/var.pt); without one, --start-from
 goes on from the weights of a pipeline that this recipe exported.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from captions import caption, other_words, spoken, wanted_of
 from foreseen import principal
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYLES
-from parts import MEANINGS, STATE, assemble, assemble_var, latents_of, learning, parts_hash, take_over, trained
+from parts import STATE, assemble, assemble_var, latents_of, learning, meanings_of, parts_hash, take_over, trained
 from teacher import CORRUPTED, encode, losses
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
@@ -39,7 +38,7 @@ from hart_infer.models.text import TextEncoder
 from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.1  # share of conditions replaced by the unconditional one
-OF_WORDS = 0.2  # share of captions by a word that means the picture, where there are some
+WORDED = 0.2  # share of captions that name the subject by one of its words in words.json, where there are some
 COMPOSED = 5  # every so many-th batch is of composed pictures
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -74,10 +73,10 @@ class Prompts:
 
     def __init__(self, pictures: Pictures, out: Path, start_from: str | None) -> None:
         """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is."""
+        meanings = meanings_of(out)
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
         self.single, self.several = pictures.split("train"), pictures.split("composed")
-        meanings: dict[str, str] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
         self.words: dict[str, list[str]] = {}
         for word, name in sorted(meanings.items()):
             self.words.setdefault(name, []).append(word)
@@ -112,8 +111,10 @@ class Prompts:
         """A caption of a picture, by its name or a word that means it, that fits the context."""
         while True:
             words = self.words.get(about.name)
-            word = random.choice(words) if words and random.random() < OF_WORDS else None
-            text = caption(wanted_of(about, random, word), random, self.others)
+            word = random.choice(words) if words and random.random() < WORDED else None
+            text = caption(
+                wanted_of(about, random, word), random, () if word else self.others
+            )  # of two words either might be meant
             if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
                 return text
 
@@ -171,7 +172,7 @@ class Classes:
 
 
 def in_one_product(transformer: NextScaleTransformer) -> None:
-    """Map all rows at once where generation maps two at a time, to round as the released code does."""
+    """Map all rows of a modulation at once. Generation maps two at a time, which rounds as the released code does."""
     for module in transformer.modules():
         if isinstance(module, SteadyLinear):
             module.halves = False
@@ -234,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("data", type=Path)
-    result.add_argument("out", type=Path, help="has what train_tokenizer.py and train_text.py wrote")
+    result.add_argument("out", type=Path, help="has what train_tokenizer.py, associate.py and train_text.py wrote")
     result.add_argument("--model", choices=("hart", "var"), default="hart")
     result.add_argument("--steps", type=int, default=30000)
     result.add_argument("--batch", type=int, default=16)
