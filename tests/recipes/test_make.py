@@ -62,6 +62,8 @@ def test_every_step_is_run_and_a_finished_one_is_skipped(tmp_path: Path) -> None
     drawn = HartPipeline.from_pretrained(tmp_path / "hart-mini")("a cat", seed=0).images[0]
     assert drawn.size == (128, 128)
     assert VarPipeline.from_pretrained(tmp_path / "var-mini")("cat", seed=0).images[0].size == (128, 128)
+    for model in ("hart", "var"):
+        assert "known loss" in (tmp_path / "run" / f"{model}.jsonl").read_text()
     shutil.rmtree(tmp_path / "var-mini")
     again = make(tmp_path)
     assert again.returncode == 0

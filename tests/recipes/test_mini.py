@@ -140,6 +140,14 @@ def test_attention_learns_as_by_the_formula(recipe, masked):
     assert torch.autograd.gradcheck(lambda *x: attended_by(*x, mask), (q, k, v))
 
 
+def test_only_so_many_codes_are_replaced(recipe):
+    from teacher import corrupt
+
+    codes = torch.arange(4000).view(40, 100)
+    equal = [(corrupt(codes, share, torch.Generator().manual_seed(0)) == codes).float().mean().item() for share in (0, 0.25, 1)]
+    assert equal == [1, pytest.approx(0.75, abs=0.03), pytest.approx(0, abs=0.01)]
+
+
 def test_every_parameter_of_classes_learns(parts, of_classes):
     from teacher import losses
 
@@ -509,6 +517,19 @@ def test_a_model_of_classes_is_written_with_its_names(tmp_path, monkeypatch):
     pipe = VarPipeline.from_pretrained(tmp_path / "made")
     assert pipe.labels.index("sun with face") == 2
     torch.testing.assert_close(pipe.transformer.class_embed.weight, weights["transformer.class_embed.weight"].bfloat16())
+
+
+def test_what_the_text_encoder_learned_with_the_transformer_is_written(tmp_path):
+    from parts import STATE, assemble, finished, learning, parts_hash, take_over
+
+    take_over(str(RECIPE / "begun"), tmp_path)
+    average = learning(assemble(tmp_path)).state_dict()
+    average["text.norm.weight"] = torch.full_like(average["text.norm.weight"], 3.0)
+    torch.save({"average": average, "parts": parts_hash(tmp_path, "hart")}, tmp_path / STATE["hart"])
+    assert (finished(tmp_path, "hart").text_encoder.model.norm.weight == 3).all()
+    torch.save({"average": {"norm.weight": 0}, "parts": parts_hash(tmp_path, "hart")}, tmp_path / STATE["hart"])
+    with pytest.raises(SystemExit, match="earlier version"):
+        finished(tmp_path, "hart")
 
 
 def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
