@@ -112,9 +112,8 @@ class Prompts:
         while True:
             words = self.words.get(about.name)
             word = random.choice(words) if words and random.random() < WORDED else None
-            text = caption(
-                wanted_of(about, random, word), random, () if word else self.others
-            )  # of two words either might be meant
+            others = () if word else self.others  # of two words either might be meant
+            text = caption(wanted_of(about, random, word), random, others)
             if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
                 return text
 

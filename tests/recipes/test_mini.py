@@ -592,5 +592,5 @@ def test_the_text_encoder_learns_what_it_encodes(recipe, tmp_path):
     tokens, expected_mask = encoder.tokenize(["two cats", "a cat, noto style"], context_tokens=hidden.shape[1])
     expected = encoder.hidden_states(tokens, expected_mask)
     assert torch.equal(mask, expected_mask)
-    near = (hidden - expected)[mask].abs().mean() / expected[mask].abs().mean()
+    near = (hidden - expected).abs().mean() / expected.abs().mean()  # padding too, which HART attends to
     assert near < 0.02, "within bf16's rounding"
