@@ -48,9 +48,9 @@ class ImageOutput:
 
 @dataclass
 class VideoOutput:
-    """Result of `video`: `frames`: each video's PIL images; `seeds`: the seed that reproduces each. A notebook shows them."""
+    """Result of `video`: `frames` in the requested form; `seeds`: the seed that reproduces each. A notebook shows them."""
 
-    frames: list[list[Image]]
+    frames: Any  # each video's PIL images, or [N, F, H, W, 3] numpy / [N, F, 3, H, W] torch in 0..1, or latents
     seeds: list[int]
 
     def __getitem__(self, index: int | str | slice) -> Any:
@@ -60,13 +60,17 @@ class VideoOutput:
     def save(self, path: str | Path, index: int = 0, *, fps: float = FPS) -> Path:
         """Write video `index` as the extension says: animated .webp or .gif, .mp4, or a .png with all frames side by side.
 
-        Raises InputError or OutputError, as `save_video` does.
+        Raises InputError or OutputError, as `save_video` does, and InputError where the frames are no PIL images.
         """
+        if not isinstance(self.frames, list):
+            raise InputError('Only PIL images are saved: draw the video with output_type="pil".')
         chosen = self.frames[check_int(index, "index", 0, len(self.frames) - 1)]
         return save_video(chosen, path, fps=check_float(fps, "fps", 0))
 
-    def _repr_html_(self) -> str:
-        """Return HTML with the videos, side by side and moving, and their seeds, for notebooks."""
+    def _repr_html_(self) -> str | None:
+        """Return HTML with the videos, side by side and moving, and their seeds, for notebooks; None unless of PIL images."""
+        if not isinstance(self.frames, list):
+            return None
         files = [("webp", _webp(frames)) for frames in self.frames[:SHOWN_IN_NOTEBOOKS]]
         return _html(files, self.seeds, len(self.frames))
 

@@ -269,14 +269,17 @@ class VilaUPipeline(ConversationPipeline):
         generator: GeneratorArgument = None,
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | None = None,
+        output_type: Output = "pil",
         callback_on_step_end: Callable[..., object] | None = None,
         reproducible: bool | None = None,
     ) -> VideoOutput:
-        """Draw videos of `settings.num_video_frames` frames each; the arguments are those of a call.
+        """Draw videos of F = `settings.num_video_frames` frames each; the arguments are those of a call.
 
-        A video that is stopped ends with the frame that was being drawn. Raises what a call raises, and InputError where the
-        checkpoint draws no videos.
+        `output_type` is "pil", a list of frames for each video; "np" [N, F, H, W, 3] or "pt" [N, F, 3, H, W], fp32 in 0..1; or
+        "latent", the features [N, F, g, g, C]. A video that is stopped ends with the frame that was being drawn.
+        Raises what a call raises, and InputError where the checkpoint draws no videos.
         """
+        check_output_type(output_type)
         request = self._request(
             prompt,
             "video",
@@ -289,8 +292,13 @@ class VilaUPipeline(ConversationPipeline):
             reproducible=reproducible,
         )
         features = self._draw(request)  # [N, F, g, g, C]
-        frames = [tensors.to_pil(self._decode(each), truncated=True) for each in features]
-        return VideoOutput(frames, request.seeds)
+        if output_type == "latent":
+            return VideoOutput(features, request.seeds)
+        videos = [self._decode(each) for each in features]
+        if output_type == "pil":
+            return VideoOutput([self._form(video, output_type) for video in videos], request.seeds)
+        frames = self._form(torch.cat(videos), output_type)
+        return VideoOutput(frames.reshape(len(videos), -1, *frames.shape[1:]), request.seeds)
 
     def _rule(self, guidance_scale: float | None, top_k: int | None, top_p: float | None) -> CodeRule:
         """Return how codes are drawn: what is given, else the defaults. Raises InputError."""

@@ -460,6 +460,27 @@ def test_a_video(pipe: VilaUPipeline) -> None:
     assert alone[0].tobytes() != pipe(PROMPTS[1], seed=6).images[0].tobytes()  # another token asks for it
 
 
+@pytest.mark.parametrize(
+    ("output_type", "shape"), [("np", (SIDE, SIDE, 3)), ("pt", (3, SIDE, SIDE)), ("latent", LATENT)], ids=str
+)
+def test_a_video_in_other_forms(pipe: VilaUPipeline, tmp_path: Path, output_type: Any, shape: tuple[int, ...]) -> None:
+    output = pipe.video(PROMPTS[:2], seed=3, output_type=output_type)
+    assert tuple(output.frames.shape) == (2, FRAMES, *shape)
+    assert str(output.frames.dtype).removeprefix("torch.") == "float32"
+    pixels = {
+        "np": lambda frames: frames,
+        "pt": lambda frames: frames.permute(0, 1, 3, 4, 2).numpy(),
+        "latent": lambda frames: np.stack([pipe._decode(each).permute(0, 2, 3, 1).numpy() for each in frames]),
+    }[output_type](output.frames)
+    expected = [[np.asarray(frame) for frame in frames] for frames in pipe.video(PROMPTS[:2], seed=3).frames]
+    assert np.array_equal(np.floor(pixels * np.float32(255)).astype(np.uint8), expected)
+    assert output._repr_html_() is None
+    with pytest.raises(InputError, match='output_type="pil"'):
+        output.save(tmp_path / "cat.webp")
+    with pytest.raises(InputError, match="output_type must be one of"):
+        pipe.video("a cat", output_type="gif")  # type: ignore[arg-type]
+
+
 def test_a_video_s_rows_are_of_all_frames(pipe: VilaUPipeline) -> None:
     seen: list[tuple[int, int]] = []
     previews: list[bytes] = []
