@@ -14,8 +14,11 @@ WEIGHTS = "weights"  # its entry that the first worker adds, since only who has 
 
 
 def claim(storage: Storage, described: Mapping[str, Any]) -> None:
-    """Write down what the folder's pictures share, or compare it with what is there. Raises InputError, OutputError."""
-    if not is_claimed(storage):
+    """Write down what the folder's pictures share, or compare it with what is there. Raises InputError, OutputError.
+
+    What a run wrote that loaded no model, so drew nothing, is replaced.
+    """
+    if not is_claimed(storage) or WEIGHTS not in _read(storage):
         _write(storage, described)
         return
     described = json.loads(json.dumps(described))  # tuples are lists there

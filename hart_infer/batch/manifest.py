@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -16,6 +17,7 @@ MANIFEST = "manifest.parquet"
 SHEETS_KEY = b"hart_infer.sheets"  # of its metadata: a JSON list of the sheets that are complete
 PARTS = "manifest"  # folder
 READ_TOGETHER = 256  # parts
+OWN = re.compile(r"\d{6,}-[0-9a-f]{8}\.(tar|png)")  # names of shards and sheets, which are those of chunks
 TYPES = {  # of Arrow
     "id": "string",
     "prompt": "string",
@@ -39,7 +41,7 @@ class Record:
     file: str | None = None  # relative to the run's folder; in a shard as shards/NAME.tar/NAME.png
     sha256: str | None = None  # of the PNG file
     model: str | None = None
-    settings: str | None = None  # JSON object: the call's arguments, the weights, device, dtype and software
+    settings: str | None = None  # JSON object: the call's arguments, which weights, device, dtype and software
     seconds: float | None = None  # the row's share of the time that its batch took to draw
     error: str | None = None
 
@@ -86,7 +88,8 @@ def compact(storage: Storage, order: Sequence[str]) -> None:
         _write(storage, MANIFEST, lines.replace_schema_metadata({SHEETS_KEY: json.dumps(sorted(sheets)).encode()}))
         storage.remove(parts)
     known = sheets | {file.rpartition("/")[0] for file in lines.column("file").to_pylist() if file is not None}
-    storage.remove(name for name in [*storage.names(SHARDS), *storage.names(SHEETS)] if name not in known)
+    there = [*storage.names(SHARDS), *storage.names(SHEETS)]
+    storage.remove(name for name in there if name not in known and OWN.fullmatch(name.rpartition("/")[2]))
 
 
 def _known_sheets(storage: Storage) -> set[str]:

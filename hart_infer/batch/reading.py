@@ -74,7 +74,10 @@ def _from_text(content: bytes, name: str) -> tuple[list[str], Iterable[Found]]:
 
 def _from_csv(content: bytes, name: str) -> tuple[list[str], Iterable[Found]]:
     table = csv.reader(io.StringIO(_text(content, name), newline=""))
-    header = [column.strip() for column in next(table, [])]
+    try:
+        header = [column.strip() for column in next(table, [])]
+    except csv.Error as error:
+        raise InputError(f"{name} is not CSV ({error}).") from error
 
     def rows() -> Iterator[Found]:
         while True:

@@ -64,11 +64,11 @@ def _parse(place: str, values: Mapping[str, Any] | InputError, base_seed: int, i
     if isinstance(values, InputError):
         return Row(f"{place.replace(' ', '-')}-{_digest(str(values))}", "", None, None, (), f"{place}: {values}")
     values = {name: value for name, value in values.items() if not _is_missing(value)}
-    prompt = next((values[name] for name in SUBJECTS if name in values), None)
+    prompt = values["prompt"] if "prompt" in values else _label(values.get("label"))
     prompt = str(prompt) if isinstance(prompt, int) and not isinstance(prompt, bool) else prompt
     row_id = _numbered(_digest(json.dumps(values, sort_keys=True, default=repr)), repeats)
     try:
-        row_id = _given_id(values["id"], place, ids) if "id" in values else row_id
+        row_id = _given_id(_whole(values["id"]), place, ids) if "id" in values else row_id
         if prompt is None:
             raise InputError("there is no prompt")
         text = check_prompts([prompt])[0].strip()
@@ -129,15 +129,26 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
 
 
+def _whole(value: Any) -> Any:
+    """Read a whole number from a float, which a column with empty cells may hold."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _number(value: Any) -> Any:
-    """Read a number from a text, and a whole one from a float, which a column with empty cells may hold."""
+    """Read a number from a text, and a whole one from a float."""
     if isinstance(value, str):
         for kind in (int, float):
             try:
-                return kind(value)
+                return _whole(kind(value))
             except ValueError:
                 continue
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return _whole(value)
+
+
+def _label(value: Any) -> Any:
+    """Return a class's number as one, in a text too; a name as it is."""
+    number = _number(value)
+    return number if isinstance(number, int) else value
 
 
 def _flag(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,7 +54,7 @@ def open_storage(out: str) -> Storage:
     """
     scheme, separator, rest = out.partition("://")
     if not separator or scheme == "file":
-        folder = LocalStorage(Path(rest if separator else out).expanduser().absolute())
+        folder = LocalStorage(Path(os.path.expanduser(rest if separator else out)).absolute())
         folder.check()
         return folder
     return RemoteStorage(out.rstrip("/"))
@@ -111,7 +112,7 @@ class LocalStorage:
         contents = []
         for name in names:
             try:
-                contents.append((self._folder / name).expanduser().read_bytes())
+                contents.append((self._folder / os.path.expanduser(name)).read_bytes())
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InputError(f"{name} cannot be read: {reason.lower()}.") from error
@@ -121,7 +122,7 @@ class LocalStorage:
         """Return the names of the files."""
         root = self._folder / folder
         try:
-            found = [path.name for path in root.iterdir()]
+            found = [path.name for path in root.iterdir() if not path.is_dir()]
         except FileNotFoundError:
             return []
         except OSError as error:

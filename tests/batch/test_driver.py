@@ -253,6 +253,30 @@ def test_other_weights_are_refused(tmp_path):
     assert run(rows, tmp_path / "out").drawn == 2
 
 
+def test_what_a_run_claimed_that_loaded_no_model_is_replaced(tmp_path):
+    def refuse() -> Any:
+        raise InputError("size must be 16, not 999.")
+
+    rows = make_rows(tmp_path, "a")
+    asked = WorkerOptions(refuse, str(tmp_path / "out"))
+    with pytest.raises(InputError, match="999"):
+        run_batch(rows, asked, chunk_size=2, described={"size": 999})
+    assert run(rows, tmp_path / "out", described={"size": 16}).drawn == 1
+    with pytest.raises(InputError, match="was begun with size 16, not 999"):
+        run(rows, tmp_path / "out", described={"size": 999})
+
+
+@pytest.mark.parametrize("kind", ["png", "webdataset"])
+def test_files_of_others_stay(tmp_path, kind):
+    out = tmp_path / "out"
+    others = ["shards/my-dataset-000.tar", "shards/000000-0123abcd/0.png", "sheets/budget.xlsx"]
+    for name in others:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"mine")
+    run(make_rows(tmp_path, "a"), out, format=kind, sheets=True)
+    assert all((out / name).read_bytes() == b"mine" for name in others)
+
+
 @pytest.mark.parametrize(("name", "content"), [("batch.json", b"[1]"), ("batch.json", b"x"), ("manifest.parquet", b"x")])
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, name, content):
     (tmp_path / "out").mkdir()

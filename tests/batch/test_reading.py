@@ -77,6 +77,29 @@ def test_labels_are_prompts_and_numbers_are_texts(tmp_path):
     assert [row.prompt for row in read_table(str(tmp_path / "p.parquet")).rows] == ["0", "1"]
 
 
+def test_whole_numbers_that_a_table_writes_as_floats(tmp_path):
+    text = "id,prompt,seed,top_k,size\nx,7.0,7.0,50.0,256.0\ny,b,,,\n"
+    first, second = rows_of(tmp_path / "p.csv", text)
+    assert (first.error, first.prompt, first.seed, first.settings) == (None, "7.0", 7, (("size", 256), ("top_k", 50)))
+    assert second.error is None
+    assert [row.prompt for row in rows_of(tmp_path / "p.csv", "label\n207.0\ntench\n")] == ["207", "tench"]
+    (row,) = rows_of(tmp_path / "p.jsonl", '{"label": 207.0, "id": 7.0}\n')
+    assert (row.error, row.prompt, row.id) == (None, "207", "7")
+
+
+def test_a_header_that_is_no_csv(tmp_path):
+    with pytest.raises(InputError, match="is not CSV"):
+        rows_of(tmp_path / "p.csv", '"prompt\n' + "a cat\n" * 30_000)
+
+
+def test_a_name_that_begins_like_a_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~prompts.txt").write_text("a cat\n")
+    assert [row.prompt for row in read_table("~prompts.txt").rows] == ["a cat"]
+    with pytest.raises(InputError, match="no such file"):
+        read_table("~nobody-of-that-name/prompts.txt")
+
+
 def test_cells_that_a_table_of_floats_fills_up_are_empty(tmp_path):
     write_parquet(tmp_path / "p.parquet", {"prompt": ["a", "b"], "seed": [7.0, float("nan")], "top_k": [None, 3.0]})
     first, second = read_table(str(tmp_path / "p.parquet")).rows
