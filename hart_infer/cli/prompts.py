@@ -31,6 +31,8 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 def _read(name: str) -> list[str]:
     shown = "stdin" if name == "-" else name
+    if name == "-" and sys.stdin is None:
+        raise InputError("stdin cannot be read: it is closed.")
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:

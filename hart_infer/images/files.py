@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InputError, OutputError
-from .reading import NotAFileError, check_regular
+from .reading import BROKEN, NotAFileError, check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,13 +119,14 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
                 exif = image.getexif()
                 is_ours = str(exif.get(EXIF_SOFTWARE)).startswith(SOFTWARE)
                 text = image.info.get(METADATA_KEY) or (exif.get(EXIF_DESCRIPTION) if is_ours else None)
-        values = json.loads(text) if text else None
     except NotAFileError:
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture.") from error
+    try:
+        values = json.loads(text) if text else None
     except (ValueError, TypeError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

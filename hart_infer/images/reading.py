@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from ..errors import InputError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# What Pillow raises of a broken file, its EXIF data too.
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error)
 
 
 def read_image(path: str | Path) -> Image:
@@ -28,7 +32,7 @@ def read_image(path: str | Path) -> Image:
     except OSError as error:
         reason = error.strerror.lower() if error.strerror else "it is not a whole picture of a known format"
         raise InputError(f"{path} cannot be read: {reason}.") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}.") from error
     except MemoryError as error:
         raise OutOfMemoryError(f"{path} is too large for the memory.") from error

@@ -6,7 +6,6 @@ import hashlib
 import io
 import re
 import secrets
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from anyio.lowlevel import RunVar
 
 from ..errors import InputError
 from ..images.files import check_writable, whole_file, write_failure
-from ..images.reading import to_rgb
+from ..images.reading import BROKEN, to_rgb
 from .problems import ApiError
 from .protocol import Given, Picture
 
@@ -31,7 +30,6 @@ READ = ("PNG", "JPEG", "WEBP")
 TRANSPARENT = 128  # alpha below this is transparent
 NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 READERS = 2  # requests whose pictures are decoded at once, for a small file may be a large picture
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error)
 T = TypeVar("T")
 _readers: RunVar[CapacityLimiter] = RunVar("hart_infer_readers")
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,11 +79,13 @@ class Server:
         for scheduler in schedulers:
             scheduler.close(ENDING)
         LOG.info("draining", extra={"seconds": self.settings.drain})
-        with anyio.move_on_after(self.settings.drain):
-            while not all(scheduler.is_idle for scheduler in schedulers):
-                await asyncio.sleep(POLL_SECONDS)
-        for scheduler in schedulers:
-            scheduler.abandon(ENDING)
+        try:
+            with anyio.move_on_after(self.settings.drain):
+                while not all(scheduler.is_idle for scheduler in schedulers):
+                    await asyncio.sleep(POLL_SECONDS)
+        finally:
+            for scheduler in schedulers:
+                scheduler.abandon(ENDING)
 
     async def _supervise(self, supervisor: Supervisor) -> None:
         """Keep a model's worker alive; end the server where the first can't load the model."""
@@ -116,7 +118,13 @@ class _Uvicorn(uvicorn.Server):
         """Close the port; wait for what is open, for a while."""
         draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
-        await draining
+        if self.force_exit:  # a second signal
+            draining.cancel()
+        await asyncio.wait([draining])
+        if not draining.cancelled():
+            draining.result()
+        if self.force_exit:  # Uvicorn leaves this out then
+            await self.lifespan.shutdown()
 
 
 @contextmanager
@@ -137,11 +145,15 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. Raises ConfigError."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # on Windows it would let two servers share a port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(where)
-        listening.listen(BACKLOG)
+        with ExitStack() as opened:
+            listening = opened.enter_context(socket.socket(family, kind, protocol))
+            if os.name == "posix":  # on Windows it would let two servers share a port
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(where)
+            listening.listen(BACKLOG)
+            opened.pop_all()
+    except UnicodeError as error:
+        raise ConfigError(f"Port {port} of {host} can't be opened: {host} is not the name of a host.") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"Port {port} of {host} is taken by another program; stop it, or take another --port.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,13 @@ def test_opaque_modes_are_converted_by_pillow(mode: str) -> None:
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8))
     given = colours if mode == "LAB" else colours.convert(mode)
     assert to_rgb(given).tobytes() == given.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("read", [read_image, read_metadata])
+def test_broken_exif_is_told_in_a_sentence(read: Callable[[Path], object], tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"MM\0*")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read(tmp_path / "a.png")
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

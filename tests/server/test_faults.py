@@ -364,6 +364,23 @@ async def test_an_ending_server_does_not_wait_for_ever() -> None:
         assert "Traceback" not in log
 
 
+async def test_a_second_signal_ends_at_once() -> None:
+    with stand_in(drain=60) as (address, running):
+        async with http(address) as made:
+            await ready(made)
+            asked = asyncio.create_task(ask(made, "hang"))
+            await asyncio.sleep(0.5)
+            start = time.monotonic()
+            running.process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.5)
+            running.process.send_signal(signal.SIGINT)
+            status, log = await asyncio.to_thread(running.end, 0)
+            await asyncio.gather(asked, return_exceptions=True)
+        assert status == 0
+        assert time.monotonic() - start < 15
+        assert "Traceback" not in log
+
+
 async def test_a_second_server_on_a_port_says_so(shared: str) -> None:
     port = urlsplit(shared).port
     command = [sys.executable, "-m", "hart_infer", "serve", "--port", str(port)]

@@ -475,4 +475,9 @@ def test_the_page_waits_for_a_model_that_is_being_loaded(opened: Open) -> None:
     with stand_in(page=1, loads=3) as (served, _):
         page = opened(served)
         expect(page.locator("#facts")).to_have_text("being loaded")
+        page.fill("#draw-prompt", "a cat")
+        page.keyboard.press("Enter")
+        expect(page.locator("#draw [role=alert]")).to_contain_text("being loaded")
         ready(page)
+        expect(page.locator("#draw [role=alert]")).to_have_count(0)
+        drawn(draw(page, "a cat"))

@@ -159,7 +159,7 @@ def test_a_port_is_taken_once() -> None:
     bind("127.0.0.1", port).close()
 
 
-@pytest.mark.parametrize("host", ["203.0.113.7", "no such name"])
+@pytest.mark.parametrize("host", ["203.0.113.7", "no such name", "a..b"])
 def test_an_address_that_is_not_here(host: str) -> None:
     with pytest.raises(ConfigError, match=f"Port 0 of {host} can't be opened: "):
         bind(host, 0)

@@ -55,8 +55,16 @@ function again(shot) {
 
 // Drawing and editing.
 
+/** Whether there is a model to ask; the form says so where there is none yet. */
+function isLoaded(form) {
+  form.querySelector(".trouble")?.remove();
+  if (model === null) form.append(alertBox("The model is being loaded. Try again when it is."));
+  return model !== null;
+}
+
 drawForm.addEventListener("submit", (event) => {
   event.preventDefault();
+  if (!isLoaded(drawForm)) return;
   byId("draw").querySelector(".empty").hidden = true;
   gallery.draw({
     path: "/v1/images/generations",
@@ -69,8 +77,8 @@ drawForm.addEventListener("submit", (event) => {
 
 editForm.addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (!isLoaded(editForm)) return;
   const wrong = easel.picture === null ? "Choose a picture first." : easel.isEmpty ? "Paint over what is to be drawn anew." : null;
-  editForm.querySelector(".trouble")?.remove();
   if (wrong !== null) {
     editForm.append(alertBox(wrong));
     return;
@@ -124,6 +132,7 @@ for (const tab of tabs) {
 
 function show(next) {
   model = next;
+  drawForm.querySelector(".trouble")?.remove();
   const abilities = { draw: true, edit: model.edits, reconstruct: true, ask: model.answers };
   for (const tab of tabs) tab.hidden = !abilities[tab.getAttribute("aria-controls")];
   const wanted = location.hash.slice(1);

@@ -15,6 +15,7 @@ export class Ask {
     this.fresh = panel.querySelector("#forget");
     this.messages = []; // as the API has them
     this.picture = null; // data: URL of a picture that is not in a message yet
+    this.asking = null; // AbortController of the question that is being answered
     this.chooser = new Chooser(panel.querySelector(".chooser"), async (blob) => {
       this.#forget();
       this.picture = await dataUrl(blob);
@@ -31,6 +32,7 @@ export class Ask {
   }
 
   #forget() {
+    this.asking?.abort();
     const first = this.messages[0]?.content[0];
     if (first?.type === "image_url") this.picture = first.image_url.url;
     this.messages = [];
@@ -52,8 +54,10 @@ export class Ask {
     this.empty.hidden = true;
     const submit = this.form.querySelector("[type=submit]");
     submit.disabled = true;
+    const { signal } = (this.asking = new AbortController());
     try {
-      const response = await call("/v1/chat/completions", { json: { model: this.model().id, messages, stream: true } });
+      const json = { model: this.model().id, messages, stream: true };
+      const response = await call("/v1/chat/completions", { json, signal });
       for await (const text of events(response)) {
         if (text === "[DONE]") break;
         answer.textContent += JSON.parse(text).choices[0].delta.content ?? "";
@@ -64,7 +68,7 @@ export class Ask {
       this.form.elements.question.value = "";
       this.fresh.hidden = false;
     } catch (error) {
-      answer.replaceWith(alertBox(error.message));
+      if (error.name !== "AbortError") answer.replaceWith(alertBox(error.message));
     } finally {
       answer.classList.remove("busy");
       submit.disabled = false;

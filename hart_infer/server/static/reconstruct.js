@@ -12,6 +12,7 @@ export class Reconstruct {
     this.stage = panel.querySelector(".stage");
     this.model = model;
     this.urls = []; // of the pictures that are shown
+    this.sending = null; // AbortController of the picture that is on its way
     this.chooser = new Chooser(panel.querySelector(".chooser"), (blob) => this.#send(blob));
     panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
     this.#idle();
@@ -25,19 +26,22 @@ export class Reconstruct {
     const form = new FormData();
     form.append("image", blob, "picture");
     form.append("model", this.model().id);
+    this.sending?.abort();
+    const { signal } = (this.sending = new AbortController());
     this.stage.replaceChildren(el("div", { class: "empty busy" }, el("p", {}, "Encoding and decoding.")));
     try {
-      const answer = await (await call("/v1/images/reconstructions", { form })).json();
+      const answer = await (await call("/v1/images/reconstructions", { form, signal })).json();
       const given = [{ mode: "original", b64_json: answer.original }, ...answer.data];
       const pictures = await Promise.all(given.map(async ({ mode, b64_json }) => {
         const file = blobOf(b64_json);
         const bitmap = await createImageBitmap(file);
         return { mode, url: URL.createObjectURL(file), pixels: pixelsOf(bitmap) };
       }));
+      if (signal.aborted) return;
       this.#show(pictures, answer.size);
       tell("Reconstructed.");
     } catch (error) {
-      this.stage.replaceChildren(alertBox(error.message));
+      if (error.name !== "AbortError") this.stage.replaceChildren(alertBox(error.message));
     }
   }
 
