@@ -157,7 +157,8 @@ class HartCheckpoint:
             if source:
                 raise
             raise CheckpointNotFoundError(
-                f"No text encoder is beside {self.name}, and the released one can't be had: {error} Or pass text_encoder=..."
+                f"No text encoder is beside {self.name}, and the released one can't be had: {error} Or pass text_encoder=...; "
+                "or text_encoder=False, and prompt_embeds in the calls."
             ) from error
 
 

@@ -188,7 +188,7 @@ def _read(source: Source, name: str, variant: str | None, strict: bool) -> tuple
     """Read the configurations and choose the weight files; return the checkpoint and the names of all its files."""
     available = set(source.names)
     if INDEX in available:
-        return _read_own(source, available, variant, name)
+        return _read_own(source, available, variant, name, strict)
     if TOWER not in available:
         raise CheckpointNotFoundError(
             f"{source.title} holds no VILA-U checkpoint: neither {INDEX} nor {TOWER} is in it. Give a Hub id or the "
@@ -275,7 +275,9 @@ def _check_added_tokens(name: str, added: Mapping[str, Any], llama: LlamaConfig,
         )
 
 
-def _read_own(source: Source, available: Collection[str], variant: str | None, name: str) -> tuple[VilaUCheckpoint, list[str]]:
+def _read_own(
+    source: Source, available: Collection[str], variant: str | None, name: str, strict: bool
+) -> tuple[VilaUCheckpoint, list[str]]:
     """Read a folder that `save` wrote. Raises CheckpointNotFoundError or ConfigError."""
     index = read_json(source.fetch([INDEX]) / INDEX)
     if index.get("_class_name") != "VilaUPipeline":
@@ -284,14 +286,14 @@ def _read_own(source: Source, available: Collection[str], variant: str | None, n
     configs = [f"{part}/config.json" for part in OWN_PARTS]
     _require_files(source, available, (*configs, TOKENIZER))
     root = source.fetch(configs)
-    projector = Reader(name).projector(read_json(root / "mm_projector/config.json"))
+    projector = Reader(name, strict).projector(read_json(root / "mm_projector/config.json"))
     chosen = _weights(source, available, OWN_PARTS, projector, variant)
     files = {part: tuple(root / file for file in names) for part, names in chosen.items()}
     found = VilaUCheckpoint(
         name,
-        read_config(LlamaConfig, root / "llm/config.json", OWN_KEYS),
-        read_config(VisionConfig, root / TOWER, OWN_KEYS),
-        read_config(DepthConfig, root / "depth_transformer/config.json", OWN_KEYS),
+        read_config(LlamaConfig, root / "llm/config.json", OWN_KEYS, strict=strict),
+        read_config(VisionConfig, root / TOWER, OWN_KEYS, strict=strict),
+        read_config(DepthConfig, root / "depth_transformer/config.json", OWN_KEYS, strict=strict),
         projector,
         _section(Settings, index, "settings", root),
         _section(AnswerDefaults, index, "answers", root),

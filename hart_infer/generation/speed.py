@@ -48,7 +48,7 @@ class Prune:
         object.__setattr__(self, "drop", drop)
         if self.at is not None:
             at = tuple(self.at) if isinstance(self.at, list | tuple) else ()
-            if len(at) != len(drop) or sorted(set(at)) != list(at):
+            if len(at) != len(drop) or not all(isinstance(side, int) for side in at) or sorted(set(at)) != list(at):
                 raise InputError(f"prune.at must be {len(drop)} rising sides, one for each of drop, not {self.at!r}.")
             object.__setattr__(self, "at", at)
         if not isinstance(self.once, bool):

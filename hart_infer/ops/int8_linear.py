@@ -38,11 +38,19 @@ def int8_linear(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor, bias: Te
 
     `packed`: the weight's levels, as `pack_int8` lays them out; `scale` [out] fp32 and `sums` [out] int32: each output's scale
     and the sum of its levels, which a kernel needs that knows unsigned levels alone. `bias` [out] in x's dtype.
+    MPS, which has no product of integers, sums in fp32.
     The reference unpacks the weight in every call.
     """
     levels, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
     rows = len(levels)
     levels = F.pad(levels, (0, 0, 0, max(CUDA_ROWS - rows, 0)))
-    product = torch._int_mm(levels, unpack_int8(packed, len(scale)).t())[:rows].float() * scales[:, None] * scale
+    product = _product(levels, unpack_int8(packed, len(scale)).t())[:rows] * scales[:, None] * scale
     out = (product if bias is None else product + bias).to(x.dtype)
     return out.view(*x.shape[:-1], len(scale))
+
+
+def _product(levels: Tensor, weight: Tensor) -> Tensor:
+    """levels [M, K] int8 and weight [K, N] int8 -> [M, N] fp32."""
+    if levels.device.type == "mps":
+        return levels.float() @ weight.float()
+    return torch._int_mm(levels, weight).float()

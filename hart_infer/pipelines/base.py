@@ -206,6 +206,7 @@ class Pipeline(ABC):
     def save_pretrained(self, path: str | Path, *, max_shard_size: str = "5GB", safe_serialization: bool = True) -> Path:
         """Write one clean folder in the current dtype, from which `from_pretrained` gives an identical pipeline.
 
+        A HART without a text encoder is loaded with the released one again, unless by `text_encoder=False`.
         The folder appears whole or not at all. Raises OutputError, or InputError for a bad `max_shard_size`, for weights in
         int8, and for `safe_serialization=False`: pickles are read, never written.
         """

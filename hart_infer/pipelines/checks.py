@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -100,10 +101,9 @@ def check_prune(value: Any) -> Prune:
         return value
     if not isinstance(value, Mapping):
         raise InputError(f"prune must be a Prune, or its fields by name, not {type(value).__name__}.")
-    try:
-        return Prune(**value)
-    except TypeError as error:
-        raise InputError(f"prune takes at, drop, cache_at, once and score, not {', '.join(map(str, value))}.") from error
+    if unknown := set(value) - {field.name for field in fields(Prune)}:
+        raise InputError(f"prune takes at, drop, cache_at, once and score, not {', '.join(sorted(map(str, unknown)))}.")
+    return Prune(**value)
 
 
 def check_output_type(value: Any) -> None:

@@ -177,9 +177,9 @@ def _from_picture(mask: Any, source: tuple[int, int] | None, size: int) -> Tenso
 
     if not isinstance(mask, Image.Image):
         raise InputError(f"The mask must be a PIL image, a tensor or a box of four numbers, not {type(mask).__name__}.")
-    if source is not None and mask.size != source:
-        raise InputError(f"The mask has {mask.width} x {mask.height} pixels and the picture {source[0]} x {source[1]}.")
     upright = ImageOps.exif_transpose(mask)
+    if source is not None and upright.size != source:
+        raise InputError(f"The mask has {upright.width} x {upright.height} pixels and the picture {source[0]} x {source[1]}.")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)

@@ -15,6 +15,7 @@ from ..engine.packed import pack_weights, packing_refusal, unpack_weights
 from ..errors import InputError
 from ..images import tensors
 from ..models.parts.autoencoder import Autoencoder, Mode
+from .arguments import same_device
 from .base import Pipeline
 from .checks import check_int
 from .out_of_memory import out_of_memory_advice
@@ -82,7 +83,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.disable_packed_weights()
         self.engine.clear()
-        if device is not None and device != self.device:
+        if device is not None and not same_device(device, self.device):
             self.disable_graphs()
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
@@ -157,7 +158,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
             raise InputError(f"mode must be hybrid or discrete, not {mode!r}.")
         pixels = tensors.to_tensor(image, self.sizes[0])
         with out_of_memory_advice(), cpu_threads(self.num_threads):
-            with self._using(self.autoencoder):
+            with self._using(*self.autoencoder.children()):  # not the whole: a call that draws may hold a part
                 latents = [self.autoencoder.latent(one.to(self.device) * 2 - 1, mode) for one in pixels.split(1)]
             rebuilt = self._decode(torch.cat(latents))
         if isinstance(image, Tensor):

@@ -38,6 +38,7 @@ class Call:
     callback: Callback | None
     reproducible: bool | None
     edit: PictureEdit
+    interrupts: int  # that the pipeline had counted when the call began
 
 
 class NextScalePipeline(NetworksPipeline[TransformerT]):
@@ -113,7 +114,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
             check_bool(reproducible, "reproducible")
         if edit is not None:
             check_edit(edit, self.sizes[0], self.autoencoder.quantizer)
-        return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT)
+        return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT, self._interrupts)
 
     @torch.no_grad()
     def _draw(
@@ -151,14 +152,13 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
-        interrupts = self._interrupts  # of all generations of the call
         if self.engine.graphs is None or call.callback is not None:
-            return self._run(schedule, samplers, prompts, negatives, call, interrupts)
+            return self._run(schedule, samplers, prompts, negatives, call)
         parts = []
         for i, sampler in enumerate(samplers):
             prompt = prompts[i * len(prompts) // len(samplers)]
             negative = None if negatives is None else [negatives[i * len(negatives) // len(samplers)]]
-            parts.append(self._run(schedule, [sampler], [prompt], negative, call, interrupts))
+            parts.append(self._run(schedule, [sampler], [prompt], negative, call))
         return torch.cat([f_hat for f_hat, _ in parts]), [flag for _, flags in parts for flag in flags]
 
     def _run(
@@ -168,11 +168,10 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None,
         call: Call,
-        interrupts: int,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`.
 
-        It ends after a scale at which `_interrupts` is no longer `interrupts`.
+        It ends after a scale at which `_interrupts` is no longer the call's.
         """
         callback = call.callback
 
@@ -191,7 +190,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
                         callback(step)
                         if step.stopped:
                             break
-                    if self._interrupts != interrupts:
+                    if self._interrupts != call.interrupts:
                         break
             f_hat = torch.cat([finish(state) for state in states])
             return f_hat, [state.sampler.failed(state.indices[-1]) for state in states]
@@ -212,7 +211,8 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         size, cell = self.sizes[0], self.autoencoder.config.downsample
         pixels, source = check_picture(image, size)
         anew = check_mask(mask, side=size // cell, cell=cell, source=source, inside=check_bool(inside, "inside"))
-        with out_of_memory_advice(), cpu_threads(self.num_threads), self._using(self.autoencoder):
+        parts = self.autoencoder.children()  # not the whole: a call that draws may hold one
+        with out_of_memory_advice(), cpu_threads(self.num_threads), self._using(*parts):
             tokens = self.autoencoder.encode(pixels.to(self.device) * 2 - 1)
         keep = keep_mask(anew, size // cell).to(self.device)
         return PictureEdit(tokens, keep, pixels.clone(), feathered(anew, cell // 2) if blend else None)

@@ -47,6 +47,7 @@ class _Request:
     draw_device: torch.device
     callback: Callback | None
     reproducible: bool | None
+    interrupts: int  # that the pipeline had counted when the call began
 
     @property
     def repeats(self) -> int:
@@ -325,7 +326,7 @@ class VilaUPipeline(ConversationPipeline):
         reproducible: bool | None,
     ) -> _Request:
         """Check the arguments of drawing; encode the prompts. Raises InputError, and OutOfMemoryError."""
-        prompts = check_prompts(prompt)
+        interrupts, prompts = self._interrupts, check_prompts(prompt)
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise InputError(f"negative_prompt must be a string, for all pictures, not {type(negative_prompt).__name__}.")
         count = len(prompts) * check_int(repeats, "num_images_per_prompt", 1)
@@ -340,7 +341,7 @@ class VilaUPipeline(ConversationPipeline):
         bytes_each = rows * self._cache_bytes(length) + 12 * frames * self.sizes[0] ** 2
         check_memory(count, bytes_each, self.device, what="videos" if kind == "video" else "pictures")
         seeds, draw_device = seeds_for(count, seed, generator, self.device)
-        return _Request(kind, ids, unconditional, frames, rule, seeds, draw_device, checked, reproducible)
+        return _Request(kind, ids, unconditional, frames, rule, seeds, draw_device, checked, reproducible, interrupts)
 
     def _ids(self, text: str, kind: Kind, frames: int) -> list[int]:
         """Encode a prompt for drawing. Raises InputError if it is too long."""
@@ -386,7 +387,7 @@ class VilaUPipeline(ConversationPipeline):
 
     def _run(self, states: Sequence[GenerationState], request: _Request) -> None:
         """Run all positions, row by row, with progress bar and callback."""
-        interrupts, grid = self._interrupts, self.vision_tower.config.grid
+        grid = self.vision_tower.config.grid
         rows = request.frames * grid
         with self.progress_bar(range(rows), total=rows) as bar:
             for row in bar:
@@ -398,7 +399,7 @@ class VilaUPipeline(ConversationPipeline):
                     request.callback(step)
                     if step.stopped:
                         break
-                if self._interrupts != interrupts:
+                if self._interrupts != request.interrupts:
                     break
 
     def _so_far(self, states: Sequence[GenerationState], frame: int) -> Tensor:

@@ -385,6 +385,14 @@ def test_unknown_keys_give_one_warning_or_are_refused(released: Path, caplog: py
         find_checkpoint(released, strict_config=True)
 
 
+def test_unknown_keys_of_a_saved_folder_too(released: Path, tmp_path: Path) -> None:
+    saved = save(tmp_path / "own", parts(find_checkpoint(released)), max_shard_size="5GB")
+    edit(saved, "llm/config.json", a_new_trick=1)
+    find_checkpoint(saved)
+    with pytest.raises(ConfigError, match="a_new_trick"):
+        find_checkpoint(saved, strict_config=True)
+
+
 def test_answers_without_a_file_and_without_keys(released: Path) -> None:
     (released / "llm/generation_config.json").write_text('{"do_sample": null, "eos_token_id": [2, 7]}')
     found = find_checkpoint(released).answers

@@ -115,6 +115,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"prune": 0.5}, "prune must be a Prune, or its fields by name, not float"),
     ({"prune": {"share": 0.5}}, "prune takes at, drop, cache_at, once and score, not share"),
     ({"prune": {"drop": 0.5}}, "prune.drop must list a share"),
+    ({"prune": {"at": ("3", 5)}}, "prune.at must be 2 rising sides, one for each of drop, not"),
     ({"prune": {"at": (3, 5)}}, "prune.at must be the side of one of"),
     *(({"top_k": bad}, "top_k must be a whole number from 0 to 1024") for bad in (-1, VOCABULARY + 1, 5.0, "5", True, NAN)),
     *(({"top_p": bad}, "top_p must be a number from 0 to 1, not") for bad in (-0.1, 1.1, NAN, INF, "1", True)),

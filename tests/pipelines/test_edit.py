@@ -286,7 +286,11 @@ def test_a_mask_of_a_picture_that_lies_on_its_side(var: VarPipeline) -> None:
     lying.info["exif"] = exif.tobytes()
     mask = Image.new("L", (60, 40))
     mask.paste(255, (0, 0, 30, 40))
-    assert torch.equal(var.edit(lying, mask).keep, var.edit(Image.new("RGB", (60, 40)), HALF).keep)
+    expected = var.edit(Image.new("RGB", (60, 40)), HALF).keep
+    assert torch.equal(var.edit(lying, mask).keep, expected)
+    made_from_it = mask.transpose(Image.Transpose.ROTATE_90)  # and has its EXIF data
+    made_from_it.info["exif"] = exif.tobytes()
+    assert torch.equal(var.edit(lying, made_from_it).keep, expected)
 
 
 @pytest.mark.parametrize("options", [{"blend": "yes"}, {"blend": None}, {"inside": 1}], ids=str)

@@ -168,6 +168,18 @@ def test_an_interruption_from_outside_ends_the_call_after_its_scale(pipe: HartPi
     assert seen == [0, 1, 0, 1, 2, 3, 4, 5]
 
 
+def test_an_interruption_before_the_first_scale_is_not_lost(own: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, seen = own.text_encoder.encode, []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        own._interrupt = True
+        return encode(*args, **options)
+
+    monkeypatch.setattr(own.text_encoder, "encode", slow)
+    latent(own, callback_on_step_end=lambda step: seen.append(step.index))
+    assert seen == [0]
+
+
 @pytest.mark.parametrize("wrong", [lambda: None, lambda a, b: None, lambda a, b, c: None, lambda *, step: None])
 def test_a_callback_of_another_form_is_refused_before_the_first_scale(
     pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch, wrong: Any
@@ -248,6 +260,34 @@ def test_parts_take_turns_on_the_device(own: HartPipeline, monkeypatch: pytest.M
     assert {"transformer", "quantizer"} in most
     assert {"post_quant_conv", "decoder"} in most or {"transformer", "quantizer", "post_quant_conv", "decoder"} in most
     assert not any("text encoder" in at_once and len(at_once) > 1 for at_once in most)
+
+
+def test_a_reconstruction_in_a_callback_leaves_the_running_call_its_parts(
+    own: HartPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[torch.nn.Module] = []
+
+    def to(module: torch.nn.Module, device: Any) -> torch.nn.Module:
+        for each in module.modules():
+            if device == "the device":
+                there.append(each)
+            elif each in there:
+                there.remove(each)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(type(own), "device", torch.device("cpu"))
+    own._offloads_from = "the device"  # type: ignore[assignment]
+    picture, held = torch.zeros(1, 3, own.sizes[0], own.sizes[0]), []
+
+    def look(step: Step) -> None:
+        own.reconstruct(picture)
+        own.edit(picture, (0, 0, 1, 0.5))
+        held.append(own.autoencoder.quantizer in there and own.transformer in there)
+
+    own("a", callback_on_step_end=look)
+    assert held and all(held)
+    assert not there
 
 
 def test_calls_that_offload_take_turns(own: HartPipeline) -> None:
