@@ -124,13 +124,6 @@ def counting(*, kernels: bool) -> Iterator[Counter]:
         yield counter
 
 
-class Owner:
-    """Of a cache that nobody takes again."""
-
-    def give_back(self, cache: KVCache) -> None:
-        """Do nothing."""
-
-
 @dataclass(frozen=True)
 class Work:
     """What a picture is drawn with."""
@@ -185,7 +178,7 @@ def launches(work: Work, *, kernels: bool) -> list[Launch]:
         if known is not None:
             copy_prefix(known, cache, behind)
             prefixes.append(known)
-        state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache, Owner())
+        state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache)
         with diffusion_as_its_own_stage(counter):
             for stage in schedule:
                 counter.stage = stage_name(stage.index, stage.side)

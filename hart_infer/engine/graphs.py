@@ -272,9 +272,6 @@ class Graphs:
             cache = self._caches[key] = allocate(key)
         return cache
 
-    def give_back(self, cache: KVCache) -> None:
-        """Do nothing, as the owner of a captured generation's cache: the graphs write to it in the next call."""
-
     def clear(self) -> None:
         """Forget what was captured; a plan that runs is freed when it ends."""
         self._plans = OrderedDict()

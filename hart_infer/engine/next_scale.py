@@ -1,8 +1,7 @@
-"""Execute next-scale models: own the key/value caches and the unconditional prefix, which calls share."""
+"""Execute next-scale models: allocate key/value caches, and keep the unconditional prefix, which calls share."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -32,26 +31,16 @@ TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
 
 
 class Engine(Generic[TransformerT]):
-    """Executes one model, eagerly or, where `graphs` is set, by captured graphs. Threads may share it.
+    """Executes one model, eagerly or, where `graphs` is set, by captured graphs. Threads may share it."""
 
-    `keep_buffers`: keep the last call's key/value cache for the next one of the same key. It then takes memory during the
-    diffusion and the decoding too; PyTorch's allocator on CUDA gives a freed block back as fast.
-    """
-
-    def __init__(self, transformer: TransformerT, quantizer: Quantizer, *, keep_buffers: bool = False) -> None:
-        self.transformer, self.quantizer, self.keep_buffers = transformer, quantizer, keep_buffers
+    def __init__(self, transformer: TransformerT, quantizer: Quantizer) -> None:
+        self.transformer, self.quantizer = transformer, quantizer
         self.graphs: Graphs | None = None
-        self._lock = threading.Lock()
-        self._idle: tuple[CacheKey, KVCache] | None = None
         self._unconditional: tuple[Stamp, Prefix] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept and the lock, for copies and pickles."""
-        return self.__dict__ | {"_lock": None, "_idle": None, "_unconditional": None, "graphs": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a lock of its own."""
-        self.__dict__.update(state, _lock=threading.Lock())
+        """Leave out what is kept, for copies and pickles."""
+        return self.__dict__ | {"_unconditional": None, "graphs": None}
 
     def start(
         self,
@@ -73,7 +62,7 @@ class Engine(Generic[TransformerT]):
         prefixes: dict[tuple[int, int], Prefix] = {}  # by guidance half and index of the condition
         states: list[Generation] = []
         for index, sampler in enumerate(samplers):
-            cache = self._borrow(schedule, sampler.batch_size * (2 if schedule.guided else 1))
+            cache = self._allocate(self._cache_key(schedule, sampler.batch_size * (2 if schedule.guided else 1)))
             chosen = []
             for half, conditions in enumerate((prompts, negatives) if schedule.guided else (prompts,)):
                 place = index * len(conditions) // len(samplers) if conditions else 0
@@ -81,7 +70,7 @@ class Engine(Generic[TransformerT]):
                 condition = conditions[place] if conditions else None
                 chosen.append(self._fill(cache, half, sampler.batch_size, condition, known))
                 prefixes[half, place] = chosen[-1]
-            states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, self, edit))
+            states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, edit))
         return states
 
     def _fill(self, cache: KVCache, half: int, batch_size: int, condition: Condition | None, known: Prefix | None) -> Prefix:
@@ -111,7 +100,7 @@ class Engine(Generic[TransformerT]):
                 chosen = [self._fill(cache, 0, own.batch_size, prompt, None)]
                 if schedule.guided:
                     chosen.append(self._fill(cache, 1, own.batch_size, negative, known))
-                return GenerationState(self.transformer, self.quantizer, schedule, own, chosen, cache, graphs)
+                return GenerationState(self.transformer, self.quantizer, schedule, own, chosen, cache)
 
             return CapturedGeneration(recorder, begin, sampler, prompt, negative)
 
@@ -135,16 +124,9 @@ class Engine(Generic[TransformerT]):
             kept = self._unconditional = (stamp, prefill_alone(self.transformer, self.transformer.unconditional()))
         return kept[1]
 
-    def give_back(self, cache: KVCache) -> None:
-        """Take a cache back from a state that has ended; keep it if `keep_buffers`."""
-        if self.keep_buffers:
-            with self._lock:
-                self._idle = (_key(cache), cache)
-
     def clear(self) -> None:
         """Free what is kept."""
-        with self._lock:
-            self._idle = self._unconditional = None
+        self._unconditional = None
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -164,27 +146,3 @@ class Engine(Generic[TransformerT]):
 
     def _allocate(self, key: CacheKey) -> KVCache:
         return new_cache(self.transformer, rows=key.rows, length=key.length, scratch_length=key.scratch_length)
-
-    def _borrow(self, schedule: Schedule, rows: int) -> KVCache:
-        wanted = self._cache_key(schedule, rows)
-        with self._lock:
-            idle, self._idle = self._idle, None
-        if idle is not None and idle[0] == wanted:
-            return idle[1]
-        idle = None  # freed before the new one is allocated
-        return self._allocate(wanted)
-
-
-def _key(cache: KVCache) -> CacheKey:
-    depth, rows, num_heads, length, head_dim = cache.keys.shape
-    return CacheKey(
-        depth=depth,
-        rows=rows,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        length=length,
-        scratch_length=cache.scratch.shape[3],
-        dtype=cache.keys.dtype,
-        device=cache.keys.device,
-        is_inference=cache.keys.is_inference(),
-    )

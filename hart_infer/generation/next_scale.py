@@ -35,14 +35,6 @@ class Prefix:
     last_position: Tensor  # [R]: added to the positions of the image tokens
 
 
-class CacheOwner(Protocol):
-    """Takes a key/value cache back from a generation that no longer needs it."""
-
-    def give_back(self, cache: KVCache) -> None:
-        """Take the cache; the caller has no reference to it afterwards."""
-        ...
-
-
 def new_cache(transformer: NextScaleTransformer, *, rows: int, length: int, scratch_length: int = 0) -> KVCache:
     """Allocate a cache for `rows` rows of the transformer's batch."""
     return KVCache(
@@ -147,10 +139,9 @@ class GenerationState:
         sampler: Sampler,
         prefixes: Sequence[Prefix],
         cache: KVCache,
-        owner: CacheOwner,
         edit: Edit = as_drawn,
     ) -> None:
-        """`prefixes`: the conditional and, with guidance, the unconditional one, both in `cache`, which is `owner`'s."""
+        """`prefixes`: the conditional and, with guidance, the unconditional one, both in `cache`."""
         self.transformer, self.quantizer, self.schedule, self.sampler = transformer, quantizer, schedule, sampler
         self.batch_size, self.edit = sampler.batch_size, edit
         rows = [torch.arange(len(prefix.hidden_states), device=transformer.device) for prefix in prefixes]
@@ -164,12 +155,11 @@ class GenerationState:
         self.indices: list[Tensor] = []  # per finished scale [B, p * p] int64
         self.memory = Memory()
         self._cache: KVCache | None = cache
-        self._owner = owner
 
     @property
     def cache(self) -> KVCache:
         """Keys and values of the scales so far."""
-        assert self._cache is not None, "the last scale has given the cache back"
+        assert self._cache is not None, "the last scale has dropped the cache"
         return self._cache
 
     def advance(self, stage: Stage) -> None:
@@ -177,15 +167,12 @@ class GenerationState:
         run_scale(self, stage)
 
     def end_cache(self) -> None:
-        """Give the cache back to its owner, and free the memory, once no scale needs them any more."""
-        cache, self._cache = self._cache, None
-        self.memory = Memory()
-        if cache is not None:
-            self._owner.give_back(cache)
+        """Free the cache and the memory, once no scale needs them any more."""
+        self._cache, self.memory = None, Memory()
 
     def drop_cache(self) -> None:
-        """Free the cache and the memory of a generation that failed."""
-        self._cache, self.memory = None, Memory()
+        """As `Generation.drop_cache`."""
+        self.end_cache()
 
 
 def run_scale(state: GenerationState, stage: Stage) -> None:

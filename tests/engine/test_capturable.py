@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hart_infer import HartPipeline, VarPipeline
-from hart_infer.engine.next_scale import Engine
 from hart_infer.generation.fast import apply
 from hart_infer.generation.next_scale import GenerationState, new_cache, prefill
 from hart_infer.generation.sampling import PhiloxSampler
@@ -47,7 +46,6 @@ class NoNumbers(TorchFunctionMode):
 def scales(pipe: Any, schedule: Schedule, condition: Callable[[Any], Condition], count: int = 2) -> GenerationState:
     """Start a generation on the meta device and run it, within the mode; prefills are what the first graph has."""
     transformer, autoencoder = (copy.deepcopy(part).to(META) for part in (pipe.transformer, pipe.autoencoder))
-    engine = Engine(transformer, autoencoder.quantizer)
     sampler = PhiloxSampler(range(count), META, schedule)
     prompt, unconditional = condition(transformer), transformer.unconditional()
     rows = count * (2 if schedule.guided else 1)
@@ -56,7 +54,7 @@ def scales(pipe: Any, schedule: Schedule, condition: Callable[[Any], Condition],
     with NoNumbers(), OnTheDevice():
         halves = [prompt, unconditional][: rows // count]
         prefixes = [prefill(transformer, c, cache, slice(i * count, (i + 1) * count)) for i, c in enumerate(halves)]
-        state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache, engine)
+        state = GenerationState(transformer, autoencoder.quantizer, schedule, sampler, prefixes, cache)
         for stage in schedule:
             state.advance(stage)
         autoencoder.decode(state.f_hat)

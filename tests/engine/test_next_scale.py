@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from hart_infer.engine import next_scale
 from hart_infer.engine.next_scale import Engine
 from hart_infer.generation.next_scale import GenerationState, finish
 from hart_infer.generation.sampling import GeneratorSampler
-from hart_infer.generation.schedule import Schedule, Settings, placed
+from hart_infer.generation.schedule import Schedule, Settings
 from hart_infer.models.parts.cache import KVCache
 from tests.generation.test_next_scale import condition_of
 
@@ -31,11 +29,6 @@ def inference() -> Iterator[None]:
 @pytest.fixture
 def engine(pipe: HartPipeline) -> Engine:
     return Engine(pipe.transformer, pipe.autoencoder.quantizer)
-
-
-@pytest.fixture
-def keeping(pipe: HartPipeline) -> Engine:
-    return Engine(pipe.transformer, pipe.autoencoder.quantizer, keep_buffers=True)
 
 
 @pytest.fixture
@@ -83,61 +76,17 @@ def test_the_unconditional_prefix_is_made_once_and_a_prompt_s_once_a_call(pipe: 
     assert prefilled(pipe, engine, schedule, count=1) == 2
 
 
-def test_a_cache_is_used_again_and_leaves_no_trace(pipe: HartPipeline, keeping: Engine, made: list[KVCache]) -> None:
+def test_two_calls_at_once_have_a_cache_each(pipe: HartPipeline, engine: Engine) -> None:
     schedule = pipe._schedule(Settings())
-    latent = run(pipe, keeping, schedule)
-    for memory in (made[0].keys, made[0].values, made[0].scratch):
-        memory.fill_(torch.nan)
-    assert torch.equal(run(pipe, keeping, schedule), latent)
-    assert len(made) == 1
-
-
-def test_no_cache_is_kept_unless_asked(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
-    for _ in range(2):
-        run(pipe, engine, pipe._schedule(Settings()))
-    assert len(made) == 2
-
-
-def test_two_calls_at_once_have_a_cache_each(pipe: HartPipeline, keeping: Engine) -> None:
-    schedule = pipe._schedule(Settings())
-    run(pipe, keeping, schedule)
-    first, second = start(pipe, keeping, schedule)[0], start(pipe, keeping, schedule)[0]
+    run(pipe, engine, schedule)
+    first, second = start(pipe, engine, schedule)[0], start(pipe, engine, schedule)[0]
     assert first.cache.keys.data_ptr() != second.cache.keys.data_ptr()
 
 
-@pytest.mark.parametrize("what", ["rows", "length", "scratch"])
-def test_a_cache_of_another_kind_is_not_taken(pipe: HartPipeline, keeping: Engine, made: list[KVCache], what: str) -> None:
-    schedule = pipe._schedule(Settings())
-    run(pipe, keeping, schedule)
-    changed = {
-        "rows": pipe._schedule(Settings(guidance_scale=0)),
-        "length": placed([replace(stage, cached=stage.index not in (2, 5)) for stage in schedule], schedule.latent_side),
-        "scratch": placed([replace(stage, cached=True) for stage in schedule], schedule.latent_side),
-    }[what]
-    run(pipe, keeping, changed)
-    assert len(made) == 2
-
-
-def test_a_cache_of_inference_mode_is_not_taken_outside(pipe: HartPipeline, keeping: Engine) -> None:
-    run(pipe, keeping, pipe._schedule(Settings()))
-    with torch.inference_mode(False), torch.no_grad():
-        latent = run(pipe, keeping, pipe._schedule(Settings()))
-    assert not latent.is_inference()
-
-
-def test_a_cache_of_a_shallower_network_is_not_taken(pipe: HartPipeline, keeping: Engine) -> None:
-    schedule = pipe._schedule(Settings())
-    run(pipe, keeping, schedule)
-    deeper = copy.deepcopy(pipe.transformer)
-    deeper.depth += 1
-    keeping.transformer = deeper
-    assert keeping._borrow(schedule, 2).keys.shape[0] == deeper.depth
-
-
-def test_what_failed_keeps_no_cache(pipe: HartPipeline, keeping: Engine, made: list[KVCache]) -> None:
+def test_what_failed_keeps_no_cache(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
     """An error's traceback, which a notebook keeps, would keep it too."""
     schedule = pipe._schedule(Settings())
-    state = start(pipe, keeping, schedule)[0]
+    state = start(pipe, engine, schedule)[0]
     memory = weakref.ref(made[0].keys)
     made.clear()
     state.drop_cache()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,6 @@ from hart_infer.generation.next_scale import GenerationState, finish, new_cache,
 from hart_infer.generation.sampling import GeneratorSampler
 from hart_infer.generation.schedule import Schedule, Settings, placed
 from hart_infer.models.next_scale import Condition
-from hart_infer.models.parts.cache import KVCache
-
-
-class Owner:
-    """Counts the caches that come back."""
-
-    def __init__(self) -> None:
-        self.given_back = 0
-
-    def give_back(self, cache: KVCache) -> None:
-        self.given_back += 1
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +34,7 @@ def condition_of(pipe: HartPipeline, prompt: str) -> Condition:
     return pipe.transformer.condition(embeds.context, embeds.mask, embeds.position_ids)
 
 
-def start(pipe: HartPipeline, schedule: Schedule, seeds: tuple[int, ...] = (0,), owner: Owner | None = None) -> GenerationState:
+def start(pipe: HartPipeline, schedule: Schedule, seeds: tuple[int, ...] = (0,)) -> GenerationState:
     """A state of one image per seed, all of one prompt, with guidance where the schedule has it."""
     rows = len(seeds) * (2 if schedule.guided else 1)
     transformer = pipe.transformer
@@ -52,7 +43,7 @@ def start(pipe: HartPipeline, schedule: Schedule, seeds: tuple[int, ...] = (0,),
     if schedule.guided:
         prefixes.append(prefill(transformer, transformer.unconditional(), cache, slice(len(seeds), rows)))
     sampler = GeneratorSampler(seeds)
-    return GenerationState(transformer, pipe.autoencoder.quantizer, schedule, sampler, prefixes, cache, owner or Owner())
+    return GenerationState(transformer, pipe.autoencoder.quantizer, schedule, sampler, prefixes, cache)
 
 
 def run(pipe: HartPipeline, schedule: Schedule, seeds: tuple[int, ...] = (0,)) -> tuple[Tensor, list[Tensor]]:
@@ -85,24 +76,29 @@ def test_each_scale_adds_its_codes_and_changes_f_hat(pipe: HartPipeline) -> None
         before = state.f_hat.clone()
 
 
-def test_the_cache_is_given_back_once_before_the_last_scale_draws(pipe: HartPipeline) -> None:
-    owner, schedule = Owner(), schedule_of(pipe)
-    state = start(pipe, schedule, owner=owner)
+def test_the_cache_is_freed_before_the_last_scale_draws(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = schedule_of(pipe)
+    state = start(pipe, schedule)
+    keys, freed, draw = weakref.ref(state.cache.keys), [], state.sampler.draw
+
+    def look(*args: Any) -> Any:
+        freed.append(keys() is None)
+        return draw(*args)
+
+    monkeypatch.setattr(state.sampler, "draw", look)
     for stage in schedule:
-        assert owner.given_back == 0
         run_scale(state, stage)
-    assert owner.given_back == 1
-    finish(state)
-    assert owner.given_back == 1
+    assert freed == [False] * 5 + [True]
 
 
-def test_a_run_that_stops_early_gives_the_cache_back_too(pipe: HartPipeline) -> None:
-    owner, schedule = Owner(), schedule_of(pipe)
-    state = start(pipe, schedule, owner=owner)
+def test_a_run_that_stops_early_frees_the_cache_too(pipe: HartPipeline) -> None:
+    schedule = schedule_of(pipe)
+    state = start(pipe, schedule)
+    keys = weakref.ref(state.cache.keys)
     for stage in schedule.stages[:3]:
         run_scale(state, stage)
     assert finish(state).isfinite().all()
-    assert owner.given_back == 1
+    assert keys() is None
 
 
 def test_whether_the_last_scale_is_cached_changes_no_number(pipe: HartPipeline) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hart_infer.generation.next_scale import GenerationState, finish, new_cache, prefill, run_scale
 from hart_infer.generation.sampling import GeneratorSampler
-from hart_infer.models.parts.cache import KVCache
 
 from .recorded import Model, Trace, load_model, load_trace, relative
 
@@ -37,13 +36,6 @@ def run(checkpoint: str, name: str) -> Run:
     return generate_as_recorded(load_model(checkpoint, use_ema=name == "ema"), load_trace(checkpoint, name))
 
 
-class Owner:
-    """Of no cache."""
-
-    def give_back(self, cache: KVCache) -> None:
-        pass
-
-
 @torch.inference_mode()
 def generate_as_recorded(model: Model, trace: Trace) -> Run:
     """Generate as the trace was, one generator for all its images; without guidance only the conditional half."""
@@ -60,7 +52,7 @@ def generate_as_recorded(model: Model, trace: Trace) -> Run:
     halves = [slice(i * trace.images, (i + 1) * trace.images) for i in range(len(conditions))]
     prefixes = [prefill(transformer, condition, cache, rows) for condition, rows in zip(conditions, halves, strict=True)]
     sampler = GeneratorSampler([trace.seed], images_per_seed=trace.images)
-    state = GenerationState(transformer, model.quantizer, schedule, sampler, prefixes, cache, Owner())
+    state = GenerationState(transformer, model.quantizer, schedule, sampler, prefixes, cache)
     hidden: list[Tensor] = []
     f_hats: list[Tensor] = []
     hook = transformer.register_forward_hook(lambda module, inputs, output: hidden.append(output))
