@@ -161,6 +161,7 @@ class ModelInfo(BaseModel):
     speeds: list[str] | None = None
     guidance_scale: float | None = None  # the default
     num_scales: int | None = None  # a stream has up to one preview less
+    max_n: int | None = None  # pictures of a request at most
 
 
 class ModelList(BaseModel):

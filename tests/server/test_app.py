@@ -794,6 +794,7 @@ async def test_models() -> None:
             ("second", None, None),
         ]
         assert (await http.get("/v1/models/one/first")).json() == listed["data"][0]
+        assert listed["data"][0]["max_n"] == 10
         told(await http.get("/v1/models/third"), 404)
         await http.post(GENERATIONS, json={"prompt": "a", "model": "one/first"})
         await http.post(GENERATIONS, json={"prompt": "b"})

@@ -64,4 +64,5 @@ def _info(service: Service, name: str) -> ModelInfo:
         speeds=list(facts.speeds),
         guidance_scale=facts.guidance_scale,
         num_scales=facts.num_scales,
+        max_n=service.settings.max_n,
     )

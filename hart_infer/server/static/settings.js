@@ -2,7 +2,6 @@
 
 import { el, icon } from "./dom.js";
 
-const MAX_NUMBER = 10;
 const SPEEDS = {
   exact: "as trained",
   fast: "less on the late scales",
@@ -75,7 +74,7 @@ export class Settings {
 
   #number() {
     const input = el("input", {
-      type: "number", id: `${this.prefix}-n`, min: 1, max: MAX_NUMBER, value: 1, required: true, inputmode: "numeric",
+      type: "number", id: `${this.prefix}-n`, min: 1, max: this.model.max_n, value: 1, required: true, inputmode: "numeric",
     });
     const step = (name, label, by) => el("button", {
       type: "button", class: "square", "aria-label": label,
