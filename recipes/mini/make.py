@@ -19,14 +19,14 @@ from pathlib import Path
 from parts import MEANINGS, TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
-HART = ("--batch", "64", "--lr", "1.2e-3")
+HART = ("--lr", "6e-4", "--decay", "0.5")
 # For glibc: it keeps freed memory, which takes long to get anew, and asks for large pages. Ignored elsewhere.
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**34),
     "MALLOC_TRIM_THRESHOLD_": str(2**35),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-VAR = ("--model", "var", "--lr", "1.2e-3", "--full-every", "1")
+VAR = ("--model", "var", "--lr", "1.2e-3")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def plan(out: Path, start_from: str | None = None) -> list[Step]:
         Step("train_tokenizer.py", both, (tokenizer,), steps=3000),
         Step("associate.py", both, (run / MEANINGS,)),
         Step("train_text.py", both, (text,), steps=6500),
-        Step("train_transformer.py", (*both, *HART, *begun), (hart / made,), steps=7500),
+        Step("train_transformer.py", (*both, *HART, *begun), (hart / made,), steps=20000),
         Step("export.py", (str(run), str(hart)), (hart / made,)),
         Step("train_transformer.py", (*both, *VAR), (var / made,), steps=3000),
         Step("export.py", (str(run), str(var), "--model", "var"), (var / made,)),

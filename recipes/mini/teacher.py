@@ -23,7 +23,7 @@ from hart_infer.models.text import TextEncoder, attended
 from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
-CORRUPTED = 0.05  # share of input codes replaced by random ones: sampling errs too
+CORRUPTED = 0.02  # share of input codes replaced by random ones: sampling errs too
 
 
 class TeacherPlace:

@@ -3,17 +3,16 @@
     python recipes/mini/train_transformer.py DATA OUT [--model var]
 
 hart-mini (paper sections 3.2, 3.3) takes captions through the text encoder in OUT, var-mini (arXiv:2404.02905) the number of a
-subject. hart-mini's text encoder learns on with it. A tenth of the conditions is dropped for guidance. The last scale, more
-than half of all tokens, takes part in every third step: nothing before depends on it. But it has nearly all of the details, so
-use --full-every 1 in the end. Beside the loss the log has that of the averaged weights on the first batch with no condition
-dropped and no code replaced ("known"). Resumes from OUT/transformer.pt (OUT/var.pt); without one, --start-from
-goes on from the weights of a pipeline that this recipe exported.
+subject. hart-mini's text encoder learns on with it. A twentieth of the conditions is dropped for guidance. The last scale, more
+than half of all tokens, has nearly all of the details; --full-every 3 leaves it out of two steps of three, to begin with.
+Beside the loss the log has that of the averaged weights on the first batch with no condition dropped and no code replaced
+("known"). Resumes from OUT/transformer.pt (OUT/var.pt); without one, --start-from goes on from the weights of a pipeline
+that this recipe exported.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,9 +36,8 @@ from hart_infer.models.parts.layers import SteadyLinear, SwiGLU
 from hart_infer.models.text import TextEncoder
 from hart_infer.models.var import VarTransformer
 
-DROPPED = 0.1  # share of conditions replaced by the unconditional one
+DROPPED = 0.05  # share of conditions replaced by the unconditional one
 WORDED = 0.2  # share of captions that name the subject by one of its words in words.json, where there are some
-COMPOSED = 5  # every so many-th batch is of composed pictures
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
     "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
@@ -69,14 +67,16 @@ class Learned(Protocol):
 
 
 class Prompts:
-    """hart-mini: pictures by captions; every COMPOSED-th batch is of composed ones."""
+    """hart-mini: pictures by captions."""
 
-    def __init__(self, pictures: Pictures, out: Path, start_from: str | None) -> None:
-        """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is."""
+    def __init__(
+        self, pictures: Pictures, out: Path, start_from: str | None, mixed: Sequence[float], styled: Path | None
+    ) -> None:
+        """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is; `mixed`, `styled`: the options."""
         meanings = meanings_of(out)
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
-        self.single, self.several = pictures.split("train"), pictures.split("composed")
+        self.mixed = list(zip(mixed_pictures(pictures, styled), mixed, strict=True))
         self.words: dict[str, list[str]] = {}
         for word, name in sorted(meanings.items()):
             self.words.setdefault(name, []).append(word)
@@ -91,10 +91,10 @@ class Prompts:
 
     def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
         """As `Learned`."""
-        single = shuffled(self.single, batch, seed, start - start // COMPOSED)
-        several = shuffled(self.several, batch, seed, start // COMPOSED)
-        for step in itertools.count(start):
-            yield next(several if step % COMPOSED == COMPOSED - 1 else single)
+        counts = [(indices, round(share * batch)) for indices, share in self.mixed]
+        parts = [shuffled(indices, count, seed, start) for indices, count in counts if count]
+        for some in zip(*parts, strict=True):
+            yield [picture for part in some for picture in part]
 
     def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator, dropped: float) -> Condition:
         """As `Learned`."""
@@ -120,6 +120,15 @@ class Prompts:
     def draw(self) -> Tensor:
         """As `Learned`."""
         return self.pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
+
+
+def mixed_pictures(pictures: Pictures, styled: Path | None) -> list[list[int]]:
+    """Pictures that a caption without a style means, others (of the subjects in the file `styled`), and composed ones."""
+    chosen = set(styled.read_text(encoding="utf-8").splitlines()) if styled else None
+    single, about = pictures.split("train"), pictures.about
+    plain = [i for i in single if about[i].plain]
+    others = [i for i in single if not about[i].plain and (chosen is None or about[i].name in chosen)]
+    return [plain, others, pictures.split("composed")]
 
 
 class Classes:
@@ -242,7 +251,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--decay", type=float, default=0.25, help="share of the steps in which the rate falls, the last ones")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
-    result.add_argument("--full-every", type=int, default=3, help="steps: the others leave the last scale and its residual out")
+    result.add_argument("--full-every", type=int, default=1, help="steps: the others leave the last scale and its residual out")
+    result.add_argument(
+        "--mixed", type=float, nargs=3, default=(0.3, 0.5, 0.2), metavar=("PLAIN", "STYLED", "COMPOSED"),
+        help="hart-mini: shares of a batch of what a caption without a style means, of other pictures, and of composed ones",
+    )  # fmt: skip
+    result.add_argument(
+        "--styled", type=Path, help="hart-mini: learn other styles of these alone, one name per line (all of them)"
+    )
     result.add_argument("--subjects", type=Path, help="learn these alone, one name per line (all of them)")
     result.add_argument(
         "--start-from", metavar="MODEL", help="begin with the weights and tokenizers of a pipeline that this recipe exported"
@@ -255,12 +271,16 @@ def main() -> None:
     args = parser().parse_args()
     pictures, log = Pictures(args.data, args.subjects), Log(args.out / f"{args.model}.jsonl")
     torch.manual_seed(args.seed)
-    learned: Learned = {"hart": Prompts, "var": Classes}[args.model](pictures, args.out, args.start_from)
+    learned: Learned
+    if args.model == "var":
+        learned = Classes(pictures, args.out, args.start_from)
+    else:
+        learned = Prompts(pictures, args.out, args.start_from, args.mixed, args.styled)
     transformer, quantizer = learned.pipe.transformer, learned.pipe.autoencoder.quantizer
     whole = learning(learned.pipe).requires_grad_(True)
     in_one_product(transformer)
     both = optimizers(whole, transformer.head.linear, args.lr)
-    average = Average(whole, 0.998)
+    average = Average(whole, 0.99)
     path, start = args.out / STATE[args.model], 0
     if path.exists():
         state = trained(args.out, args.model)
@@ -281,7 +301,7 @@ def main() -> None:
         return losses(transformer, quantizer, some, condition, split, latents[rows], generator, corrupted)
 
     for step in range(start, args.steps):
-        rate = learning_rate(step, peak=args.lr, warmup=150, steps=args.steps, decay=args.decay)
+        rate = learning_rate(step, peak=args.lr, warmup=50, steps=args.steps, decay=args.decay)
         for optimizer in both:
             optimizer.param_groups[0]["lr"] = rate
         part = stages if step % args.full_every == 0 else stages[:-1]

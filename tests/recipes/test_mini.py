@@ -288,6 +288,28 @@ def test_batches_resume_where_they_were():
     assert len({i for batch in batches[:6] for i in batch}) == 48  # no picture twice in an epoch
 
 
+def test_every_batch_of_captions_is_mixed_and_resumes(recipe):
+    from train_transformer import Prompts
+
+    learned = Prompts.__new__(Prompts)
+    learned.mixed = [(list(range(100 * k, 100 * k + 50)), share) for k, share in enumerate((0.7, 0.2, 0.1))]
+    whole, later = learned.batches(16, 3, 0), learned.batches(16, 3, 7)
+    batches = [next(whole) for _ in range(9)]
+    assert batches[7:] == [next(later) for _ in range(2)]
+    assert [[i // 100 for i in batch] for batch in batches] == [[0] * 11 + [1] * 3 + [2] * 2] * 9
+    assert len({i for batch in batches[:4] for i in batch if i < 100}) == 44, "no picture twice in an epoch"
+
+
+def test_styles_may_be_of_some_subjects_alone(tmp_path):
+    from train_transformer import mixed_pictures
+
+    entries = [about(name=name, style=style, plain=style == "noto") for name in ("cat", "dog") for style in ("noto", "fluent")]
+    pictures = SimpleNamespace(about=entries, split=lambda split: [0, 1, 2, 3] if split == "train" else [])
+    assert mixed_pictures(pictures, None) == [[0, 2], [1, 3], []]
+    (tmp_path / "few.txt").write_text("dog\n")
+    assert mixed_pictures(pictures, tmp_path / "few.txt") == [[0, 2], [3], []]
+
+
 def test_learning_rate_warms_up_stays_and_falls():
     from training import learning_rate
 
@@ -558,7 +580,7 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     take_over(str(RECIPE / "begun"), tmp_path)
     entry = about(name="cat")
     pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
-    learned = Prompts(pictures, tmp_path, None)
+    learned = Prompts(pictures, tmp_path, None, (1, 0, 0), None)
     encoder, drawn = learned.pipe.text_encoder, Random(0)
     monkeypatch.setattr(train_transformer, "WORDED", 0.5)
     captions = [learned.caption(encoder, entry, drawn) for _ in range(200)]
