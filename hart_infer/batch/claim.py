@@ -10,6 +10,7 @@ from ..errors import InputError
 from .storage import Storage
 
 RUN = "batch.json"
+MADE_BY = {"made_by": "hart-infer batch"}  # tells our file from others
 WEIGHTS = "weights"  # its entry that the first worker adds, since only who has loaded a model knows it
 
 
@@ -18,11 +19,12 @@ def claim(storage: Storage, described: Mapping[str, Any]) -> None:
 
     What a run wrote that loaded no model, so drew nothing, is replaced.
     """
-    if not is_claimed(storage) or WEIGHTS not in _read(storage):
+    described = {**MADE_BY, **json.loads(json.dumps(described))}  # tuples are lists there
+    there = _read(storage) if is_claimed(storage) else MADE_BY
+    if there.items() >= MADE_BY.items() and WEIGHTS not in there:
         _write(storage, described)
         return
-    described = json.loads(json.dumps(described))  # tuples are lists there
-    there = _read(storage)
+    there = {**MADE_BY, **there}  # versions before this one did not say so
     names = [name for name in {**described, **there} if name != WEIGHTS and there.get(name) != described.get(name)]
     if names:
         told = "; ".join(f"{name} {_said(there.get(name))}, not {_said(described.get(name))}" for name in names)

@@ -68,7 +68,7 @@ def finished_prompts(storage: Storage) -> dict[str, str | None]:
 
 
 def compact(storage: Storage, order: Sequence[str]) -> None:
-    """Put all parts into one file, one line per id, and remove shards and sheets that it does not name.
+    """Put all parts into one file, one line per id, and remove a chunk's shards and sheets that it does not name.
 
     A picture stands above an error, and among equals the last counts. Lines come in the `order` of ids, then pictures of
     other ids, whose errors are dropped. A kill leaves all parts, or the whole file, or both, which say the same; the rows

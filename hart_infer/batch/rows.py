@@ -146,9 +146,8 @@ def _number(value: Any) -> Any:
 
 
 def _label(value: Any) -> Any:
-    """Return a class's number as one, in a text too; a name as it is."""
-    number = _number(value)
-    return number if isinstance(number, int) else value
+    """Return a class's number that a table holds as a float, or as the text of one, as a whole one; others as they are."""
+    return _number(value) if isinstance(value, str) and re.fullmatch(r"\d+\.0+", value.strip()) else _whole(value)
 
 
 def _flag(value: Any) -> Any:

@@ -54,13 +54,13 @@ def _check_generators(generators: Sequence[Any], draw_device: torch.device) -> N
     for item in generators:
         if not isinstance(item, torch.Generator):
             raise InputError(f"generator must be a torch.Generator or a list of them, not {type(item).__name__}.")
-        if item.device.type != "cpu" and not same_device(item.device, draw_device):
+        if item.device.type != "cpu" and not _same(item.device, draw_device):
             raise InputError(f"generator is on {item.device}; make it on the CPU, or on {draw_device}, where noise is drawn.")
         if item.device != generators[0].device:
             raise InputError("The generators are on different devices; make them all on one.")
 
 
-def same_device(a: torch.device, b: torch.device) -> bool:
+def _same(a: torch.device, b: torch.device) -> bool:
     """Whether two devices are one; "cuda" may be any of its kind."""
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 

@@ -76,7 +76,7 @@ class Pipeline(ABC):
 
     @property
     def _interrupt(self) -> bool:
-        """Set to True, it ends the calls that are running now, after their scale, as in diffusers; calls made later run."""
+        """Set to True, it ends the calls that are drawing now, after their scale, as in diffusers; calls made later run."""
         return False
 
     @_interrupt.setter

@@ -15,7 +15,6 @@ from ..engine.packed import pack_weights, packing_refusal, unpack_weights
 from ..errors import InputError
 from ..images import tensors
 from ..models.parts.autoencoder import Autoencoder, Mode
-from .arguments import same_device
 from .base import Pipeline
 from .checks import check_int
 from .out_of_memory import out_of_memory_advice
@@ -83,10 +82,11 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         self.disable_packed_weights()
         self.engine.clear()
-        if device is not None and not same_device(device, self.device):
-            self.disable_graphs()
+        before = self.device
         self.transformer.to(device=device, dtype=dtype)
         self.autoencoder.to_device(device, dtype)
+        if self.device != before:
+            self.disable_graphs()
 
     def enable_graphs(self) -> None:
         """Run calls by CUDA graphs: the host then launches one graph a scale instead of hundreds of kernels.

@@ -117,14 +117,20 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port; wait for what is open, for a while."""
         draining = asyncio.create_task(self._drain())
+        watching = asyncio.create_task(self._cancel_when_forced(draining))
         await super().shutdown(sockets)
-        if self.force_exit:  # a second signal
-            draining.cancel()
         await asyncio.wait([draining])
+        watching.cancel()
         if not draining.cancelled():
             draining.result()
         if self.force_exit:  # Uvicorn leaves this out then
             await self.lifespan.shutdown()
+
+    async def _cancel_when_forced(self, draining: asyncio.Task[None]) -> None:
+        """Wait for a second signal, and end the draining."""
+        while not self.force_exit:
+            await asyncio.sleep(POLL_SECONDS)
+        draining.cancel()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYL
 from parts import STATE, assemble, assemble_var, latents_of, learning, meanings_of, parts_hash, take_over, trained
 from teacher import CORRUPTED, encode, losses
 from torch import Tensor, nn
-from training import Average, Entry, Log, Muon, Pictures, learning_rate, save, shuffled, write_grid
+from training import Average, Entry, Log, Muon, Pictures, learning_rate, names_in, save, shuffled, write_grid
 
 from hart_infer import HartPipeline, VarPipeline
 from hart_infer.generation.schedule import Schedule, Settings, Stage, hart_schedule, var_schedule
@@ -92,6 +92,8 @@ class Prompts:
     def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
         """As `Learned`."""
         counts = [(indices, round(share * batch)) for indices, share in self.mixed]
+        if sum(count for _, count in counts) != batch:
+            raise SystemExit(f"The shares of --mixed make no batch of {batch}: {[count for _, count in counts]}.")
         parts = [shuffled(indices, count, seed, start) for indices, count in counts if count]
         for some in zip(*parts, strict=True):
             yield [picture for part in some for picture in part]
@@ -124,8 +126,8 @@ class Prompts:
 
 def mixed_pictures(pictures: Pictures, styled: Path | None) -> list[list[int]]:
     """Pictures that a caption without a style means, others (of the subjects in the file `styled`), and composed ones."""
-    chosen = set(styled.read_text(encoding="utf-8").splitlines()) if styled else None
     single, about = pictures.split("train"), pictures.about
+    chosen = names_in(styled, {a.name for a in about}) if styled else None
     plain = [i for i in single if about[i].plain]
     others = [i for i in single if not about[i].plain and (chosen is None or about[i].name in chosen)]
     return [plain, others, pictures.split("composed")]

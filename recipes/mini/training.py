@@ -138,9 +138,7 @@ class Pictures:
                 first.setdefault(_thing(a), i)
         self.about = [Entry(**a, plain=first.get(_thing(a)) == i) for i, a in enumerate(listed)]
         known = {a.name for a in self.about}
-        self.names = set(subjects.read_text(encoding="utf-8").splitlines() if subjects else known)
-        if unknown := self.names - known:
-            raise SystemExit(f"{subjects} names what there are no pictures of: {', '.join(sorted(unknown))}.")
+        self.names = names_in(subjects, known) if subjects else known
 
     def split(self, *splits: str) -> list[int]:
         """Indices of the pictures of these splits and of the chosen subjects."""
@@ -149,6 +147,14 @@ class Pictures:
     def tensor(self, indices: list[int]) -> Tensor:
         """[N, 3, SIDE, SIDE] fp32 in -1..1."""
         return torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def names_in(path: Path, known: set[str]) -> set[str]:
+    """The names in a file, one per line. SystemExit for one that is not `known`."""
+    names = set(path.read_text(encoding="utf-8").splitlines())
+    if unknown := names - known:
+        raise SystemExit(f"{path} names what there are no pictures of: {', '.join(sorted(unknown))}.")
+    return names
 
 
 def _thing(about: dict[str, Any]) -> tuple[Any, ...]:

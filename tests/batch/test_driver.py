@@ -269,7 +269,7 @@ def test_what_a_run_claimed_that_loaded_no_model_is_replaced(tmp_path):
 @pytest.mark.parametrize("kind", ["png", "webdataset"])
 def test_files_of_others_stay(tmp_path, kind):
     out = tmp_path / "out"
-    others = ["shards/my-dataset-000.tar", "shards/000000-0123abcd/0.png", "sheets/budget.xlsx"]
+    others = ["shards/my-dataset-000.tar", "shards/000000-0123abcd.tar/0.png", "sheets/budget.xlsx"]
     for name in others:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(b"mine")
@@ -277,7 +277,10 @@ def test_files_of_others_stay(tmp_path, kind):
     assert all((out / name).read_bytes() == b"mine" for name in others)
 
 
-@pytest.mark.parametrize(("name", "content"), [("batch.json", b"[1]"), ("batch.json", b"x"), ("manifest.parquet", b"x")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("batch.json", b"[1]"), ("batch.json", b"x"), ("batch.json", b'{"jobs": [1]}'), ("manifest.parquet", b"x")],
+)
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, name, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(content)

@@ -82,7 +82,12 @@ def test_whole_numbers_that_a_table_writes_as_floats(tmp_path):
     first, second = rows_of(tmp_path / "p.csv", text)
     assert (first.error, first.prompt, first.seed, first.settings) == (None, "7.0", 7, (("size", 256), ("top_k", 50)))
     assert second.error is None
-    assert [row.prompt for row in rows_of(tmp_path / "p.csv", "label\n207.0\ntench\n")] == ["207", "tench"]
+    assert [row.prompt for row in rows_of(tmp_path / "p.csv", "label\n207.0\ntench\n007\n1e3\n")] == [
+        "207",
+        "tench",
+        "007",
+        "1e3",
+    ]
     (row,) = rows_of(tmp_path / "p.jsonl", '{"label": 207.0, "id": 7.0}\n')
     assert (row.error, row.prompt, row.id) == (None, "207", "7")
 

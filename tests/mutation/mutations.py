@@ -400,13 +400,6 @@ MUTATIONS = [
         "tests/models/test_text.py::test_a_left_padded_row_of_the_mask_sees_nothing_and_others_see_no_padding",
     ),
     Mutation(
-        "a cache of any kind for the next call",
-        "hart_infer/engine/next_scale.py",
-        "if idle is not None and idle[0] == wanted:",
-        "if idle is not None:",
-        "tests/engine/test_next_scale.py::test_a_cache_of_another_kind_is_not_taken[rows]",
-    ),
-    Mutation(
         "log-scales without their limit",
         "hart_infer/models/parts/attention.py",
         "self.log_scale.clamp(max=MAX_LOG_SCALE)",

@@ -402,6 +402,18 @@ def test_a_callback_in_diffusers_form(pipe: VilaUPipeline) -> None:
     assert seen == [(pipe, row, row, {"latents", "step"}) for row in range(GRID)]
 
 
+def test_an_interruption_before_the_first_row_is_not_lost(pipe: VilaUPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, seen = pipe._prefix, []
+
+    def slow(request: Any) -> Any:
+        pipe._interrupt = True
+        return prefix(request)
+
+    monkeypatch.setattr(pipe, "_prefix", slow)
+    latent(pipe, callback_on_step_end=lambda step: seen.append(step.index))
+    assert seen == [0]
+
+
 def test_an_interruption_ends_the_call_after_its_row(pipe: VilaUPipeline) -> None:
     seen: list[int] = []
 

@@ -298,6 +298,8 @@ def test_every_batch_of_captions_is_mixed_and_resumes(recipe):
     assert batches[7:] == [next(later) for _ in range(2)]
     assert [[i // 100 for i in batch] for batch in batches] == [[0] * 11 + [1] * 3 + [2] * 2] * 9
     assert len({i for batch in batches[:4] for i in batch if i < 100}) == 44, "no picture twice in an epoch"
+    with pytest.raises(SystemExit, match="make no batch of 1"):
+        next(learned.batches(1, 3, 0))
 
 
 def test_styles_may_be_of_some_subjects_alone(tmp_path):
@@ -308,6 +310,9 @@ def test_styles_may_be_of_some_subjects_alone(tmp_path):
     assert mixed_pictures(pictures, None) == [[0, 2], [1, 3], []]
     (tmp_path / "few.txt").write_text("dog\n")
     assert mixed_pictures(pictures, tmp_path / "few.txt") == [[0, 2], [3], []]
+    (tmp_path / "few.txt").write_text("dog\nunicorn\n")
+    with pytest.raises(SystemExit, match="no pictures of: unicorn"):
+        mixed_pictures(pictures, tmp_path / "few.txt")
 
 
 def test_learning_rate_warms_up_stays_and_falls():

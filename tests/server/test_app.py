@@ -787,14 +787,14 @@ async def test_a_model_that_only_draws_says_so() -> None:
 async def test_models() -> None:
     first, second = FakeEngine("one/first"), FakeEngine("second", edits=False)
     second.facts = None
-    async with client(first, second) as http:
+    async with client(first, second, max_n=4) as http:
         listed = (await http.get("/v1/models")).json()
         assert [(each["id"], each["family"], each["sizes"]) for each in listed["data"]] == [
             ("one/first", "HART", [16, 32]),
             ("second", None, None),
         ]
         assert (await http.get("/v1/models/one/first")).json() == listed["data"][0]
-        assert listed["data"][0]["max_n"] == 10
+        assert listed["data"][0]["max_n"] == 4
         told(await http.get("/v1/models/third"), 404)
         await http.post(GENERATIONS, json={"prompt": "a", "model": "one/first"})
         await http.post(GENERATIONS, json={"prompt": "b"})

@@ -319,8 +319,11 @@ def test_discrete_beside_hybrid_and_their_difference(page: Any) -> None:
     assert figures.locator("canvas").evaluate(read) == [0, 0, 0, 255]
 
 
-def test_no_more_at_once_than_the_server_draws(page: Any) -> None:
-    assert page.locator("#draw-n").get_attribute("max") == "10"
+def test_no_more_at_once_than_the_server_draws(opened: Open) -> None:
+    with stand_in(page=1, max_n=3) as (served, _):
+        page = opened(served)
+        ready(page)
+        assert page.locator("#draw-n").get_attribute("max") == "3"
 
 
 def test_a_file_that_is_no_picture_is_told_in_words(page: Any) -> None:

@@ -68,7 +68,7 @@ export class Ask {
       this.form.elements.question.value = "";
       this.fresh.hidden = false;
     } catch (error) {
-      if (error.name !== "AbortError") answer.replaceWith(alertBox(error.message));
+      if (!signal.aborted) answer.replaceWith(alertBox(error.message));
     } finally {
       answer.classList.remove("busy");
       submit.disabled = false;

@@ -37,11 +37,14 @@ export class Reconstruct {
         const bitmap = await createImageBitmap(file);
         return { mode, url: URL.createObjectURL(file), pixels: pixelsOf(bitmap) };
       }));
-      if (signal.aborted) return;
+      if (signal.aborted) {
+        pictures.forEach(({ url }) => URL.revokeObjectURL(url));
+        return;
+      }
       this.#show(pictures, answer.size);
       tell("Reconstructed.");
     } catch (error) {
-      if (error.name !== "AbortError") this.stage.replaceChildren(alertBox(error.message));
+      if (!signal.aborted) this.stage.replaceChildren(alertBox(error.message));
     }
   }
 
