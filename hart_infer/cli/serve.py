@@ -32,7 +32,8 @@ By default only this machine can reach it. Needs the extra: pip install
 
 EPILOG = """\
 Options of the server, but for --ui and --new-key, and its limits may be given by
-environment variables too: --max-queue is HART_INFER_SERVE_MAX_QUEUE. docs/serving.md says more.
+environment variables too: --max-queue is HART_INFER_SERVE_MAX_QUEUE.
+docs/serving.md says more.
 
 examples:
   hart-infer serve

@@ -277,10 +277,15 @@ def test_files_of_others_stay(tmp_path, kind):
     assert all((out / name).read_bytes() == b"mine" for name in others)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("batch.json", b"[1]"), ("batch.json", b"x"), ("batch.json", b'{"jobs": [1]}'), ("manifest.parquet", b"x")],
-)
+def test_a_batch_json_of_others_is_refused_and_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "batch.json").write_text('{"jobs": [1]}')
+    with pytest.raises(InputError, match=r"was begun with jobs \[1\], not left out"):
+        run(make_rows(tmp_path, "a"), tmp_path / "out")
+    assert (tmp_path / "out" / "batch.json").read_text() == '{"jobs": [1]}'
+
+
+@pytest.mark.parametrize(("name", "content"), [("batch.json", b"[1]"), ("batch.json", b"x"), ("manifest.parquet", b"x")])
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, name, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(content)

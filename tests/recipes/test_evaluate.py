@@ -175,7 +175,7 @@ def test_a_batch_brings_captions_weights_and_failures(tmp_path):
     run_batch(read_table(str(tmp_path / "rows.csv")).rows, options, chunk_size=2, described={"model": "m"})
     found = open_set(tmp_path / "drawn")
     assert (found.names, found.captions, found.failed) == (("a", "c"), ("cat", "dog"), 1)
-    assert found.settings == {"model": "m", "weights": "0123"}
+    assert found.settings == {"made_by": "hart-infer batch", "model": "m", "weights": "0123"}
     (tmp_path / "drawn" / "manifest.parquet").unlink()
     with pytest.raises(InputError, match="not finished"):
         open_set(tmp_path / "drawn")
