@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hart_infer import HartPipeline
 from hart_infer.engine import next_scale
 from hart_infer.engine.next_scale import Engine
-from hart_infer.generation.next_scale import GenerationState, finish
+from hart_infer.generation.next_scale import GenerationState
 from hart_infer.generation.sampling import GeneratorSampler
 from hart_infer.generation.schedule import Schedule, Settings
 from hart_infer.models.parts.cache import KVCache
@@ -50,14 +49,6 @@ def start(pipe: HartPipeline, engine: Engine, schedule: Schedule, count: int = 1
     return engine.start(schedule, samplers, [condition_of(pipe, "a cat")])
 
 
-def run(pipe: HartPipeline, engine: Engine, schedule: Schedule) -> Tensor:
-    """The latent of one image."""
-    states = start(pipe, engine, schedule)
-    for stage in schedule:
-        engine.run_scale(states, stage)
-    return finish(states[0])
-
-
 def prefilled(pipe: HartPipeline, engine: Engine, schedule: Schedule, count: int) -> int:
     """How many times the transformer runs before the first scale."""
     calls: list[int] = []
@@ -74,13 +65,6 @@ def test_the_unconditional_prefix_is_made_once_and_a_prompt_s_once_a_call(pipe: 
     assert prefilled(pipe, engine, pipe._schedule(Settings(guidance_scale=0)), count=2) == 1
     engine.clear()
     assert prefilled(pipe, engine, schedule, count=1) == 2
-
-
-def test_two_calls_at_once_have_a_cache_each(pipe: HartPipeline, engine: Engine) -> None:
-    schedule = pipe._schedule(Settings())
-    run(pipe, engine, schedule)
-    first, second = start(pipe, engine, schedule)[0], start(pipe, engine, schedule)[0]
-    assert first.cache.keys.data_ptr() != second.cache.keys.data_ptr()
 
 
 def test_what_failed_keeps_no_cache(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:
