@@ -79,20 +79,31 @@ def sample_residual(
     """
     _, length, _ = condition.shape
     embedded = network.condition_embed(condition.flatten(0, 1))
+    steps = diffusion_schedule(num_inference_steps)
+    timesteps = torch.cat([torch.full((1,), step.timestep, device=condition.device) for step in steps])
+    times = network.time_embed(timesteps).split(1)
     start = noise.start(length, network.channels, condition.device)
     x = start.flatten(0, 1)
-    for step in diffusion_schedule(num_inference_steps):
+    for step, time in zip(steps, times, strict=True):
         added = noise.step(length, network.channels, x.device).view(x.shape) if step.adds_noise else x
-        x = denoise(network, x, step, embedded, settings, added)
+        x = denoise(network, x, step, time, embedded, settings, added)
     return x.view(start.shape) * LATENT_SCALE
 
 
 def denoise(
-    network: ResidualDiffusion, x: Tensor, step: DiffusionStep, condition: Tensor, settings: Tensor, noise: Tensor
+    network: ResidualDiffusion,
+    x: Tensor,
+    step: DiffusionStep,
+    time: Tensor,
+    condition: Tensor,
+    settings: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """Do one step x_t -> x_{t-1}, [N, C] fp32; `condition` [N or 2N, width] is embedded, conditional rows first."""
-    timestep = torch.full((1,), step.timestep, device=x.device)
-    eps, variance = network(x, timestep, condition)
+    """Do one step x_t -> x_{t-1}, [N, C] fp32.
+
+    `time` [1, width] is the step's number and `condition` [N or 2N, width], conditional rows first, both embedded.
+    """
+    eps, variance = network(x, time, condition)
     return ops.diffusion_step(
         x,
         eps,

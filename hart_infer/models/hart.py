@@ -123,7 +123,7 @@ class HartTransformer(NextScaleTransformer):
         )
         embedded = self.embed_context(context)
         return Condition(
-            inputs=embedded + self.embed_scale(0),
+            inputs=embedded + self.embed_scales()[0],
             table=context_table(position_ids, self.head_dim, self.dtype),
             modulation=self.modulate(self.pool(embedded, mask), maximum(embedded, mask)),
             last_position=position_ids[:, -1],
@@ -143,10 +143,10 @@ class HartTransformer(NextScaleTransformer):
         """Embed a text context [R, T, context_dim] -> [R, T, D], without the level embedding."""
         return self.context_embed(self.context_norm(context.to(self.dtype)))
 
-    def embed_scale(self, index: int) -> Tensor:
-        """Return the level embedding [1, D] of scale `index`; that of scale 0 is added to all context tokens."""
-        embedding: Tensor = self.level_embed(torch.full((1,), index, device=self.device))
-        return embedding
+    def embed_scales(self) -> list[Tensor]:
+        """Return the level embedding [1, D] of every scale; that of scale 0 is added to all context tokens."""
+        levels: Tensor = self.level_embed(torch.arange(len(self.config.patch_nums), device=self.device))
+        return list(levels.split(1))
 
     def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
         """cos, sin [R, 1, side * side, d] of every scale."""

@@ -40,10 +40,13 @@ class Block(nn.Module, ABC):
         self.norm, self.attn, self.mlp, self.modulation = norm, attn, mlp, modulation
 
     @abstractmethod
-    def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `vectors` [R, n, D] are those of `Modulation`.
+    def forward(
+        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block on x + update, [R, L, D] each; `vectors` [R, n, D] are those of `Modulation`.
 
-        It adds `attention_update` and then `mlp_update`.
+        `update` is what the block before left to add, if there is one. Returns the sum with attention's update, and the MLP's
+        update, which is left to the next norm: that reads the sum anyway.
         """
 
     @abstractmethod
@@ -60,11 +63,13 @@ class PlainBlock(Block):
 
     norm: RMSNorm
 
-    def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `vectors` [R, 0, D] is empty."""
-        x, normed = self.norm.after(x, self.attention_update(x, vectors, table, place, layer))
-        mlp: Tensor = self.mlp(normed)
-        return x + mlp
+    def forward(
+        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Block`; `vectors` [R, 0, D] is empty."""
+        x, normed = (x, self.norm(x)) if update is None else self.norm.after(x, update)
+        x, normed = self.norm.after(x, self.attn(normed, table, place, layer))
+        return x, self.mlp(normed)
 
     def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """As `Block`."""
@@ -82,10 +87,13 @@ class ModulatedBlock(Block):
 
     norm: RMSNorm | LayerNorm
 
-    def forward(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
-        """x [R, L, D] -> [R, L, D]; `vectors` [R, 6, D] as in `Modulation`."""
+    def forward(
+        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Block`; `vectors` [R, 6, D] as in `Modulation`."""
+        x = x if update is None else x + update
         x = x + self.attention_update(x, vectors, table, place, layer)
-        return x + self.mlp_update(x, vectors)
+        return x, self.mlp_update(x, vectors)
 
     def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """As `Block`."""
@@ -149,8 +157,8 @@ class NextScaleTransformer(nn.Module, ABC):
         """Make the condition of one unconditional row, the same for every call."""
 
     @abstractmethod
-    def embed_scale(self, index: int) -> Tensor:
-        """Return what is added to the embedded tokens of scale `index`: [1, D] or [L, D]."""
+    def embed_scales(self) -> list[Tensor]:
+        """Return what is added to the embedded tokens of every scale: [1, D] or [L, D] each."""
 
     @abstractmethod
     def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
@@ -161,16 +169,17 @@ class NextScaleTransformer(nn.Module, ABC):
         blocks = torch.stack([block.modulation(block_condition) for block in self.blocks])  # type: ignore[operator]
         return Modulation(blocks, self.head.modulation(head_condition))
 
-    def embed_tokens(self, latent: Tensor, index: int) -> Tensor:
-        """Embed a scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]."""
+    def embed_tokens(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """Embed a scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]; `scale` is the scale's own of `embed_scales`."""
         tokens = latent.flatten(2).transpose(1, 2).to(self.dtype)
-        return self.word_embed(tokens) + self.embed_scale(index)
+        return self.word_embed(tokens) + scale
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
         """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""
+        update = None
         for layer, (block, vectors) in enumerate(self.layers(modulation)):
-            x = block(x, vectors, table, place, layer)
-        return x
+            x, update = block(x, update, vectors, table, place, layer)
+        return x + update
 
     def layers(self, modulation: Modulation) -> Iterator[tuple[Block, Tensor]]:
         """Yield the blocks with their vectors [R, n, D]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +90,7 @@ class VarTransformer(NextScaleTransformer):
         condition = self.class_embed(classes.to(self.device))  # [R, D]
         copies = torch.arange(len(condition), device=self.device).repeat_interleave(CONDITION_ROWS)
         return Condition(
-            inputs=(condition[copies, None] + self.start) + self.embed_scale(0),
+            inputs=(condition[copies, None] + self.start) + self.embed_scales()[0],
             table=no_rotation(len(copies), 1, self.head_dim, self.dtype, self.device),
             modulation=self.modulate(self.shared_modulation(condition), condition).rows(copies),
             last_position=torch.zeros_like(copies),
@@ -102,20 +101,12 @@ class VarTransformer(NextScaleTransformer):
         """Make the condition of one row of "no class"."""
         return self.condition(torch.full((1,), self.config.num_classes))
 
-    def embed_scale(self, index: int) -> Tensor:
-        """Return level and position embedding of a scale's tokens, [side * side, D]."""
-        first, last = token_ranges(self.config.patch_nums)[index]
-        embedded: Tensor = self.level_embed.weight[index] + self.position_embed.weight[first:last]
-        return embedded
+    def embed_scales(self) -> list[Tensor]:
+        """Return level and position embedding of every scale's tokens, [side * side, D] each."""
+        positions = self.position_embed.weight.split([side * side for side in self.config.patch_nums])
+        return [level + position for level, position in zip(self.level_embed.weight, positions, strict=True)]
 
     def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
         """Return tables that rotate nothing: positions are in `embed_scale`."""
         rows = len(last_position)
         return [no_rotation(rows, side * side, self.head_dim, self.dtype, self.device) for side in sides]
-
-
-@lru_cache(maxsize=64)
-def token_ranges(patch_nums: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return (first, last + 1) of each scale's tokens in the sequence of all scales."""
-    ends = [sum(side * side for side in patch_nums[: i + 1]) for i in range(len(patch_nums))]
-    return list(zip([0, *ends], ends, strict=False))

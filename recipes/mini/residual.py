@@ -31,7 +31,7 @@ def diffusion_loss(diffusion: ResidualDiffusion, residual: Tensor, condition: Te
     c = {name: values[time, None] for name, values in _constants().items()}
     noise = torch.randn(clean.shape, generator=generator)
     noised = (clean + c["x0_from_noise"] * noise) / c["x0_from_x"]
-    predicted, share = diffusion(noised, time, diffusion.condition_embed(condition))
+    predicted, share = diffusion(noised, diffusion.time_embed(time), diffusion.condition_embed(condition))
     guess = (c["x0_from_x"] * noised - c["x0_from_noise"] * predicted.detach()).clamp(-1, 1)
     error = c["mean_from_x0"] * (clean - guess)  # of the posterior mean
     share = (share + 1) / 2

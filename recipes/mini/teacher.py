@@ -130,7 +130,8 @@ def _forward(
 ) -> tuple[list[Tensor], Modulation]:
     rows, first, _ = condition.inputs.shape
     later, lengths = stages[1:], [first, *(stage.length for stage in stages[1:])]
-    embedded = [transformer.embed_tokens(latent, stage.index) for stage, latent in zip(later, inputs, strict=True)]
+    scales = transformer.embed_scales()
+    embedded = [transformer.embed_tokens(latent, scales[stage.index]) for stage, latent in zip(later, inputs, strict=True)]
     tables = transformer.image_tables([stage.side for stage in later], condition.last_position)
     cos, sin = (
         torch.cat([x.expand(rows, -1, -1, -1) for x in parts], dim=2) for parts in zip(condition.table, *tables, strict=True)

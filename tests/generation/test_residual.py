@@ -66,9 +66,9 @@ def test_first_log_variance_is_clipped_to_the_second():
 def test_both_halves_share_x(network):
     """One x_t for both guidance halves is what two equal ones give."""
     x, condition = torch.randn(6, 4), torch.randn(12, 16)
-    timestep = torch.tensor([428])
-    shared = network(x, timestep, condition)
-    for ours, doubled in zip(shared, network(torch.cat([x, x]), timestep, condition), strict=True):
+    time = network.time_embed(torch.tensor([428]))
+    shared = network(x, time, condition)
+    for ours, doubled in zip(shared, network(torch.cat([x, x]), time, condition), strict=True):
         torch.testing.assert_close(ours, doubled)
 
 
@@ -79,21 +79,22 @@ def test_variance_is_the_conditional_half_s():
     eps, conditional, unconditional = torch.randn(3, 6, 4)
 
     class Fixed(ResidualDiffusion):
-        def forward(self, x, timestep, condition):
+        def forward(self, x, time, condition):
             halves = len(condition) // len(x)
             return eps.repeat(halves, 1), torch.cat([conditional, unconditional])[: len(condition)]
 
-    fixed = Fixed(channels=4, condition_dim=32, width=16, depth=1)
-    guided = denoise(fixed, x, step, torch.zeros(12, 16), draw_settings(guidance=3.0), noise)
-    torch.testing.assert_close(guided, denoise(fixed, x, step, torch.zeros(6, 16), draw_settings(), noise))
+    fixed, time = Fixed(channels=4, condition_dim=32, width=16, depth=1), torch.zeros(1, 16)
+    guided = denoise(fixed, x, step, time, torch.zeros(12, 16), draw_settings(guidance=3.0), noise)
+    torch.testing.assert_close(guided, denoise(fixed, x, step, time, torch.zeros(6, 16), draw_settings(), noise))
 
 
 def test_last_step_adds_no_noise_and_clips(network):
     """Its noise is drawn in the released code; nothing is drawn after it, so here it is not."""
     last = diffusion_schedule(8)[-1]
-    x, condition = 10 * torch.randn(6, 4), torch.randn(6, 16)
+    x, time, condition = 10 * torch.randn(6, 4), torch.randn(1, 16), torch.randn(6, 16)
     quiet, loud = (
-        denoise(network, x, last, condition, draw_settings(), noise) for noise in (torch.zeros(6, 4), torch.full((6, 4), 9.0))
+        denoise(network, x, last, time, condition, draw_settings(), noise)
+        for noise in (torch.zeros(6, 4), torch.full((6, 4), 9.0))
     )
     assert quiet.equal(loud)
     assert quiet.abs().max() <= 1

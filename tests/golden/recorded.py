@@ -209,7 +209,8 @@ def feed_transformer(model: Model, trace: Trace, inputs: Sequence[Tensor]) -> tu
     result = [transformer(condition.inputs, condition.modulation, condition.table, context)]
     for stage, latent in zip(schedule.stages[1:], inputs, strict=False):
         (table,) = transformer.image_tables([stage.side], condition.last_position)
-        x = transformer.embed_tokens(latent.to(transformer.device), stage.index).repeat(2, 1, 1)
+        scale = transformer.embed_scales()[stage.index]
+        x = transformer.embed_tokens(latent.to(transformer.device), scale).repeat(2, 1, 1)
         place = cache.at(stage.offset, stage.length, cached=stage.cached)
         result.append(transformer(x, condition.modulation, table, place))
     return result, condition.modulation

@@ -187,7 +187,7 @@ def feed_transformer(
     hidden = [prefix.hidden_states]
     for stage, latent in zip(schedule.stages[1:], inputs, strict=False):
         (table,) = transformer.image_tables([stage.side], prefix.last_position)
-        x = transformer.embed_tokens(latent, stage.index)
+        x = transformer.embed_tokens(latent, transformer.embed_scales()[stage.index])
         hidden.append(transformer(x, prefix.modulation, table, cache.at(stage.offset, stage.length)))
     return [transformer.head(each, prefix.modulation.head) for each in hidden]
 

@@ -134,10 +134,11 @@ def _diffusion_step(pipe: HartPipeline) -> Callable[[], Tensor]:
     condition = torch.randn(18, pipe.transformer.config.embed_dim, device="cuda", dtype=pipe.transformer.dtype)
     settings = ops.draw_settings(guidance=3.0).cuda()
     embedded, step = diffusion.condition_embed(condition), diffusion_schedule(8)[0]
+    time = diffusion.time_embed(torch.full((1,), step.timestep, device="cuda"))
 
     @torch.inference_mode()
     def run() -> Tensor:
-        return denoise(diffusion, x, step, embedded, settings, noise)
+        return denoise(diffusion, x, step, time, embedded, settings, noise)
 
     return run
 

@@ -16,7 +16,7 @@ from hart_infer.checkpoints.var import RENAMES, config_from_tensors
 from hart_infer.checkpoints.weights import load_module, tensor_shapes
 from hart_infer.errors import ConfigError
 from hart_infer.generation.schedule import Settings, var_schedule
-from hart_infer.models.var import VarConfig, VarTransformer, token_ranges
+from hart_infer.models.var import VarConfig, VarTransformer
 from tests.golden.recorded_var import feed_transformer
 from tests.released_var import CHANNELS, CLASSES, DEPTH, HEADS, SIDES, VOCABULARY, WIDTH, transformer_state
 
@@ -222,10 +222,6 @@ def test_a_class_does_not_depend_on_those_beside_it(folder: Path) -> None:
         assert torch.equal(together.inputs[rows], alone.inputs)
         assert torch.equal(together.modulation.blocks[:, rows], alone.modulation.blocks)
         assert torch.equal(together.modulation.head[rows], alone.modulation.head)
-
-
-def test_ranges_of_the_scales_tokens() -> None:
-    assert token_ranges((1, 2, 4)) == [(0, 1), (1, 5), (5, 21)]
 
 
 @pytest.mark.parametrize(

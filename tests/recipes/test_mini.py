@@ -79,7 +79,8 @@ def generated(transformer, stages, condition, inputs):
     found = [prefix.hidden_states]
     for stage, latent, place in zip(stages[1:], inputs, places[1:], strict=True):
         (table,) = transformer.image_tables([stage.side], prefix.last_position)
-        found.append(transformer(transformer.embed_tokens(latent, stage.index), prefix.modulation, table, place))
+        x = transformer.embed_tokens(latent, transformer.embed_scales()[stage.index])
+        found.append(transformer(x, prefix.modulation, table, place))
     return found, prefix.modulation
 
 
@@ -240,6 +241,7 @@ def test_true_noise_has_the_least_diffusion_loss(parts, monkeypatch):
         return noise + seen.get("error", 0.0), torch.full_like(x, -1.0)
 
     monkeypatch.setattr(type(diffusion), "forward", lambda self, *inputs: knowing(*inputs))
+    monkeypatch.setattr(diffusion, "time_embed", torch.nn.Identity())
     condition = torch.randn(256, parts[0].config.embed_dim)
     best = diffusion_loss(diffusion, residual, condition, torch.Generator().manual_seed(0)).item()
     seen["error"] = 0.1

@@ -55,13 +55,13 @@ class ResidualDiffusion(nn.Module):
         self.out_modulation = Linear(width, 2 * width)
         self.out_proj = Linear(width, 2 * channels)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Predict noise and variance value, each [N, C].
 
-        `x` [N, C]; `timestep` [N] or [1], original step numbers; `condition` [N, width], already embedded. `x` may hold
-        fewer rows than `condition` by a whole factor: it is then shared by the guidance halves.
+        `x` [N, C]; `time` [N, width] or [1, width], the original step numbers by `time_embed`; `condition` [N, width], by
+        `condition_embed`. `x` may hold fewer rows than `condition` by a whole factor: it is then shared by the guidance halves.
         """
-        activated = F.silu(self.time_embed(timestep) + condition)
+        activated = F.silu(time + condition)
         hidden = self.input_proj(x.to(condition.dtype))
         hidden = hidden.repeat(len(condition) // len(hidden), 1)
         nothing = torch.zeros_like(hidden)
