@@ -28,6 +28,7 @@ from ..models.parts.stamp import Stamp
 from .graphs import CacheKey, CapturedGeneration, Graphs, PlanKey, Recorder, shapes_of
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
+Given = Condition | Prefix  # not prefilled yet, or so
 
 
 class Engine(Generic[TransformerT]):
@@ -46,8 +47,8 @@ class Engine(Generic[TransformerT]):
         self,
         schedule: Schedule,
         samplers: Sequence[Sampler],
-        prompts: Sequence[Condition],
-        negatives: Sequence[Condition] | None = None,
+        prompts: Sequence[Given],
+        negatives: Sequence[Given] | None = None,
         edit: Edit = as_drawn,
     ) -> list[Generation]:
         """Return one generation per sampler, its conditions prefilled.
@@ -59,34 +60,32 @@ class Engine(Generic[TransformerT]):
             captured = self._captured(self.graphs, schedule, samplers[0], prompts[0], negatives[0] if negatives else None)
             if captured is not None:
                 return [captured]
-        prefixes: dict[tuple[int, int], Prefix] = {}  # by guidance half and index of the condition
         states: list[Generation] = []
         for index, sampler in enumerate(samplers):
             cache = self._allocate(self._cache_key(schedule, sampler.batch_size * (2 if schedule.guided else 1)))
-            chosen = []
-            for half, conditions in enumerate((prompts, negatives) if schedule.guided else (prompts,)):
-                place = index * len(conditions) // len(samplers) if conditions else 0
-                known = prefixes.get((half, place)) if conditions else self.unconditional()
-                condition = conditions[place] if conditions else None
-                chosen.append(self._fill(cache, half, sampler.batch_size, condition, known))
-                prefixes[half, place] = chosen[-1]
+            halves = (prompts, negatives) if schedule.guided else (prompts,)
+            given = [half[index * len(half) // len(samplers)] if half else self.unconditional() for half in halves]
+            chosen = [self._fill(cache, half, sampler.batch_size, one) for half, one in enumerate(given)]
             states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, edit))
         return states
 
-    def _fill(self, cache: KVCache, half: int, batch_size: int, condition: Condition | None, known: Prefix | None) -> Prefix:
-        """Fill the rows of a guidance half of the cache from a prefix that is `known`, or by sending a condition through."""
+    def prefilled(self, conditions: Sequence[Condition]) -> list[Prefix]:
+        """Prefill each condition into memory of its own, for several generations."""
+        return [prefill_alone(self.transformer, condition) for condition in conditions]
+
+    def _fill(self, cache: KVCache, half: int, batch_size: int, given: Given) -> Prefix:
+        """Fill the rows of a guidance half of the cache, by sending a condition through or with one that went already."""
         rows = slice(half * batch_size, (half + 1) * batch_size)
-        if known is None:
-            assert condition is not None
-            return prefill(self.transformer, condition, cache, rows)
-        copy_prefix(known, cache, rows)
-        return known
+        if isinstance(given, Condition):
+            return prefill(self.transformer, given, cache, rows)
+        copy_prefix(given, cache, rows)
+        return given
 
     def _captured(
-        self, graphs: Graphs, schedule: Schedule, sampler: Sampler, prompt: Condition, negative: Condition | None
+        self, graphs: Graphs, schedule: Schedule, sampler: Sampler, prompt: Given, negative: Given | None
     ) -> CapturedGeneration | None:
         """Return a generation by graphs; None if it has to run eagerly: the first of its kind, or while another one runs."""
-        if not isinstance(sampler, PhiloxSampler):
+        if not isinstance(sampler, PhiloxSampler) or isinstance(prompt, Prefix) or isinstance(negative, Prefix):
             return None
         negative = negative if schedule.guided else None
         rows = sampler.batch_size * (2 if schedule.guided else 1)
@@ -97,9 +96,8 @@ class Engine(Generic[TransformerT]):
             known = self.unconditional() if schedule.guided and negative is None else None
 
             def begin(own: PhiloxSampler, prompt: Condition, negative: Condition | None) -> GenerationState:
-                chosen = [self._fill(cache, 0, own.batch_size, prompt, None)]
-                if schedule.guided:
-                    chosen.append(self._fill(cache, 1, own.batch_size, negative, known))
+                given = [prompt, known if negative is None else negative] if schedule.guided else [prompt]
+                chosen = [self._fill(cache, half, own.batch_size, one) for half, one in enumerate(given) if one is not None]
                 return GenerationState(self.transformer, self.quantizer, schedule, own, chosen, cache)
 
             return CapturedGeneration(recorder, begin, sampler, prompt, negative)

@@ -176,10 +176,10 @@ class NextScaleTransformer(nn.Module, ABC):
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
         """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""
-        update = None
+        update: Tensor | None = None
         for layer, (block, vectors) in enumerate(self.layers(modulation)):
             x, update = block(x, update, vectors, table, place, layer)
-        return x + update
+        return x if update is None else x + update
 
     def layers(self, modulation: Modulation) -> Iterator[tuple[Block, Tensor]]:
         """Yield the blocks with their vectors [R, n, D]."""

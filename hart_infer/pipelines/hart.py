@@ -319,7 +319,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         if prompt is None and prompt_embeds is None and negative is None:  # both guidance halves would be the same
             settings = replace(settings, guidance_scale=0.0)
         schedule = apply(knobs, self._schedule(settings))
-        self._check_memory(schedule, len(given) * repeats)
+        self._check_memory(schedule, len(given) * repeats, call)
         seeds, draw_device = seeds_for(len(given) * repeats, seed, generator, self.device)
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             embeds = self._encode(given, text)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoints.hart import Defaults
 from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads
-from ..engine.next_scale import TransformerT
+from ..engine.next_scale import Given, TransformerT
 from ..generation.next_scale import as_drawn, finish
 from ..generation.sampling import Sampler, check_finite, make_sampler
 from ..generation.schedule import Schedule
@@ -81,7 +81,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         sides = self.autoencoder.config.v_patch_nums
         return {f"speed {name}": str(self.knobs(name)) for name, mode in SPEEDS.items() if len(sides) >= mode.min_scales}
 
-    def _check_memory(self, schedule: Schedule, count: int) -> None:
+    def _check_memory(self, schedule: Schedule, count: int, call: Call) -> None:
         """Raise OutOfMemoryError if the caches, memories and pixels of `count` images exceed the device's memory."""
         transformer, rows = self.transformer, 2 if schedule.guided else 1
         memory = rows * schedule.remembered_vectors(transformer.depth) * transformer.width * transformer.dtype.itemsize
@@ -93,7 +93,8 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
             scratch_length=schedule.scratch_length,
             itemsize=transformer.dtype.itemsize,
         )
-        check_memory(count, cache + memory + 3 * 4 * self.sizes[0] ** 2, self.device)
+        at_once = count if call.callback is not None else min(count, self._batch_size(call.reproducible, count))
+        check_memory(count, 3 * 4 * self.sizes[0] ** 2, self.device, at_once=at_once, more_each=cache + memory)
 
     def _check_call(
         self,
@@ -147,27 +148,36 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run the scales; return the latents [N, C, P, P] fp32, one per seed, and the flags of `Sampler.failed`.
 
-        Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition. Graphs run one
-        generation after the other, unless a callback wants to see all of them at each scale.
+        Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition. What does not go
+        through the networks together runs one after the other, with one cache at a time, unless a callback wants to see all
+        of it at each scale.
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
-        if self.engine.graphs is None or call.callback is not None:
-            return self._run(schedule, samplers, prompts, negatives, call)
-        parts = []
-        for i, sampler in enumerate(samplers):
-            prompt = prompts[i * len(prompts) // len(samplers)]
-            negative = None if negatives is None else [negatives[i * len(negatives) // len(samplers)]]
-            parts.append(self._run(schedule, [sampler], [prompt], negative, call))
+        given, negative = self._shared(prompts, len(samplers)), negatives and self._shared(negatives, len(samplers))
+        together = call.callback is not None
+        with self.progress_bar(total=len(schedule) * (1 if together else len(samplers))) as bar:
+            if together:
+                return self._run(schedule, samplers, given, negative, call, bar)
+            parts = []
+            for i, sampler in enumerate(samplers):
+                first = [given[i * len(given) // len(samplers)]]
+                second = negative and [negative[i * len(negative) // len(samplers)]]
+                parts.append(self._run(schedule, [sampler], first, second, call, bar))
         return torch.cat([f_hat for f_hat, _ in parts]), [flag for _, flags in parts for flag in flags]
+
+    def _shared(self, conditions: Sequence[Condition], count: int) -> Sequence[Given]:
+        """Prefill conditions that several of `count` generations have in common; by graphs each does it anew."""
+        return conditions if len(conditions) == count or self.engine.graphs is not None else self.engine.prefilled(conditions)
 
     def _run(
         self,
         schedule: Schedule,
         samplers: Sequence[Sampler],
-        prompts: Sequence[Condition],
-        negatives: Sequence[Condition] | None,
+        prompts: Sequence[Given],
+        negatives: Sequence[Given] | None,
         call: Call,
+        bar: Any,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`.
 
@@ -181,17 +191,17 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
         states = self.engine.start(schedule, samplers, prompts, negatives, edit)
         try:
-            with self.progress_bar(schedule, total=len(schedule)) as bar:
-                for stage in bar:
-                    self.engine.run_scale(states, stage)
-                    if callback is not None:
-                        f_hat = torch.cat([state.f_hat for state in states])
-                        step = Step(stage.index, stage.side, len(schedule), f_hat, preview)
-                        callback(step)
-                        if step.stopped:
-                            break
-                    if self._interrupts != call.interrupts:
+            for stage in schedule:
+                self.engine.run_scale(states, stage)
+                bar.update()
+                if callback is not None:
+                    f_hat = torch.cat([state.f_hat for state in states])
+                    step = Step(stage.index, stage.side, len(schedule), f_hat, preview)
+                    callback(step)
+                    if step.stopped:
                         break
+                if self._interrupts != call.interrupts:
+                    break
             f_hat = torch.cat([finish(state) for state in states])
             return f_hat, [state.sampler.failed(state.indices[-1]) for state in states]
         finally:  # an error that someone keeps would keep the states alive, by its traceback

@@ -27,13 +27,19 @@ def total_memory(device: torch.device) -> int:
         return UNKNOWN_MEMORY
 
 
-def check_memory(count: int, bytes_each: int, device: torch.device, *, what: str = "pictures") -> None:
-    """Raise OutOfMemoryError if count * bytes_each exceeds the device's total memory; `what` is counted."""
-    total = total_memory(device)
-    if count * bytes_each > total:
+def check_memory(
+    count: int, bytes_each: int, device: torch.device, *, what: str = "pictures", at_once: int = 0, more_each: int = 0
+) -> None:
+    """Raise OutOfMemoryError if count * bytes_each + at_once * more_each exceeds the device's total memory; `what` is counted.
+
+    `more_each` is what those need that are made `at_once`.
+    """
+    total, needed = total_memory(device), count * bytes_each + at_once * more_each
+    if needed > total:
+        fitting = total // (bytes_each + more_each) if at_once == count else max(total - at_once * more_each, 0) // bytes_each
         raise OutOfMemoryError(
-            f"{count:,} {what} at once need at least {count * bytes_each / 2**30:,.1f} GiB, and {device} has "
-            f"{total / 2**30:,.1f}: at most {total // bytes_each:,} could fit. Generate fewer at a time "
+            f"{count:,} {what} at once need at least {needed / 2**30:,.1f} GiB, and {device} has "
+            f"{total / 2**30:,.1f}: at most {fitting:,} could fit. Generate fewer at a time "
             "(num_images_per_prompt, prompts)."
         )
 

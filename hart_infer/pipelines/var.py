@@ -264,7 +264,7 @@ class VarPipeline(NextScalePipeline[VarTransformer]):
         config = self.transformer.config
         exact = var_schedule(config.patch_nums, share_quant_resi=self.autoencoder.config.share_quant_resi, settings=settings)
         schedule = apply(knobs, exact)
-        self._check_memory(schedule, len(classes) * repeats)
+        self._check_memory(schedule, len(classes) * repeats, call)
         seeds, draw_device = seeds_for(len(classes) * repeats, seed, generator, self.device)
 
         def conditions() -> tuple[list[Condition], None]:

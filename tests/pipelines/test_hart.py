@@ -95,7 +95,10 @@ def relative(given: Tensor, expected: Tensor) -> float:
 
 def indices_of(scales: list[Scale]) -> Tensor:
     """All scales' codes [B, tokens]."""
-    return torch.cat([scale.indices for scale in scales], dim=1)
+    of_stage: dict[int, list[Tensor]] = {}  # in the order of the images, whether they run side by side or one after the other
+    for scale in scales:
+        of_stage.setdefault(scale.stage.index, []).append(scale.indices)
+    return torch.cat([torch.cat(parts) for parts in of_stage.values()], dim=1)
 
 
 def interrupt_at(module: nn.Module, call: int, error: BaseException) -> Any:
@@ -443,6 +446,23 @@ def test_stop_ends_with_that_scale_s_preview(pipe: HartPipeline, caches: list[St
     assert output.seeds == [4]
     assert output.images[0].tobytes() == previews[0].tobytes()
     assert all(cache.expired() for cache in caches)
+
+
+@pytest.mark.parametrize(("options", "at_once"), [({}, 1), ({"callback_on_step_end": lambda step: None}, 3)], ids=["", "seen"])
+def test_images_take_turns_with_one_cache_unless_a_callback_sees_them_all(
+    pipe: HartPipeline, caches: list[StorageWeakRef], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], at_once: int
+) -> None:
+    expected = torch.cat([latent(pipe, seed=seed) for seed in (3, 4, 5)])
+    held: list[int] = []
+    run_scale = Engine.run_scale
+
+    def spy(*args: Any) -> None:
+        held.append(sum(not cache.expired() for cache in caches))
+        run_scale(*args)
+
+    monkeypatch.setattr(Engine, "run_scale", spy)
+    assert torch.equal(latent(pipe, seed=3, num_images_per_prompt=3, **options), expected)
+    assert max(held) == at_once
 
 
 # When it doesn't end well.
