@@ -131,8 +131,9 @@ def recorded_indices(engine: Any) -> Iterator[list[Tensor]]:
     start = engine.start
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        states.extend(start(*args, **kwargs))
-        return states
+        begun = list(start(*args, **kwargs))
+        states.extend(begun)
+        return begun
 
     engine.start = recorded
     try:

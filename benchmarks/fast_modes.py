@@ -93,7 +93,7 @@ def draw(pipe: Any, subject: Any, seed: int, way: dict[str, Any]) -> Drawn:
     start = pipe.engine.start
 
     def noting(schedule: Schedule, *rest: Any) -> list[Generation]:
-        states: list[Generation] = start(schedule, *rest)
+        states: list[Generation] = list(start(schedule, *rest))
         started.extend((schedule, state) for state in states)
         return states
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,7 +28,6 @@ from ..models.parts.stamp import Stamp
 from .graphs import CacheKey, CapturedGeneration, Graphs, PlanKey, Recorder, shapes_of
 
 TransformerT = TypeVar("TransformerT", bound=NextScaleTransformer)
-Given = Condition | Prefix  # not prefilled yet, or so
 
 
 class Engine(Generic[TransformerT]):
@@ -47,58 +46,73 @@ class Engine(Generic[TransformerT]):
         self,
         schedule: Schedule,
         samplers: Sequence[Sampler],
-        prompts: Sequence[Given],
-        negatives: Sequence[Given] | None = None,
+        prompts: Sequence[Condition],
+        negatives: Sequence[Condition] | None = None,
         edit: Edit = as_drawn,
-    ) -> list[Generation]:
-        """Return one generation per sampler, its conditions prefilled.
+    ) -> Iterator[Generation]:
+        """Yield one generation per sampler, its conditions prefilled: each is begun when it is asked for.
 
         `negatives` replace the unconditional condition; `edit` is applied to every scale. Conditions are shared out over the
-        samplers in order: the number of samplers is a multiple of that of `prompts`, and of `negatives`.
+        samplers in order: the number of samplers is a multiple of that of `prompts`, and of `negatives`. One that several
+        samplers have is prefilled once, eagerly, and kept until the next one's turn.
         """
-        if self.graphs is not None and len(samplers) == 1 and edit is as_drawn:
-            captured = self._captured(self.graphs, schedule, samplers[0], prompts[0], negatives[0] if negatives else None)
-            if captured is not None:
-                return [captured]
-        states: list[Generation] = []
+        halves, count = (prompts, negatives) if schedule.guided else (prompts,), len(samplers)
+        kept: dict[int, tuple[Condition, Prefix]] = {}  # by guidance half
+
+        def known(half: int, condition: Condition | None) -> Prefix | None:
+            if condition is None:
+                return self.unconditional()
+            if len(halves[half] or ()) == count:  # no other sampler has it
+                return None
+            if half not in kept or kept[half][0] is not condition:
+                kept[half] = (condition, prefill_alone(self.transformer, condition))
+            return kept[half][1]
+
         for index, sampler in enumerate(samplers):
-            cache = self._allocate(self._cache_key(schedule, sampler.batch_size * (2 if schedule.guided else 1)))
-            halves = (prompts, negatives) if schedule.guided else (prompts,)
-            given = [half[index * len(half) // len(samplers)] if half else self.unconditional() for half in halves]
-            chosen = [self._fill(cache, half, sampler.batch_size, one) for half, one in enumerate(given)]
-            states.append(GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, edit))
-        return states
+            given = [half[index * len(half) // count] if half else None for half in halves]
+            captured = None
+            if self.graphs is not None and edit is as_drawn:
+                captured = self._captured(self.graphs, schedule, sampler, given)
+            yield captured or self._begun(schedule, sampler, [(one, known(half, one)) for half, one in enumerate(given)], edit)
 
-    def prefilled(self, conditions: Sequence[Condition]) -> list[Prefix]:
-        """Prefill each condition into memory of its own, for several generations."""
-        return [prefill_alone(self.transformer, condition) for condition in conditions]
-
-    def _fill(self, cache: KVCache, half: int, batch_size: int, given: Given) -> Prefix:
-        """Fill the rows of a guidance half of the cache, by sending a condition through or with one that went already."""
-        rows = slice(half * batch_size, (half + 1) * batch_size)
-        if isinstance(given, Condition):
-            return prefill(self.transformer, given, cache, rows)
-        copy_prefix(given, cache, rows)
-        return given
+    def _begun(
+        self,
+        schedule: Schedule,
+        sampler: Sampler,
+        given: Sequence[tuple[Condition | None, Prefix | None]],
+        edit: Edit = as_drawn,
+        cache: KVCache | None = None,
+    ) -> GenerationState:
+        """Begin a generation with a condition, or a prefix that is known, of each guidance half."""
+        batch_size = sampler.batch_size
+        cache = cache or self._allocate(self._cache_key(schedule, batch_size * len(given)))
+        chosen = []
+        for half, (condition, prefix) in enumerate(given):
+            rows = slice(half * batch_size, (half + 1) * batch_size)
+            if prefix is not None:
+                copy_prefix(prefix, cache, rows)
+            else:
+                assert condition is not None
+                prefix = prefill(self.transformer, condition, cache, rows)
+            chosen.append(prefix)
+        return GenerationState(self.transformer, self.quantizer, schedule, sampler, chosen, cache, edit)
 
     def _captured(
-        self, graphs: Graphs, schedule: Schedule, sampler: Sampler, prompt: Given, negative: Given | None
+        self, graphs: Graphs, schedule: Schedule, sampler: Sampler, given: Sequence[Condition | None]
     ) -> CapturedGeneration | None:
         """Return a generation by graphs; None if it has to run eagerly: the first of its kind, or while another one runs."""
-        if not isinstance(sampler, PhiloxSampler) or isinstance(prompt, Prefix) or isinstance(negative, Prefix):
+        if not isinstance(sampler, PhiloxSampler):
             return None
-        negative = negative if schedule.guided else None
-        rows = sampler.batch_size * (2 if schedule.guided else 1)
-        cache_key = self._cache_key(schedule, rows)
+        prompt, negative = given[0], given[1] if len(given) > 1 else None
+        assert prompt is not None
+        cache_key = self._cache_key(schedule, sampler.batch_size * len(given))
 
         def capture(recorder: Recorder) -> CapturedGeneration:
             cache = graphs.cache(cache_key, self._allocate)
             known = self.unconditional() if schedule.guided and negative is None else None
 
             def begin(own: PhiloxSampler, prompt: Condition, negative: Condition | None) -> GenerationState:
-                given = [prompt, known if negative is None else negative] if schedule.guided else [prompt]
-                chosen = [self._fill(cache, half, own.batch_size, one) for half, one in enumerate(given) if one is not None]
-                return GenerationState(self.transformer, self.quantizer, schedule, own, chosen, cache)
+                return self._begun(schedule, own, [(prompt, None), (negative, known)][: len(given)], cache=cache)
 
             return CapturedGeneration(recorder, begin, sampler, prompt, negative)
 

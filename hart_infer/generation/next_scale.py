@@ -150,7 +150,7 @@ class GenerationState:
         self.modulation = Modulation.cat([p.modulation.rows(i) for p, i in zip(prefixes, index, strict=True)])
         last_position = torch.cat([p.last_position[i] for p, i in zip(prefixes, index, strict=True)])
         self.tables = transformer.image_tables([stage.side for stage in schedule], last_position)
-        self.scales = transformer.embed_scales()
+        self.scale_embeddings = transformer.embed_scales()
         side, channels = schedule.latent_side, transformer.word_embed.in_features
         self.f_hat = torch.zeros(self.batch_size, channels, side, side, device=transformer.device)  # fp32
         self.indices: list[Tensor] = []  # per finished scale [B, p * p] int64
@@ -208,7 +208,7 @@ def _hidden(state: GenerationState, stage: Stage) -> Tensor:
     """Run one scale through the transformer -> [R, p * p, D]; R = 2B if the stage is guided, else B."""
     rows = state.batch_size * (2 if stage.guided else 1)
     latent = state.quantizer.next_input(state.f_hat, stage.side)
-    x = state.transformer.embed_tokens(latent, state.scales[stage.index]).repeat(rows // state.batch_size, 1, 1)
+    x = state.transformer.embed_tokens(latent, state.scale_embeddings[stage.index]).repeat(rows // state.batch_size, 1, 1)
     cos, sin = state.tables[stage.index]
     place = state.cache.at(stage.offset, stage.length, cached=stage.cached, rows=slice(0, rows))
     inputs = BlockInputs(x, state.modulation.rows(slice(0, rows)), (cos[:rows], sin[:rows]), place)

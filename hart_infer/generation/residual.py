@@ -80,6 +80,7 @@ def sample_residual(
     _, length, _ = condition.shape
     embedded = network.condition_embed(condition.flatten(0, 1))
     steps = diffusion_schedule(num_inference_steps)
+    # Filled on the device: a tensor of Python's numbers is a copy from the host, which a captured graph can't do.
     timesteps = torch.cat([torch.full((1,), step.timestep, device=condition.device) for step in steps])
     times = network.time_embed(timesteps).split(1)
     start = noise.start(length, network.channels, condition.device)

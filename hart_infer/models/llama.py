@@ -146,10 +146,16 @@ class LlamaLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, table: Table, place: Place, layer: int, mask: Tensor | None) -> Tensor:
-        """x [R, L, D] -> [R, L, D]."""
-        x, normed = self.mlp_norm.after(x, self.attn(self.attn_norm(x), table, place, layer, mask))
-        return x + self.mlp(normed)
+    def forward(
+        self, x: Tensor, update: Tensor | None, table: Table, place: Place, layer: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer on x + update, [R, L, D] each; `update` is what the layer before left to add, if there is one.
+
+        Returns the sum with attention's update, and the MLP's update, which is left to the next norm.
+        """
+        x, normed = self.attn_norm.after(x, update)
+        x, normed = self.mlp_norm.after(x, self.attn(normed, table, place, layer, mask))
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -190,11 +196,11 @@ class Decoder(nn.Module):
         Keys and values are written to `place`, whose N = offset + L positions are attended to: causally, or where `mask`
         [R, 1, L, N] bool is True, which then has to be causal too. A query that it leaves no key attends to nothing.
         """
-        table = rotary_table(positions, self.config, hidden.dtype)
+        table, update = rotary_table(positions, self.config, hidden.dtype), None
         with without_cudnn_attention(hidden.device):  # every position has another number of keys
             for index, layer in enumerate(self.layers):
-                hidden = layer(hidden, table, place, index, mask)
-        return self.norm(hidden)
+                hidden, update = layer(hidden, update, table, place, index, mask)
+        return self.norm.after(hidden, update)[1]
 
 
 class Llama(Decoder):

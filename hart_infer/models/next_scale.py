@@ -46,7 +46,7 @@ class Block(nn.Module, ABC):
         """Run the block on x + update, [R, L, D] each; `vectors` [R, n, D] are those of `Modulation`.
 
         `update` is what the block before left to add, if there is one. Returns the sum with attention's update, and the MLP's
-        update, which is left to the next norm: that reads the sum anyway.
+        update, which is left to the next block: where its norm takes an update, the two are one pass.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class PlainBlock(Block):
         self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
     ) -> tuple[Tensor, Tensor]:
         """As `Block`; `vectors` [R, 0, D] is empty."""
-        x, normed = (x, self.norm(x)) if update is None else self.norm.after(x, update)
+        x, normed = self.norm.after(x, update)
         x, normed = self.norm.after(x, self.attn(normed, table, place, layer))
         return x, self.mlp(normed)
 
@@ -169,10 +169,10 @@ class NextScaleTransformer(nn.Module, ABC):
         blocks = torch.stack([block.modulation(block_condition) for block in self.blocks])  # type: ignore[operator]
         return Modulation(blocks, self.head.modulation(head_condition))
 
-    def embed_tokens(self, latent: Tensor, scale: Tensor) -> Tensor:
-        """Embed a scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]; `scale` is the scale's own of `embed_scales`."""
+    def embed_tokens(self, latent: Tensor, scale_embedding: Tensor) -> Tensor:
+        """Embed a scale's input, latent [B, C, p, p] fp32 -> [B, p * p, D]; `scale_embedding` is its own of `embed_scales`."""
         tokens = latent.flatten(2).transpose(1, 2).to(self.dtype)
-        return self.word_embed(tokens) + scale
+        return self.word_embed(tokens) + scale_embedding
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
         """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""

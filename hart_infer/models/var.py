@@ -107,6 +107,6 @@ class VarTransformer(NextScaleTransformer):
         return [level + position for level, position in zip(self.level_embed.weight, positions, strict=True)]
 
     def image_tables(self, sides: Sequence[int], last_position: Tensor) -> list[Table]:
-        """Return tables that rotate nothing: positions are in `embed_scale`."""
+        """Return tables that rotate nothing: positions are in `embed_scales`."""
         rows = len(last_position)
         return [no_rotation(rows, side * side, self.head_dim, self.dtype, self.device) for side in sides]

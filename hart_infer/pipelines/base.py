@@ -76,7 +76,10 @@ class Pipeline(ABC):
 
     @property
     def _interrupt(self) -> bool:
-        """Set to True, it ends the calls that are drawing now, after their scale, as in diffusers; calls made later run."""
+        """Set to True, it ends the calls that are drawing now, after their scale, as in diffusers; calls made later run.
+
+        Of HART's and VAR's pictures that run one after the other, those not begun are blank.
+        """
         return False
 
     @_interrupt.setter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ..checkpoints.hart import Defaults
 from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads
-from ..engine.next_scale import Given, TransformerT
-from ..generation.next_scale import as_drawn, finish
-from ..generation.sampling import Sampler, check_finite, make_sampler
+from ..engine.next_scale import TransformerT
+from ..generation.next_scale import Generation, as_drawn, finish
+from ..generation.sampling import check_finite, make_sampler
 from ..generation.schedule import Schedule
 from ..generation.speed import SPEEDS, Knobs, Prune, SpeedName, resolve
 from ..images import tensors
@@ -28,6 +28,7 @@ from .outputs import Callback, Step, check_callback
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         return {f"speed {name}": str(self.knobs(name)) for name, mode in SPEEDS.items() if len(sides) >= mode.min_scales}
 
     def _check_memory(self, schedule: Schedule, count: int, call: Call) -> None:
-        """Raise OutOfMemoryError if the caches, memories and pixels of `count` images exceed the device's memory."""
+        """Raise OutOfMemoryError if the pixels of a call's `count` images, and the caches and memories of those that run at
+        once, exceed the device's memory."""
         transformer, rows = self.transformer, 2 if schedule.guided else 1
         memory = rows * schedule.remembered_vectors(transformer.depth) * transformer.width * transformer.dtype.itemsize
         cache = KVCache.size_in_bytes(
@@ -93,8 +95,11 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
             scratch_length=schedule.scratch_length,
             itemsize=transformer.dtype.itemsize,
         )
-        at_once = count if call.callback is not None else min(count, self._batch_size(call.reproducible, count))
-        check_memory(count, 3 * 4 * self.sizes[0] ** 2, self.device, at_once=at_once, more_each=cache + memory)
+        pixels, needed = 3 * 4 * self.sizes[0] ** 2, cache + memory
+        if call.callback is None and self._batch_size(call.reproducible, count) == 1:
+            check_memory(count, pixels, self.device, bytes_once=needed)
+        else:
+            check_memory(count, pixels + needed, self.device)
 
     def _check_call(
         self,
@@ -150,36 +155,33 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
 
         Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition. What does not go
         through the networks together runs one after the other, with one cache at a time, unless a callback wants to see all
-        of it at each scale.
+        of it at each scale. An interruption leaves blank, 0, what it has not begun.
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
-        given, negative = self._shared(prompts, len(samplers)), negatives and self._shared(negatives, len(samplers))
-        together = call.callback is not None
-        with self.progress_bar(total=len(schedule) * (1 if together else len(samplers))) as bar:
-            if together:
-                return self._run(schedule, samplers, given, negative, call, bar)
-            parts = []
-            for i, sampler in enumerate(samplers):
-                first = [given[i * len(given) // len(samplers)]]
-                second = negative and [negative[i * len(negative) // len(samplers)]]
-                parts.append(self._run(schedule, [sampler], first, second, call, bar))
-        return torch.cat([f_hat for f_hat, _ in parts]), [flag for _, flags in parts for flag in flags]
-
-    def _shared(self, conditions: Sequence[Condition], count: int) -> Sequence[Given]:
-        """Prefill conditions that several of `count` generations have in common; by graphs each does it anew."""
-        return conditions if len(conditions) == count or self.engine.graphs is not None else self.engine.prefilled(conditions)
+        edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
+        started = self.engine.start(schedule, samplers, prompts, negatives, edit)
+        turns: Iterable[Iterable[Generation]] = [started] if call.callback is not None else ([each] for each in started)
+        latents: list[Tensor] = []
+        flags: list[Tensor | None] = []
+        with self.progress_bar(total=len(schedule) * (1 if call.callback is not None else len(samplers))) as bar:
+            for generations in turns:
+                self._run(schedule, generations, call, bar, latents, flags)
+                if self._interrupts != call.interrupts:
+                    break
+        drawn = torch.cat(latents)
+        return torch.cat([drawn, drawn.new_zeros(len(seeds) - len(drawn), *drawn.shape[1:])]), flags
 
     def _run(
         self,
         schedule: Schedule,
-        samplers: Sequence[Sampler],
-        prompts: Sequence[Given],
-        negatives: Sequence[Given] | None,
+        generations: Iterable[Generation],
         call: Call,
-        bar: Any,
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the generations of all samplers side by side, with progress bar and callback; return as `_generate`.
+        bar: tqdm[Any],
+        latents: list[Tensor],
+        flags: list[Tensor | None],
+    ) -> None:
+        """Run generations side by side, with the call's callback; add their latents and flags.
 
         It ends after a scale at which `_interrupts` is no longer the call's.
         """
@@ -188,9 +190,10 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         def preview(f_hat: Tensor) -> Tensor:
             return call.edit.blend(self._decode(f_hat, call.reproducible))
 
-        edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
-        states = self.engine.start(schedule, samplers, prompts, negatives, edit)
+        states: list[Generation] = []
         try:
+            for generation in generations:  # one by one, so that those begun are dropped where the next one fails
+                states.append(generation)
             for stage in schedule:
                 self.engine.run_scale(states, stage)
                 bar.update()
@@ -202,8 +205,8 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
                         break
                 if self._interrupts != call.interrupts:
                     break
-            f_hat = torch.cat([finish(state) for state in states])
-            return f_hat, [state.sampler.failed(state.indices[-1]) for state in states]
+            latents.append(torch.cat([finish(state) for state in states]))  # a copy: by graphs the next one writes to it
+            flags += [state.sampler.failed(state.indices[-1]) for state in states]
         finally:  # an error that someone keeps would keep the states alive, by its traceback
             for state in states:
                 state.drop_cache()

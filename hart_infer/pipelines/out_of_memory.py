@@ -27,19 +27,13 @@ def total_memory(device: torch.device) -> int:
         return UNKNOWN_MEMORY
 
 
-def check_memory(
-    count: int, bytes_each: int, device: torch.device, *, what: str = "pictures", at_once: int = 0, more_each: int = 0
-) -> None:
-    """Raise OutOfMemoryError if count * bytes_each + at_once * more_each exceeds the device's total memory; `what` is counted.
-
-    `more_each` is what those need that are made `at_once`.
-    """
-    total, needed = total_memory(device), count * bytes_each + at_once * more_each
+def check_memory(count: int, bytes_each: int, device: torch.device, *, bytes_once: int = 0, what: str = "pictures") -> None:
+    """Raise OutOfMemoryError if bytes_once + count * bytes_each exceeds the device's total memory; `what` is counted."""
+    total, needed = total_memory(device), bytes_once + count * bytes_each
     if needed > total:
-        fitting = total // (bytes_each + more_each) if at_once == count else max(total - at_once * more_each, 0) // bytes_each
         raise OutOfMemoryError(
-            f"{count:,} {what} at once need at least {needed / 2**30:,.1f} GiB, and {device} has "
-            f"{total / 2**30:,.1f}: at most {fitting:,} could fit. Generate fewer at a time "
+            f"{count:,} {what} in one call need at least {needed / 2**30:,.1f} GiB, and {device} has "
+            f"{total / 2**30:,.1f}: at most {max(total - bytes_once, 0) // bytes_each:,} could fit. Generate fewer at a time "
             "(num_images_per_prompt, prompts)."
         )
 

@@ -46,7 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
 
 def start(pipe: HartPipeline, engine: Engine, schedule: Schedule, count: int = 1) -> list[GenerationState]:
     samplers = [GeneratorSampler([seed]) for seed in range(count)]
-    return engine.start(schedule, samplers, engine.prefilled([condition_of(pipe, "a cat")]))
+    return list(engine.start(schedule, samplers, [condition_of(pipe, "a cat")]))
 
 
 def prefilled(pipe: HartPipeline, engine: Engine, schedule: Schedule, count: int) -> int:

@@ -45,7 +45,7 @@ class Model:
         return Knobs(prune=how.on(self.sides, self.engine.transformer.depth) if how else None, **given)
 
     def start(self, schedule: Schedule, seeds: tuple[int, ...] = (0,)) -> GenerationState:
-        return self.engine.start(schedule, [GeneratorSampler(seeds)], [self.condition])[0]
+        return next(self.engine.start(schedule, [GeneratorSampler(seeds)], [self.condition]))
 
     def run(self, schedule: Schedule, seeds: tuple[int, ...] = (0,)) -> tuple[Tensor, list[Tensor]]:
         """The latent and each scale's codes."""

@@ -448,11 +448,12 @@ def test_stop_ends_with_that_scale_s_preview(pipe: HartPipeline, caches: list[St
     assert all(cache.expired() for cache in caches)
 
 
-@pytest.mark.parametrize(("options", "at_once"), [({}, 1), ({"callback_on_step_end": lambda step: None}, 3)], ids=["", "seen"])
+@pytest.mark.parametrize(("options", "at_once"), [({}, 1), ({"callback_on_step_end": lambda step: None}, 4)], ids=["", "seen"])
 def test_images_take_turns_with_one_cache_unless_a_callback_sees_them_all(
     pipe: HartPipeline, caches: list[StorageWeakRef], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], at_once: int
 ) -> None:
-    expected = torch.cat([latent(pipe, seed=seed) for seed in (3, 4, 5)])
+    given = {"negative_prompt": "ugly", **options}
+    expected = torch.cat([latent(pipe, prompt, seed=3 + i, **given) for i, prompt in enumerate(["a", "a", "b", "b"])])
     held: list[int] = []
     run_scale = Engine.run_scale
 
@@ -461,8 +462,35 @@ def test_images_take_turns_with_one_cache_unless_a_callback_sees_them_all(
         run_scale(*args)
 
     monkeypatch.setattr(Engine, "run_scale", spy)
-    assert torch.equal(latent(pipe, seed=3, num_images_per_prompt=3, **options), expected)
+    assert torch.equal(latent(pipe, ["a", "b"], seed=3, num_images_per_prompt=2, **given), expected)
     assert max(held) == at_once
+
+
+def test_a_prompt_goes_through_the_transformer_once_whatever_the_number_of_its_images(pipe: HartPipeline) -> None:
+    seen: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[1]))
+    latent(pipe)  # the unconditional context goes through once per load, so before
+    for options, times in (({}, 2), ({"guidance_scale": 0}, 2), ({"negative_prompt": ["x", "y"]}, 4)):
+        seen.clear()
+        latent(pipe, ["a", "b"], num_images_per_prompt=3, **options)
+        assert seen.count(pipe.transformer.config.context_token) == times
+    hook.remove()
+
+
+def test_an_interruption_leaves_blank_what_is_not_begun(own: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    run_scale = Engine.run_scale
+
+    def interrupting(self: Engine, states: Any, stage: Stage) -> None:
+        run_scale(self, states, stage)
+        ran.append(stage.index)
+        own._interrupt = len(ran) == len(SIDES) + 2
+
+    monkeypatch.setattr(Engine, "run_scale", interrupting)
+    whole, cut, blank = latent(own, num_images_per_prompt=3)
+    assert ran == [*range(len(SIDES)), 0, 1]
+    assert torch.equal(whole, latent(own)[0])
+    assert cut.any() and not blank.any()
 
 
 # When it doesn't end well.
@@ -543,7 +571,7 @@ def test_out_of_memory_says_what_to_turn_down_and_frees(
     before = latent(own)
     error = make()
     decoder = own.autoencoder.post_quant_conv
-    module = {"text": own.text_encoder.model.norm, "scales": own.transformer.blocks[1].mlp}.get(where, decoder)
+    module = {"text": own.text_encoder.model.layers[0], "scales": own.transformer.blocks[1].mlp}.get(where, decoder)
     hook = interrupt_at(module, 3 if where == "scales" else 1, error)
     with pytest.raises(OutOfMemoryError, match=r"num_images_per_prompt.*bfloat16.*enable_decoder_tiling.*\.$") as caught:
         if where == "reconstruct":
@@ -609,6 +637,16 @@ def test_the_bar_shows_on_terminals_unless_told(
     own("a cat")
     assert ("6/6" in written.getvalue()) == shows
     assert shows or written.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("callback", "shown"), [(None, "18/18"), (lambda step: None, "6/6"), (lambda step: step.index == 2 and step.stop(), "3/6")]
+)
+def test_the_bar_counts_the_scales_that_run(own: HartPipeline, callback: Any, shown: str) -> None:
+    """Of all images where they take turns."""
+    own.set_progress_bar_config(file=(written := io.StringIO()), disable=False)
+    own("a cat", num_images_per_prompt=3, callback_on_step_end=callback)
+    assert f" {shown} " in written.getvalue().split("\r")[-1]
 
 
 def test_the_bar_takes_tqdm_s_options_one_by_one(own: HartPipeline) -> None:

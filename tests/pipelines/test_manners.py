@@ -204,7 +204,7 @@ def test_callbacks_that_take_one_argument(pipe: HartPipeline, fine: Any, capsys:
 @pytest.mark.parametrize("options", [{"num_images_per_prompt": 10**9}, {"num_images_per_prompt": 10**12}])
 def test_more_pictures_than_memory_are_refused_before_anything_is_made(pipe: HartPipeline, options: dict[str, Any]) -> None:
     with pytest.raises(
-        OutOfMemoryError, match=r"pictures at once need at least .* GiB, and cpu has .*: at most .* could fit"
+        OutOfMemoryError, match=r"pictures in one call need at least .* GiB, and cpu has .*: at most .* could fit"
     ) as e:
         pipe("a", **options)
     assert "num_images_per_prompt" in str(e.value)
@@ -213,6 +213,8 @@ def test_more_pictures_than_memory_are_refused_before_anything_is_made(pipe: Har
 def test_what_could_fit_is_tried(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(out_of_memory, "total_memory", lambda device: 3 * 2**20)
     pipe("a", num_images_per_prompt=6)  # one after the other
+    with pytest.raises(OutOfMemoryError, match=r"at most [1-9]\d+ could fit"):
+        pipe("a", num_images_per_prompt=10**9)
     for together in ({"callback_on_step_end": lambda step: None}, {"reproducible": False}):
         with pytest.raises(OutOfMemoryError, match="at most 4 could fit"):
             pipe("a", num_images_per_prompt=6, **together)

@@ -139,7 +139,7 @@ def test_steps_of_a_callback_are_those_that_are_run(either: Any) -> None:
 def test_the_memory_counts(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every token of the cached scale, both halves: one vector a sublayer, or one in all."""
     needed: list[int] = []
-    monkeypatch.setattr("hart_infer.pipelines.next_scale.check_memory", lambda *_, more_each, **__: needed.append(more_each))
+    monkeypatch.setattr("hart_infer.pipelines.next_scale.check_memory", lambda *_, bytes_once: needed.append(bytes_once))
     for how in (None, Prune(cache_at=4, at=(6,), drop=(0.0,)), Prune(cache_at=4, at=(6,), drop=(0.0,), once=True)):
         drawn(pipe, prune=how)
     vectors = [(size - needed[0]) // (2 * pipe.transformer.width * 4) for size in needed]

@@ -778,7 +778,9 @@ def test_offloading_needs_another_device(own: VilaUPipeline) -> None:
 def test_more_pictures_than_memory_are_refused_before_anything_is_made(
     pipe: VilaUPipeline, call: str, what: str, count: int
 ) -> None:
-    with pytest.raises(OutOfMemoryError, match=rf"{what} at once need at least .* GiB, and cpu has .*num_images_per_prompt"):
+    with pytest.raises(
+        OutOfMemoryError, match=rf"{what} in one call need at least .* GiB, and cpu has .*num_images_per_prompt"
+    ):
         getattr(pipe, call)("a cat", num_images_per_prompt=count * 100)
 
 

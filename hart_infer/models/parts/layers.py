@@ -25,9 +25,9 @@ class RMSNorm(nn.Module):
         """[..., width] -> [..., width], dtype kept."""
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def after(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + update, its norm), [..., width] each."""
-        return ops.add_rms_norm(x, update, self.weight, self.eps)
+    def after(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + update, its norm), [..., width] each; of x alone where there is no update."""
+        return (x, self(x)) if update is None else ops.add_rms_norm(x, update, self.weight, self.eps)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
