@@ -141,6 +141,7 @@ class CapturedGeneration:
         self.sampler: Sampler = sampler
         self.is_broken = False
         self._own, self._recorder = sampler, recorder
+        self._held = begin  # and with it the unconditional prefix that the graph reads
         self._conditions: tuple[Condition, Condition | None] = (_copied(prompt), _copied(negative))
         self._release: Callable[[], None] | None = None
         self._scales: dict[int, Graph] = {}

@@ -49,14 +49,18 @@ class Engine(Generic[TransformerT]):
         prompts: Sequence[Condition],
         negatives: Sequence[Condition] | None = None,
         edit: Edit = as_drawn,
+        *,
+        side_by_side: bool = False,
     ) -> Iterator[Generation]:
         """Yield one generation per sampler, its conditions prefilled: each is begun when it is asked for.
 
         `negatives` replace the unconditional condition; `edit` is applied to every scale. Conditions are shared out over the
         samplers in order: the number of samplers is a multiple of that of `prompts`, and of `negatives`. One that several
-        samplers have is prefilled once, eagerly, and kept until the next one's turn.
+        samplers have is prefilled once and kept until the next one's turn; by graphs each generation does it anew. Of those
+        that are to run `side_by_side` none is by graphs, unless it is alone.
         """
         halves, count = (prompts, negatives) if schedule.guided else (prompts,), len(samplers)
+        graphs = self.graphs if edit is as_drawn and (count == 1 or not side_by_side) else None
         kept: dict[int, tuple[Condition, Prefix]] = {}  # by guidance half
 
         def known(half: int, condition: Condition | None) -> Prefix | None:
@@ -70,9 +74,7 @@ class Engine(Generic[TransformerT]):
 
         for index, sampler in enumerate(samplers):
             given = [half[index * len(half) // count] if half else None for half in halves]
-            captured = None
-            if self.graphs is not None and edit is as_drawn:
-                captured = self._captured(self.graphs, schedule, sampler, given)
+            captured = self._captured(graphs, schedule, sampler, given) if graphs is not None else None
             yield captured or self._begun(schedule, sampler, [(one, known(half, one)) for half, one in enumerate(given)], edit)
 
     def _begun(
@@ -85,7 +87,7 @@ class Engine(Generic[TransformerT]):
     ) -> GenerationState:
         """Begin a generation with a condition, or a prefix that is known, of each guidance half."""
         batch_size = sampler.batch_size
-        cache = cache or self._allocate(self._cache_key(schedule, batch_size * len(given)))
+        cache = self._allocate(self._cache_key(schedule, batch_size * len(given))) if cache is None else cache
         chosen = []
         for half, (condition, prefix) in enumerate(given):
             rows = slice(half * batch_size, (half + 1) * batch_size)
@@ -120,7 +122,11 @@ class Engine(Generic[TransformerT]):
         key = PlanKey.of(schedule, vocab_size, cache_key, shapes_of(prompt), shapes_of(negative))
         plan = graphs.take(key, nn.ModuleList([self.transformer, self.quantizer]), capture)
         if plan is not None:
-            plan.restart(sampler, prompt, negative, graphs.release)
+            try:
+                plan.restart(sampler, prompt, negative, graphs.release)
+            except BaseException:
+                plan.drop_cache()
+                raise
         return plan
 
     def run_scale(self, states: Sequence[Generation], stage: Stage) -> None:

@@ -78,7 +78,7 @@ class Pipeline(ABC):
     def _interrupt(self) -> bool:
         """Set to True, it ends the calls that are drawing now, after their scale, as in diffusers; calls made later run.
 
-        Of HART's and VAR's pictures that run one after the other, those not begun are blank.
+        Of HART's and VAR's pictures that run one after the other, those not begun are black.
         """
         return False
 

@@ -134,11 +134,12 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         """Generate one image per seed in the form of `call`; `conditions` computes the prompts' and the negatives'."""
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             with self._using(self.transformer, self.autoencoder.quantizer):
-                f_hat, flags = self._generate(schedule, *conditions(), seeds, draw_device, call)
-            if call.output_type == "latent":
-                result: Any = f_hat
-            else:
-                result = tensors.FORMS[call.output_type](call.edit.blend(self._decode(f_hat, call.reproducible)))
+                images, flags = self._generate(schedule, *conditions(), seeds, draw_device, call)
+            if call.output_type != "latent":
+                images = call.edit.blend(self._decode(images, call.reproducible))
+            if len(images) < len(seeds):
+                images = torch.cat([images, images.new_zeros(len(seeds) - len(images), *images.shape[1:])])
+            result: Any = images if call.output_type == "latent" else tensors.FORMS[call.output_type](images)
             check_finite(flags)  # only now: the host has waited for the pictures anyway
             return result
 
@@ -151,26 +152,28 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         draw_device: torch.device,
         call: Call,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the scales; return the latents [N, C, P, P] fp32, one per seed, and the flags of `Sampler.failed`.
+        """Run the scales; return the latents [N, C, P, P] fp32 and the flags of `Sampler.failed`.
+
+        There is a latent for every seed, unless the call was interrupted: then for those that were begun.
 
         Seeds are shared out over the conditions in order; `negatives` replace the unconditional condition. What does not go
         through the networks together runs one after the other, with one cache at a time, unless a callback wants to see all
-        of it at each scale. An interruption leaves blank, 0, what it has not begun.
+        of it at each scale.
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
         edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
-        started = self.engine.start(schedule, samplers, prompts, negatives, edit)
-        turns: Iterable[Iterable[Generation]] = [started] if call.callback is not None else ([each] for each in started)
+        watched = call.callback is not None
+        started = self.engine.start(schedule, samplers, prompts, negatives, edit, side_by_side=watched)
+        turns: Iterable[Iterable[Generation]] = [started] if watched else ([each] for each in started)
         latents: list[Tensor] = []
         flags: list[Tensor | None] = []
-        with self.progress_bar(total=len(schedule) * (1 if call.callback is not None else len(samplers))) as bar:
+        with self.progress_bar(total=len(schedule) * (1 if watched else len(samplers))) as bar:
             for generations in turns:
                 self._run(schedule, generations, call, bar, latents, flags)
                 if self._interrupts != call.interrupts:
                     break
-        drawn = torch.cat(latents)
-        return torch.cat([drawn, drawn.new_zeros(len(seeds) - len(drawn), *drawn.shape[1:])]), flags
+        return torch.cat(latents), flags
 
     def _run(
         self,
@@ -192,8 +195,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
 
         states: list[Generation] = []
         try:
-            for generation in generations:  # one by one, so that those begun are dropped where the next one fails
-                states.append(generation)
+            states.extend(generations)
             for stage in schedule:
                 self.engine.run_scale(states, stage)
                 bar.update()
@@ -205,7 +207,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
                         break
                 if self._interrupts != call.interrupts:
                     break
-            latents.append(torch.cat([finish(state) for state in states]))  # a copy: by graphs the next one writes to it
+            latents.append(torch.cat([finish(state) for state in states]))  # a copy, as graphs write to it again
             flags += [state.sampler.failed(state.indices[-1]) for state in states]
         finally:  # an error that someone keeps would keep the states alive, by its traceback
             for state in states:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_replayed_pictures_are_the_eager_ones(by_graphs: HartPipeline, recorder:
 
 
 def test_an_interruption_ends_all_generations_of_a_call(by_graphs: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They run one after the other: those behind the one that was interrupted are not begun."""
+    """They run one after the other: those behind the one that was interrupted are not begun. Other calls' graphs stay right."""
+    for seed in (1, 2):
+        expected = latents(by_graphs, "a cat", seed=seed)
     run_scale, ran = by_graphs.engine.run_scale, []
 
     def interrupting(states: Any, stage: Any) -> None:
@@ -77,8 +80,24 @@ def test_an_interruption_ends_all_generations_of_a_call(by_graphs: HartPipeline,
         by_graphs._interrupt = len(ran) == 2
 
     monkeypatch.setattr(by_graphs.engine, "run_scale", interrupting)
-    assert len(latents(by_graphs, "a cat", seed=1, num_images_per_prompt=3)) == 3
+    found = latents(by_graphs, "a cat", seed=1, num_images_per_prompt=3)
     assert ran == [0, 1]
+    assert found[0].any() and not found[1:].any()
+    assert torch.equal(latents(by_graphs, "a cat", seed=2), expected)
+
+
+def test_what_a_callback_sees_together_runs_without_graphs(by_graphs: HartPipeline, recorder: TapeRecorder) -> None:
+    for _ in range(3):
+        latents(by_graphs, "a cat", seed=1, num_images_per_prompt=2, callback_on_step_end=lambda step: None)
+    assert not recorder.tapes
+
+
+def test_graphs_keep_the_unconditional_prefix_that_they_read(by_graphs: HartPipeline) -> None:
+    for seed in (1, 2):
+        latents(by_graphs, "a cat", seed=seed)
+    prefix = weakref.ref(by_graphs.engine.unconditional())
+    by_graphs.engine._unconditional = None
+    assert prefix() is not None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from hart_infer import HartPipeline
 from hart_infer.engine import next_scale
 from hart_infer.engine.next_scale import Engine
-from hart_infer.generation.next_scale import GenerationState
+from hart_infer.generation.next_scale import GenerationState, Prefix
 from hart_infer.generation.sampling import GeneratorSampler
 from hart_infer.generation.schedule import Schedule, Settings
 from hart_infer.models.parts.cache import KVCache
@@ -65,6 +65,25 @@ def test_the_unconditional_prefix_is_made_once_and_a_prompt_s_once_a_call(pipe: 
     assert prefilled(pipe, engine, pipe._schedule(Settings(guidance_scale=0)), count=2) == 1
     engine.clear()
     assert prefilled(pipe, engine, schedule, count=1) == 2
+
+
+def test_a_prompt_s_prefix_is_kept_until_the_next_one_s_turn(
+    pipe: HartPipeline, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Prefix]] = []
+    prefill_alone = next_scale.prefill_alone
+
+    def spy(*args: Any) -> Prefix:
+        prefix = prefill_alone(*args)
+        seen.append(weakref.ref(prefix))
+        return prefix
+
+    monkeypatch.setattr(next_scale, "prefill_alone", spy)
+    conditions = [condition_of(pipe, prompt) for prompt in ("a", "b", "c")]
+    samplers = [GeneratorSampler([seed]) for seed in range(6)]
+    started = engine.start(pipe._schedule(Settings(guidance_scale=0)), samplers, conditions)
+    alive = [(len(seen), sum(prefix() is not None for prefix in seen)) for _ in started]
+    assert alive == [(1, 1), (1, 1), (2, 1), (2, 1), (3, 1), (3, 1)]
 
 
 def test_what_failed_keeps_no_cache(pipe: HartPipeline, engine: Engine, made: list[KVCache]) -> None:

@@ -455,13 +455,13 @@ def test_images_take_turns_with_one_cache_unless_a_callback_sees_them_all(
     given = {"negative_prompt": "ugly", **options}
     expected = torch.cat([latent(pipe, prompt, seed=3 + i, **given) for i, prompt in enumerate(["a", "a", "b", "b"])])
     held: list[int] = []
-    run_scale = Engine.run_scale
+    allocate = Engine._allocate
 
-    def spy(*args: Any) -> None:
-        held.append(sum(not cache.expired() for cache in caches))
-        run_scale(*args)
+    def spy(*args: Any) -> KVCache:
+        held.append(1 + sum(not cache.expired() for cache in caches))
+        return allocate(*args)
 
-    monkeypatch.setattr(Engine, "run_scale", spy)
+    monkeypatch.setattr(Engine, "_allocate", spy)
     assert torch.equal(latent(pipe, ["a", "b"], seed=3, num_images_per_prompt=2, **given), expected)
     assert max(held) == at_once
 
@@ -469,15 +469,22 @@ def test_images_take_turns_with_one_cache_unless_a_callback_sees_them_all(
 def test_a_prompt_goes_through_the_transformer_once_whatever_the_number_of_its_images(pipe: HartPipeline) -> None:
     seen: list[int] = []
     hook = pipe.transformer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[1]))
-    latent(pipe)  # the unconditional context goes through once per load, so before
-    for options, times in (({}, 2), ({"guidance_scale": 0}, 2), ({"negative_prompt": ["x", "y"]}, 4)):
-        seen.clear()
-        latent(pipe, ["a", "b"], num_images_per_prompt=3, **options)
-        assert seen.count(pipe.transformer.config.context_token) == times
-    hook.remove()
+    try:
+        latent(pipe)  # the unconditional context goes through once per load, so before
+        for options, times in (
+            ({}, 2),
+            ({"guidance_scale": 0}, 2),
+            ({"negative_prompt": "ugly"}, 3),
+            ({"negative_prompt": ["x", "y"]}, 4),
+        ):
+            seen.clear()
+            latent(pipe, ["a", "b"], num_images_per_prompt=3, **options)
+            assert seen.count(pipe.transformer.config.context_token) == times
+    finally:
+        hook.remove()
 
 
-def test_an_interruption_leaves_blank_what_is_not_begun(own: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_black_what_is_not_begun(own: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     run_scale = Engine.run_scale
 
@@ -487,10 +494,10 @@ def test_an_interruption_leaves_blank_what_is_not_begun(own: HartPipeline, monke
         own._interrupt = len(ran) == len(SIDES) + 2
 
     monkeypatch.setattr(Engine, "run_scale", interrupting)
-    whole, cut, blank = latent(own, num_images_per_prompt=3)
+    whole, cut, black = own("a cat", seed=0, num_images_per_prompt=3, output_type="pt").images
     assert ran == [*range(len(SIDES)), 0, 1]
-    assert torch.equal(whole, latent(own)[0])
-    assert cut.any() and not blank.any()
+    assert torch.equal(whole, own("a cat", seed=0, output_type="pt").images[0])
+    assert cut.any() and not black.any()
 
 
 # When it doesn't end well.
