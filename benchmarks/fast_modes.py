@@ -92,8 +92,8 @@ def draw(pipe: Any, subject: Any, seed: int, way: dict[str, Any]) -> Drawn:
     started: list[tuple[Schedule, Generation]] = []
     start = pipe.engine.start
 
-    def noting(schedule: Schedule, *rest: Any) -> list[Generation]:
-        states: list[Generation] = list(start(schedule, *rest))
+    def noting(schedule: Schedule, *rest: Any, **named: Any) -> list[Generation]:
+        states: list[Generation] = list(start(schedule, *rest, **named))
         started.extend((schedule, state) for state in states)
         return states
 

@@ -75,8 +75,8 @@ def listen(pipe: Any, subjects: Sequence[Any], *, sides: Sequence[int], tokens: 
     heard: list[Logits] = []
     start = pipe.engine.start
 
-    def listening(schedule: Any, samplers: Sequence[Sampler], *rest: Any) -> Any:
-        return start(schedule, [Listener(sampler, sides, tokens, heard) for sampler in samplers], *rest)
+    def listening(schedule: Any, samplers: Sequence[Sampler], *rest: Any, **named: Any) -> Any:
+        return start(schedule, [Listener(sampler, sides, tokens, heard) for sampler in samplers], *rest, **named)
 
     pipe.engine.start = listening
     try:
