@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from training import Pictures, psnr, write_grid
+from training import Pictures, mixed_pictures, psnr, write_grid
 
 from hart_infer import HartPipeline, VarPipeline
 from hart_infer.checkpoints.families import Family, find_family
@@ -40,14 +40,16 @@ class Evaluation:
 
     pipe: HartPipeline | VarPipeline
 
-    def __init__(self, data: Path, subjects: Path | None, out: Path, model: str, judge: Path, *, count: int, seed: int) -> None:
-        """`count`: how many pictures are generated for a score; `subjects` as for `Pictures`."""
-        self.pictures, self.out, self.count, self.seed = Pictures(data, subjects), out, count, seed
+    def __init__(
+        self, pictures: Pictures, learned: Sequence[int], out: Path, model: str, judge: Path, *, count: int, seed: int
+    ) -> None:
+        """`learned`: which pictures the model has learned; `count`: how many are generated for a score."""
+        self.pictures, self.learned, self.out, self.count, self.seed = pictures, learned, out, count, seed
         pipeline = VarPipeline if find_family(model) == "VAR" else HartPipeline
         self.pipe = pipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
-        self.classifier: Classifier = load_classifier(judge, self.pictures)
-        self.subjects = {name: i for i, name in enumerate(subjects_of(self.pictures))}
+        self.classifier: Classifier = load_classifier(judge, pictures)
+        self.subjects = {name: i for i, name in enumerate(subjects_of(pictures))}
 
     def draw(self, prompts: Sequence[str], **options: Any) -> Tensor:
         """One picture per prompt, [N, 3, side, side] in -1..1; prompt i has seed `seed` + i."""
@@ -58,8 +60,8 @@ class Evaluation:
         return torch.cat(parts) * 2 - 1
 
     def some(self, split: str, count: int | None = None) -> list[int]:
-        """A fixed choice of pictures of a split."""
-        indices = self.pictures.split(split)
+        """A fixed choice of pictures of a split, of "train" those that were learned."""
+        indices = list(self.learned) if split == "train" else self.pictures.split(split)
         return Random(self.seed).sample(indices, min(count or self.count, len(indices)))
 
     def judge(self, drawn: Tensor, indices: Sequence[int], missed: list[str] | None = None) -> dict[str, float]:
@@ -287,6 +289,7 @@ def main() -> None:
     parser.add_argument("--model", default="hart-mini")
     parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
     parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
+    parser.add_argument("--styled", type=Path, help="hart-mini: those whose other styles it has learned too (all of them)")
     parser.add_argument("--only", nargs="+", choices=[part.__name__ for parts in PARTS.values() for part in parts])
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
@@ -296,12 +299,15 @@ def main() -> None:
     parts = {part.__name__: part for part in PARTS[family]}
     if others := [name for name in args.only or () if name not in parts]:
         raise SystemExit(f"{args.model} is a {family} model, which has no part {others[0]}; it has {', '.join(parts)}.")
-    evaluation = Evaluation(args.data, args.subjects, args.out, args.model, args.judge, count=args.count, seed=args.seed)
+    pictures = Pictures(args.data, args.subjects)
+    learned = sorted(i for part in mixed_pictures(pictures, args.styled)[:2] for i in part)
+    evaluation = Evaluation(pictures, learned, args.out, args.model, args.judge, count=args.count, seed=args.seed)
     path, results = args.out / f"{family.lower()}-results.json", {}
     if path.exists():
         results = json.loads(path.read_text())
     settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
     settings |= {"weights": weights_digest(evaluation.pipe.components), "subjects": args.subjects and args.subjects.name}
+    settings["styled"] = args.styled and args.styled.name
     for name in args.only or parts:
         results[name] = parts[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)

@@ -161,10 +161,9 @@ def losses(
     if stages[-1].num_inference_steps and isinstance(transformer, HartTransformer):
         with torch.no_grad():
             residual = latent - sum(quantizer.contribution(e, s.phi) for e, s in zip(embeddings, stages, strict=True))
-        known = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1]))
-        found["diffusion"] = diffusion_loss(
-            transformer.diffusion, _tokens(residual).flatten(0, 1), known.flatten(0, 1), generator
-        )
+        known = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1])).flatten(0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found["diffusion"] = diffusion_loss(transformer.diffusion, _tokens(residual).flatten(0, 1), known, generator)
         found["loss"] = found["loss"] + found["diffusion"]
     return found
 

@@ -26,7 +26,7 @@ from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYL
 from parts import STATE, assemble, assemble_var, latents_of, learning, meanings_of, parts_hash, take_over, trained
 from teacher import CORRUPTED, encode, losses
 from torch import Tensor, nn
-from training import Average, Entry, Log, Muon, Pictures, learning_rate, names_in, save, shuffled, write_grid
+from training import Average, Entry, Log, Muon, Pictures, learning_rate, mixed_pictures, save, shuffled, write_grid
 
 from hart_infer import HartPipeline, VarPipeline
 from hart_infer.generation.schedule import Schedule, Settings, Stage, hart_schedule, var_schedule
@@ -122,15 +122,6 @@ class Prompts:
     def draw(self) -> Tensor:
         """As `Learned`."""
         return self.pipe(list(SAMPLES), seed=0, output_type="pt").images * 2 - 1
-
-
-def mixed_pictures(pictures: Pictures, styled: Path | None) -> list[list[int]]:
-    """Pictures that a caption without a style means, others (of the subjects in the file `styled`), and composed ones."""
-    single, about = pictures.split("train"), pictures.about
-    chosen = names_in(styled, {a.name for a in about}) if styled else None
-    plain = [i for i in single if about[i].plain]
-    others = [i for i in single if not about[i].plain and (chosen is None or about[i].name in chosen)]
-    return [plain, others, pictures.split("composed")]
 
 
 class Classes:
