@@ -20,7 +20,7 @@ BESIDE := tests/packaging/test_versions.py tests/models/test_text.py tests/golde
 demo: $(VENV)/.installed
 	$(BIN)/hart-infer generate --prompts recipes/mini/demo.txt --seed 0 --grid 4 --quiet -o .demo/hart-mini.png
 	@echo
-	@echo "That is hart-mini, a small HART that comes with the package and draws emoji: the 232 of recipes/mini/vocabulary.txt."
+	@echo "That is hart-mini, a small HART that comes with the package and draws emoji: the 1,310 of recipes/mini/vocabulary.txt."
 	@echo "Try your own:"
 	@echo "    $(BIN)/hart-infer generate \"a cat, noto style\" \"a cat, fluent style\" --num 4 --grid -o cats.png"
 	@echo "    $(BIN)/hart-infer generate \"a pizza\" --preview-dir scales/ -o pizza.png   # scale by scale"

@@ -83,7 +83,7 @@ def merge_cases() -> Iterator[Case]:
 
 
 def rope_cache_cases(dtype: str) -> Iterator[Case]:
-    """The released model's heads, and hart-mini's."""
+    """The released model's heads, and a small one's."""
     for heads, head_dim, normalised in ((24, 64, False), (8, 32, False), (24, 64, True)):
         types = dict.fromkeys(("qkv", "cos", "sin", "gains", "q_out", "k_out", "v_out"), f"*{dtype}")
         constants = {"HALF": head_dim // 2, "LANES": head_dim // 2, "HEADS": triton.next_power_of_2(heads)}

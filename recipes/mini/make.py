@@ -1,6 +1,6 @@
 """Make hart-mini and var-mini from nothing, step by step. A finished step is skipped, a begun one resumes.
 
-    python recipes/mini/make.py RUN [--share 0.02] [--start-from recipes/mini/begun]
+    python recipes/mini/make.py RUN [--share 0.02] [--start-from hart-mini]
 
 RUN/data and RUN/run hold what the steps write; the models land in RUN/hart-mini and RUN/var-mini. `--share` shortens every
 training: 0.02 takes about 10 minutes on two cores and shows that the steps fit together, not what they reach. `--start-from`

@@ -35,7 +35,7 @@ def lines(out: str = "out") -> list[dict[str, Any]]:
 
 
 def test_hart_mini_draws_a_table(capsys):
-    Path("p.csv").write_text("id,prompt,seed,guidance_scale\ncat,a cat,7,\ndog,a dog,8,0\nbad,,,\n")
+    Path("p.csv").write_text("id,prompt,seed,guidance_scale\ncat,a cat,7,\ndog,a dog,8,2\nbad,,,\n")
     assert main(["batch", "p.csv", "-o", "out", "--grid", "--batch-size", "2", "--json"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -52,7 +52,7 @@ def test_hart_mini_draws_a_table(capsys):
         ("dog", None),
         ("bad", "line 4: there is no prompt"),
     ]
-    assert [json.loads(line["settings"])["guidance_scale"] for line in lines()[:2]] == [1.0, 0.0]
+    assert [json.loads(line["settings"])["guidance_scale"] for line in lines()[:2]] == [0.0, 2.0]
     assert {line["model"] for line in lines()[:2]} == {"hart-mini"}
     assert main(["generate", "a cat", "--seed", "7", "-o", "alone.png", "--quiet"]) == 0
     assert Image.open("alone.png").tobytes() == Image.open("out/images/cat.png").tobytes()
@@ -148,12 +148,12 @@ def test_a_row_may_change_what_the_command_line_sets():
 def test_speed_is_a_setting_of_the_run(capsys):
     Path("p.csv").write_text("id,prompt,num_inference_steps\na,a cat,\nb,a cat,2\n")
     command = ["batch", "p.csv", "-o", "out", "--quiet", "--prune"]
-    assert main([*command, "8:0.5"]) == 0
-    assert main([*command, "8:0.5"]) == 0
+    assert main([*command, "10:0.5"]) == 0
+    assert main([*command, "10:0.5"]) == 0
     first, second = (json.loads(line["settings"]) for line in lines())
-    assert first["prune"] == second["prune"] == {"at": [8], "drop": [0.5], "cache_at": 5, "once": False}
+    assert first["prune"] == second["prune"] == {"at": [10], "drop": [0.5], "cache_at": 6, "once": False}
     assert (first["num_inference_steps"], second["num_inference_steps"]) == (8, 2)
-    assert main([*command, "8:0.25"]) == 1
+    assert main([*command, "10:0.25"]) == 1
     assert "was begun with prune" in capsys.readouterr().err
     assert main(["batch", "p.csv", "-o", "fast", "--quiet", "--speed", "fast"]) == 0
     assert ["speed" in json.loads(line["settings"]) for line in lines("fast")] == [True, False]
@@ -172,7 +172,7 @@ def test_speed_is_a_setting_of_the_run(capsys):
         (["p.txt", "-o", "out", "--chunk-size", "0"], 2, "--chunk-size: must be a whole number of 1 or more"),
         (["p.txt", "-o", "out", "-m", "nowhere"], 1, "nowhere is neither an existing folder nor a Hub id"),
         (["p.txt", "-o", "out", "--preset", "fid"], 2, "hart-mini is a HART model, which does not take --preset"),
-        (["p.txt", "-o", "out", "--size", "128"], 1, "--size 128 is not one that this checkpoint was trained for"),
+        (["p.txt", "-o", "out", "--size", "256"], 1, "--size 256 is not one that this checkpoint was trained for"),
         (["p.txt", "-o", "p.txt", "--quiet"], 1, "a part of its path is a file, not a folder"),
         (["p.txt", "-o", "ftp://x/y"], 1, "ftp://x/y is neither a folder nor a URL of an object store"),
     ],

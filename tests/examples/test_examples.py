@@ -42,7 +42,7 @@ def test_the_script_draws_what_the_pipeline_draws(tmp_path: Path):
     command = [sys.executable, str(EXAMPLES / "like_diffusers.py"), "a cat", "a dog", "--seed", "5", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.splitlines()[-1] == str(tmp_path / "1.png")
-    assert "scale 5: latents (2, 16, 12, 12)" in run.stdout
+    assert "scale 5: latents (2, 16, 16, 16)" in run.stdout
     expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(["a cat", "a dog"], seed=5).images
     assert [Image.open(tmp_path / f"{i}.png").tobytes() for i in range(2)] == [image.tobytes() for image in expected]
 

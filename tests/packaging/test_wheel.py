@@ -104,7 +104,7 @@ def test_installed_command_draws_without_a_model_or_a_network(environment: Path,
     run(environment / "hart-infer", "generate", "a cat", "--local-files-only", "--seed", "0", "-o", picture, cwd=tmp_path)
     with Image.open(picture) as image:
         image.load()
-        assert image.size == (96, 96)
+        assert image.size == (128, 128)
 
 
 def test_installed_command_generates(environment: Path, tmp_path: Path) -> None:

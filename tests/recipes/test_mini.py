@@ -305,7 +305,7 @@ def test_every_batch_of_captions_is_mixed_and_resumes(recipe):
 
 
 def test_styles_may_be_of_some_subjects_alone(tmp_path):
-    from train_transformer import mixed_pictures
+    from training import mixed_pictures
 
     entries = [about(name=name, style=style, plain=style == "noto") for name in ("cat", "dog") for style in ("noto", "fluent")]
     pictures = SimpleNamespace(about=entries, split=lambda split: [0, 1, 2, 3] if split == "train" else [])
@@ -500,12 +500,14 @@ def test_what_is_held_out_is_decided_by_name():
     assert sorted(found["sun"]) == ["style", "style", "train"]
 
 
-def test_a_pipeline_of_other_sizes_is_not_taken_over(tmp_path):
+def test_a_pipeline_of_other_sizes_is_not_taken_over(pipe, tmp_path):
     from parts import take_over
 
+    pipe.save_pretrained(tmp_path / "other")
+    (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit, match="has other sizes than model.py"):
-        take_over("hart-mini", tmp_path)
-    assert not any(tmp_path.iterdir())
+        take_over(str(tmp_path / "other"), tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_latents_are_kept_for_the_pictures_that_they_are_of():
@@ -551,7 +553,7 @@ def test_a_model_of_classes_is_written_with_its_names(tmp_path, monkeypatch):
 def test_what_the_text_encoder_learned_with_the_transformer_is_written(tmp_path):
     from parts import STATE, assemble, finished, learning, parts_hash, take_over
 
-    take_over(str(RECIPE / "begun"), tmp_path)
+    take_over("hart-mini", tmp_path)
     average = learning(assemble(tmp_path)).state_dict()
     average["text.norm.weight"] = torch.full_like(average["text.norm.weight"], 3.0)
     torch.save({"average": average, "parts": parts_hash(tmp_path, "hart")}, tmp_path / STATE["hart"])
@@ -568,7 +570,7 @@ def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
 
     run = []
     monkeypatch.setattr(make.subprocess, "run", lambda command, env: run.append(command) or SimpleNamespace(returncode=0))
-    monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path), "--start-from", str(RECIPE / "begun")])
+    monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path), "--start-from", "hart-mini"])
     make.main()
     assert (tmp_path / "run" / TOKENIZER).exists() and (tmp_path / "run" / TEXT).exists()
     scripts = [Path(command[1]).name for command in run]
@@ -584,7 +586,7 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     from train_transformer import CONTEXT_TOKENS, Prompts
 
     (tmp_path / MEANINGS).write_text(json.dumps({"kitten": "cat", "tabby": "cat", "dinghy": "boat"}))
-    take_over(str(RECIPE / "begun"), tmp_path)
+    take_over("hart-mini", tmp_path)
     entry = about(name="cat")
     pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
     learned = Prompts(pictures, tmp_path, None, (1, 0, 0), None)
@@ -616,7 +618,7 @@ def test_the_text_encoder_learns_what_it_encodes(recipe, tmp_path):
     from parts import take_over
     from teacher import encode
 
-    encoder = take_over(str(RECIPE / "begun"), tmp_path).text_encoder
+    encoder = take_over("hart-mini", tmp_path).text_encoder
     hidden, mask = encode(encoder, ["two cats", "a cat, noto style"])
     tokens, expected_mask = encoder.tokenize(["two cats", "a cat, noto style"], context_tokens=hidden.shape[1])
     expected = encoder.hidden_states(tokens, expected_mask)

@@ -11,7 +11,7 @@ import { Settings } from "./settings.js";
 
 const AGAIN = 1000; // milliseconds between two looks at a model that is being loaded
 const EXAMPLES = {
-  "hart-mini": ["a cat, noto style", "a pizza, fluent style", "an octopus", "a rocket, twemoji style"],
+  "hart-mini": ["a cat", "a pizza, fluent style", "a castle", "a rocket, twemoji style"],
   "var-mini": ["watermelon", "sauropod", "rocket", "pineapple"],
   VAR: ["golden retriever", "volcano", "teapot", "387"],
   other: ["a lighthouse in the snow", "a cat on a red sofa", "an owl made of paper"],
