@@ -1,6 +1,6 @@
 """Fit a checkpoint's `late_temperature`: what the logits of late scales are divided by where a fast mode drops their guidance.
 
-    python benchmarks/fit_late_temperature.py hart_infer/assets/hart-mini --prompts recipes/mini/demo.txt --write
+    python benchmarks/fit_late_temperature.py hart_infer/assets/var-mini --write
     python benchmarks/fit_late_temperature.py FoundationVision/var --variant d16
 
 Guided logits are sharper than the conditional ones alone. Pictures are drawn exactly, with guidance; at their late scales the

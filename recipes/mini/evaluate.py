@@ -1,7 +1,7 @@
 """Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen combinations.
 Or a var-mini: its classes.
 
-    python recipes/mini/evaluate.py DATA OUT [--model var-mini] [--only reconstruction prompts ...]
+    python recipes/mini/evaluate.py DATA OUT [--styled recipes/mini/styled.txt] [--model var-mini] [--only prompts ...]
 
 The judge is classifier.py's. Writes OUT/hart-results.json or OUT/var-results.json and, for the eye, OUT/*.png.
 """
@@ -159,7 +159,7 @@ def prompts(e: Evaluation) -> dict[str, Any]:
 
 
 def fresh_prompts(e: Evaluation) -> dict[str, Any]:
-    """The same in wordings that nobody looked at before the weights were done."""
+    """The same in eight others, by which the text encoder's training was judged too."""
     return _worded(e, FRESH_TEMPLATES)
 
 

@@ -63,7 +63,9 @@ def test_time_of_every_operation(results, model, dtype):
 def test_latency_of_hart_mini(results):
     name = torch.cuda.get_device_name().replace(" ", "-")
     out = results / f"end_to_end_hart-mini_{name}.json"
-    found = benchmark("end_to_end.py", out, "--checkpoint", "hart-mini", "--text-encoder", "tiny", "--dtype", "bf16")
+    found = benchmark(
+        "end_to_end.py", out, "--checkpoint", "hart-mini", "--text-encoder", "tiny", "--dtype", "bf16", "--guidance", "0"
+    )
     assert found["seconds"]["median"] > 0
 
 

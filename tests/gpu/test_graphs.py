@@ -26,7 +26,12 @@ def latents(pipe: HartPipeline, **arguments: Any) -> Tensor:
     return found
 
 
-CALLS: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2, "guidance_scale": 2.5}, {"seed": 3, "top_k": 40}, {"seed": 4}]
+CALLS: list[dict[str, Any]] = [
+    {"seed": 1, "guidance_scale": 1.0},
+    {"seed": 2, "guidance_scale": 2.5},
+    {"seed": 3, "guidance_scale": 1.0, "top_k": 40},
+    {"seed": 4, "guidance_scale": 1.0},
+]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def test_the_blocks_linear_maps_are_int8_and_no_others(mode: str, tmp_path: Path
     pipe = mini(torch.bfloat16, mode)
     transformer = pipe.transformer
     linear = [part for part in transformer.blocks.modules() if isinstance(part, (Linear, *KINDS.values()))]
-    inside = [part for part in linear if not isinstance(part, LinearModulation)]  # those run once a picture
+    modulations = [part for part in linear if isinstance(part, LinearModulation)]  # those run once a picture
+    assert len(modulations) == transformer.depth
+    inside = [part for part in linear if not isinstance(part, LinearModulation)]
     assert len(inside) >= 4 * transformer.depth and {type(part) for part in inside} == {KINDS[mode]}
     assert type(transformer.word_embed) is Linear and isinstance(transformer.head.linear, Linear)
     assert not any(isinstance(part, tuple(KINDS.values())) for part in transformer.diffusion.modules())
