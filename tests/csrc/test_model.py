@@ -35,7 +35,7 @@ def test_a_transformer(config):
 def test_a_residual_diffusion():
     torch.manual_seed(0)
     network = ResidualDiffusion(channels=4, condition_dim=32, width=16, depth=3).requires_grad_(False)
-    arguments = (torch.randn(5, 4), torch.tensor([571]), torch.randn(10, 16))
+    arguments = (torch.randn(5, 4), network.time_embed(torch.tensor([571])), torch.randn(10, 16))
     expected = network(*arguments)
     with use_backend("cuda"):
         torch.testing.assert_close(network(*arguments), expected)

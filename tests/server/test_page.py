@@ -321,7 +321,7 @@ def test_discrete_beside_hybrid_and_their_difference(page: Any) -> None:
 
 def test_no_more_at_once_than_the_server_draws(opened: Open) -> None:
     with stand_in(page=1, max_n=3) as (served, _):
-        page = opened(served)
+        page = opened(served, expects="ERR_CONNECTION_REFUSED")  # the server ends first
         ready(page)
         assert page.locator("#draw-n").get_attribute("max") == "3"
 
