@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "That is hart-mini, a small HART that comes with the package and draws emoji: the 1,310 of recipes/mini/vocabulary.txt."
 	@echo "Try your own:"
-	@echo "    $(BIN)/hart-infer generate \"a pizza, noto style\" \"a pizza, fluent style\" --num 4 --grid -o cats.png"
+	@echo "    $(BIN)/hart-infer generate \"a pizza, noto style\" \"a pizza, fluent style\" --num 4 --grid -o pizzas.png"
 	@echo "    $(BIN)/hart-infer generate \"a pizza\" --preview-dir scales/ -o pizza.png   # scale by scale"
 	@echo "    $(BIN)/hart-infer generate sauropod doughnut rocket --grid -o emoji.png --model var-mini   # 517 emoji by name"
 	@echo "The released model paints 1024 px pictures of anything (a download of several GB on first use):"
