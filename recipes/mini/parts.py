@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from model import AUTOENCODER, DEFAULTS, TRANSFORMER, VAR_DEFAULTS, var_config
@@ -58,12 +58,18 @@ def latents_of(out: Path, pictures: Pictures) -> tuple[dict[int, int], Tensor]:
     return {picture: row for row, picture in enumerate(shown)}, kept["latents"]
 
 
-def meanings_of(out: Path) -> dict[str, str]:
-    """Which subject a word means, by associate.py. SystemExit where it has not run."""
+class Meant(NamedTuple):
+    """The subject that a word means, and the word's share of English text."""
+
+    name: str
+    frequency: float
+
+
+def meanings_of(out: Path) -> dict[str, Meant]:
+    """What words mean, by associate.py. SystemExit where it has not run."""
     if not (out / MEANINGS).exists():
         raise SystemExit(f"{out} has no {MEANINGS}: run associate.py first.")
-    found: dict[str, str] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
-    return found
+    return {word: Meant(*meant) for word, meant in json.loads((out / MEANINGS).read_text(encoding="utf-8")).items()}
 
 
 def assemble(out: Path) -> HartPipeline:

@@ -36,7 +36,7 @@ from classifier import STYLE_NAMES, subjects_of
 from compose import COLOURS
 from foreseen import BLOCK, PLACES, Foreseen, Thing, principal
 from model import CONTEXT_TOKENS
-from parts import TEXT, WORDS, latents_of, meanings_of
+from parts import TEXT, WORDS, Meant, latents_of, meanings_of
 from teacher import encode
 from text_encoder import WIDTH, build_text_encoder, build_tokenizer
 from torch import Tensor, nn
@@ -71,12 +71,12 @@ class Labelled:
 class Captions:
     """Draws labelled captions that fit the context."""
 
-    def __init__(self, pictures: Pictures, words: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, pictures: Pictures, words: dict[str, Meant], tokenizer: PreTrainedTokenizerFast) -> None:
         """`words`: associate.py's."""
         self.pictures, self.tokenizer = pictures, tokenizer
         self.shown = pictures.split("train", "composed")
         self.style = {a.name: a.style for a in pictures.about if a.plain and not a.made}
-        self.words = sorted((word, name) for word, name in words.items() if name in self.style)
+        self.words = sorted((word, meant.name) for word, meant in words.items() if meant.name in self.style)
         self.names = sorted(self.style)
         self.others = other_words(words, map(spoken, self.names))
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from random import Random
 from typing import Protocol
 
+import numpy as np
 import torch
 from captions import caption, other_words, spoken, wanted_of
 from foreseen import principal
 from model import AUTOENCODER, CONTEXT_TOKENS, TRANSFORMER, VAR_GROUPS, VAR_STYLES
-from parts import STATE, assemble, assemble_var, latents_of, learning, meanings_of, parts_hash, take_over, trained
+from parts import STATE, Meant, assemble, assemble_var, latents_of, learning, meanings_of, parts_hash, take_over, trained
 from teacher import CORRUPTED, encode, losses
 from torch import Tensor, nn
 from training import Average, Entry, Log, Muon, Pictures, learning_rate, mixed_pictures, save, shuffled, write_grid
@@ -38,6 +39,7 @@ from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.05  # share of conditions replaced by the unconditional one
 WORDED = 0.2  # share of captions that name the subject by one of its words in words.json, where there are some
+RARE = 1e-8  # a word's least share of English text: many keywords are in no count
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
     "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
@@ -77,9 +79,7 @@ class Prompts:
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
         self.mixed = list(zip(mixed_pictures(pictures, styled), mixed, strict=True))
-        self.words: dict[str, list[str]] = {}
-        for word, name in sorted(meanings.items()):
-            self.words.setdefault(name, []).append(word)
+        self.words = weights_of(meanings)
         self.others = other_words(meanings, [spoken(a.name) for a in self.about])
         self.classes: list[str] = []
         self.schedule = hart_schedule(
@@ -91,12 +91,15 @@ class Prompts:
 
     def batches(self, batch: int, seed: int, start: int) -> Iterator[list[int]]:
         """As `Learned`."""
-        counts = [(indices, round(share * batch)) for indices, share in self.mixed]
-        if sum(count for _, count in counts) != batch:
-            raise SystemExit(f"The shares of --mixed make no batch of {batch}: {[count for _, count in counts]}.")
-        parts = [shuffled(indices, count, seed, start) for indices, count in counts if count]
-        for some in zip(*parts, strict=True):
-            yield [picture for part in some for picture in part]
+        pictures, shares = zip(*self.mixed, strict=True)
+        if not math.isclose(sum(shares), 1):
+            raise SystemExit(f"The shares of --mixed make {sum(shares):g}, not 1.")
+        random = np.random.default_rng(seed)
+        before = random.multinomial(batch, shares, size=start).sum(axis=0).tolist()
+        parts = [shuffled(indices, 1, seed, first) for indices, first in zip(pictures, before, strict=True)]
+        while True:
+            counts = random.multinomial(batch, shares).tolist()
+            yield [next(part)[0] for part, count in zip(parts, counts, strict=True) for _ in range(count)]
 
     def condition(self, chosen: Sequence[int], random: Random, generator: torch.Generator, dropped: float) -> Condition:
         """As `Learned`."""
@@ -113,7 +116,7 @@ class Prompts:
         """A caption of a picture, by its name or a word that means it, that fits the context."""
         while True:
             words = self.words.get(about.name)
-            word = random.choice(words) if words and random.random() < WORDED else None
+            word = random.choices([*words], [*words.values()])[0] if words and random.random() < WORDED else None
             others = () if word else self.others  # of two words either might be meant
             text = caption(wanted_of(about, random, word), random, others)
             if len(encoder.tokenizer(text)["input_ids"]) <= CONTEXT_TOKENS:
@@ -170,6 +173,14 @@ class Classes:
         """As `Learned`."""
         some = Random(0).sample(range(self.pipe.transformer.config.num_classes), 24)
         return self.pipe(some, seed=0, output_type="pt").images * 2 - 1
+
+
+def weights_of(meanings: dict[str, Meant]) -> dict[str, dict[str, float]]:
+    """The words of each name, with how often to draw each: by the root of its frequency, as a common one is likelier meant."""
+    words: dict[str, dict[str, float]] = {}
+    for word, meant in sorted(meanings.items()):
+        words.setdefault(meant.name, {})[word] = max(meant.frequency, RARE) ** 0.5
+    return words
 
 
 def in_one_product(transformer: NextScaleTransformer) -> None:

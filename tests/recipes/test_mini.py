@@ -294,14 +294,26 @@ def test_every_batch_of_captions_is_mixed_and_resumes(recipe):
     from train_transformer import Prompts
 
     learned = Prompts.__new__(Prompts)
-    learned.mixed = [(list(range(100 * k, 100 * k + 50)), share) for k, share in enumerate((0.7, 0.2, 0.1))]
-    whole, later = learned.batches(16, 3, 0), learned.batches(16, 3, 7)
-    batches = [next(whole) for _ in range(9)]
-    assert batches[7:] == [next(later) for _ in range(2)]
-    assert [[i // 100 for i in batch] for batch in batches] == [[0] * 11 + [1] * 3 + [2] * 2] * 9
-    assert len({i for batch in batches[:4] for i in batch if i < 100}) == 44, "no picture twice in an epoch"
-    with pytest.raises(SystemExit, match="make no batch of 2"):
-        next(learned.batches(2, 3, 0))
+    learned.mixed = [(list(range(100 * k, 100 * k + 50)), share) for k, share in enumerate((0.7, 0.25, 0.05))]
+    whole, later = learned.batches(8, 3, 0), learned.batches(8, 3, 7)
+    batches = [next(whole) for _ in range(200)]
+    assert batches[7:9] == [next(later) for _ in range(2)]
+    assert {len(batch) for batch in batches} == {8}
+    drawn = [i for batch in batches for i in batch]
+    assert [sum(i // 100 == k for i in drawn) / len(drawn) for k in range(3)] == pytest.approx([0.7, 0.25, 0.05], abs=0.03)
+    assert sorted([i for i in drawn if i < 100][:50]) == list(range(50)), "no picture twice in an epoch"
+    learned.mixed = [([0], 0.7), ([1], 0.7)]
+    with pytest.raises(SystemExit, match=r"make 1\.4, not 1"):
+        next(learned.batches(8, 3, 0))
+
+
+def test_a_common_word_is_asked_for_more_often(recipe):
+    from parts import Meant
+    from train_transformer import weights_of
+
+    weights = weights_of({"car": Meant("automobile", 3e-4), "auto": Meant("automobile", 3e-5), ":3": Meant("cat", 0.0)})
+    assert weights["automobile"]["car"] > 3 * weights["automobile"]["auto"]
+    assert 0 < weights["cat"][":3"] < 0.1 * weights["automobile"]["auto"]
 
 
 def test_styles_may_be_of_some_subjects_alone(tmp_path):
@@ -585,7 +597,7 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     from parts import MEANINGS, learning, take_over
     from train_transformer import CONTEXT_TOKENS, Prompts
 
-    (tmp_path / MEANINGS).write_text(json.dumps({"kitten": "cat", "tabby": "cat", "dinghy": "boat"}))
+    (tmp_path / MEANINGS).write_text(json.dumps({"kitten": ("cat", 1e-6), "tabby": ("cat", 1e-7), "dinghy": ("boat", 1e-7)}))
     take_over("hart-mini", tmp_path)
     entry = about(name="cat")
     pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
