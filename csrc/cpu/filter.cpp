@@ -3,14 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "each_cpu.h"
 #include "kernels.h"
-
-#ifdef __GLIBC__
-#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))  // chosen when the library is loaded
-#else
-#define FOR_EACH_CPU
-#endif
-#define INLINE __attribute__((always_inline))  // into the variant of each CPU
 
 namespace {
 

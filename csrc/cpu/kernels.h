@@ -84,6 +84,21 @@ struct Filter {
     float removable;
 };
 
+// What the state of a torch.Generator of the CPU begins with: a Mersenne Twister (MT19937) of 624 words of 32 bits.
+struct Twister {
+    uint64_t seed;
+    int32_t left, seeded;   // `left`: words until the next twist, and 1 more
+    uint64_t next;          // place of the next word
+    uint64_t words[624];
+};
+
+// See `hart_infer/ops/exponential.py`.
+struct Exponential {
+    Twister *state;
+    float *out;  // [count]
+    int64_t count;
+};
+
 // See `hart_infer/ops/int8_linear.py`. All contiguous; `levels` [rows, in] and `row_scales` [rows] are room to work in.
 struct Int8Linear {
     const uint16_t *x;

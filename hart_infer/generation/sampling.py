@@ -7,6 +7,7 @@ VILA-U's codes and answers, one token a row at a time.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from ..ops.settings import draw_settings
 from .noise import Noise, PhiloxNoise, ResidualNoise
 from .schedule import Schedule, Stage
 
-FP64_DRAWS = 2**20  # per chunk, to bound their memory
 NOT_FINITE = (
     "The model's logits are not finite: its weights are damaged, or too large for float16; load them with "
     "dtype=torch.bfloat16 or torch.float32."
@@ -334,11 +334,8 @@ def _multinomial(probabilities: Tensor, generators: Sequence[torch.Generator]) -
 
 
 def _exponential(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return standard exponential draws, fp32 on the CPU: -log(1 - u) of fp64 u.
-
-    So draws torch 2.13, with which the golden data were recorded; `exponential_` differs between versions (2.6, for one).
-    """
-    drawn = torch.empty(shape)
-    for part in drawn.view(-1).split(FP64_DRAWS):
-        part.copy_(torch.rand(part.shape, dtype=torch.float64, generator=generator).neg_().log1p_().neg_())
-    return drawn
+    """Return standard exponential draws of a generator on the CPU, fp32."""
+    state = generator.get_state()
+    drawn = ops.exponential(state, math.prod(shape))
+    generator.set_state(state)
+    return drawn.view(shape)

@@ -2,6 +2,7 @@
 
 from .attention import attention, causal_attention
 from .diffusion_step import diffusion_step
+from .exponential import exponential
 from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
 from .int8_linear import int8_linear
@@ -22,6 +23,7 @@ __all__ = [
     "diffusion_step",
     "drop_unlikely",
     "gated_layer_norm_modulate",
+    "exponential",
     "group_norm_silu",
     "guided_sample",
     "int8_linear",

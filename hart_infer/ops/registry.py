@@ -174,7 +174,7 @@ class Op(Generic[P, R]):
                 _warn_once(f"{self.name} runs on PyTorch: {limit}")
             return self.reference(*args, **kwargs)
 
-    def register(self, mutates: Sequence[str], keeps_layout: bool) -> None:
+    def register(self, mutates: Sequence[str], keeps_layout: bool, fake: Callable[..., Any] | None) -> None:
         """Register it with PyTorch's dispatcher; the arguments are those of `op`."""
 
         def laid_out(run: Callable[P, R]) -> Callable[P, R]:
@@ -186,7 +186,7 @@ class Op(Generic[P, R]):
         name = f"hart_infer::{self.name}"
         traced = torch.library.custom_op(name, laid_out(self._run), mutates_args=mutates, schema=schema)
         returns = inspect.signature(self.reference).return_annotation
-        traced.register_fake(_nothing if returns in (None, "None") else laid_out(self.reference))
+        traced.register_fake(fake or (_nothing if returns in (None, "None") else laid_out(self.reference)))
         self.traced = traced
 
     def choose(self, where: Where, **options: Any) -> Choice[P, R]:
@@ -257,17 +257,22 @@ def _contiguous(result: Any) -> Any:
 
 
 def op(
-    *, mutates: Sequence[str] = (), keeps_layout: bool = False, defaults: Sequence[Default] = (), **backends: Backend
+    *,
+    mutates: Sequence[str] = (),
+    keeps_layout: bool = False,
+    defaults: Sequence[Default] = (),
+    fake: Callable[..., Any] | None = None,
+    **backends: Backend,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an operation: decorates its reference, and names its kernels by backend.
 
     `mutates`: arguments written in place. `keeps_layout`: results keep the reference's strides, else they are contiguous.
-    `defaults`: as of `Op`.
+    `defaults`: as of `Op`. `fake`: returns what tells a compiler the result's shape; by default the reference does.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
         declared = Op(reference, backends, defaults)
-        declared.register(mutates, keeps_layout)
+        declared.register(mutates, keeps_layout, fake)
         OPS[declared.name] = declared
         return declared
 

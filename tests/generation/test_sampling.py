@@ -82,12 +82,6 @@ def test_logits_that_are_not_finite_are_not_drawn_from() -> None:
         draw(overflown, torch.eye(V), stage(), 0)
 
 
-def test_many_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = GeneratorSampler([7]).gumbel(torch.empty(1, 6, V))
-    monkeypatch.setattr("hart_infer.generation.sampling.FP64_DRAWS", 7)
-    assert torch.equal(GeneratorSampler([7]).gumbel(torch.empty(1, 6, V)), whole)
-
-
 def test_one_seed_may_cover_a_whole_recorded_batch() -> None:
     sampler = GeneratorSampler([7], images_per_seed=3)
     assert sampler.batch_size == 3

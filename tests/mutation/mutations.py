@@ -29,17 +29,25 @@ def triton(name: str, module: str, before: str, after: str, test: str, file: str
     return Mutation(name, f"kernels/{module}.py", before, after, f"tests/ops/{file}.py::{test}")
 
 
-def cpu_filter(name: str, before: str, after: str) -> Mutation:
-    """In the CPU's filter of logits."""
-    test = "test_the_filter_keeps_what_a_sort_keeps_without_undefined_behaviour"
-    return Mutation(name, "csrc/cpu/filter.cpp", before, after, f"tests/csrc/test_filter.py::{test}")
+def plain(name: str, file: str, before: str, after: str) -> Mutation:
+    """In a kernel of the CPU in plain C++."""
+    test = f"test_agrees_with_the_standard_library_without_undefined_behaviour[{file}]"
+    return Mutation(name, f"csrc/cpu/{file}.cpp", before, after, f"tests/csrc/test_plain.py::{test}")
 
 
 MUTATIONS = [
-    cpu_filter("the lowest kept logit dropped too", "order[i] < lowest ||", "order[i] <= lowest ||"),
-    cpu_filter("one code too few", ">= a->top_k", "> a->top_k"),
-    cpu_filter("what top-k removed counts for top-p", "weight[i] = order[i] >= lowest ?", "weight[i] = true ?"),
-    cpu_filter("equal logits all kept", "if (!fits(mass += weight[i])) break;", "break;"),
+    plain(
+        "the last word of a block left out",
+        "exponential",
+        "(next + 2 * count + WORDS - 1) / WORDS",
+        "(next + 2 * count) / WORDS",
+    ),
+    plain("half of the last word's weight", "exponential", "0x1fffffu", "0xfffffu"),
+    plain("exponents of values from 1 on", "exponential", "(ONE - ROOT)", "0u"),
+    plain("the lowest kept logit dropped too", "filter", "order[i] < lowest ||", "order[i] <= lowest ||"),
+    plain("one code too few", "filter", ">= a->top_k", "> a->top_k"),
+    plain("what top-k removed counts for top-p", "filter", "weight[i] = order[i] >= lowest ?", "weight[i] = true ?"),
+    plain("equal logits all kept", "filter", "if (!fits(mass += weight[i])) break;", "break;"),
     cuda(
         "no barrier before the warps' sums are read",
         "reduce",

@@ -196,6 +196,7 @@ def test_compilers_know_every_operation():
         "attention": ((q, k, v), {"scale": 0.3, "multiplicity": 3, "ranges": [0, 1, 2, 5]}),
         "diffusion_step": ((rows, *torch.randn(2, 6, 8), rows, settings), step),
         "drop_unlikely": ((torch.randn(2, 3000), 0, 0.9), {}),
+        "exponential": ((torch.Generator().get_state(), 5), {}),
         "gated_layer_norm_modulate": ((rows, rows + 1, rows, width, None, rows, rows, 1e-6), {}),
         "group_norm_silu": ((torch.randn(1, 4, 2, 3), torch.ones(4), torch.zeros(4), 2, 1e-6), {"silu": True}),
         "guided_sample": ((logits, codebook, seeds, torch.tensor([0]), settings), drawn),

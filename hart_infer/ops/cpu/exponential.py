@@ -1,0 +1,52 @@
+"""Draw exponential random numbers by the CPU's kernel: what the reference in `hart_infer/ops/exponential.py` draws."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import call, load
+
+STATE = 5056  # bytes of a generator's state
+
+
+class Exponential(ctypes.Structure):
+    """`struct Exponential` of csrc/cpu/kernels.h."""
+
+    _fields_ = [("state", ctypes.c_void_p), ("out", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+def refusal(where: Any) -> str | None:
+    """Return why the kernel can't run at a `Where` (device, dtype), or None: any x86-64 CPU runs it."""
+    if where.device != "cpu":
+        return "it is for CPUs"
+    loaded = load()
+    if isinstance(loaded, str):
+        return loaded
+    return None if _knows_the_state() else "this PyTorch keeps its generators' states otherwise"
+
+
+@lru_cache(maxsize=1)
+def _knows_the_state() -> bool:
+    """Draw some numbers by the kernel and by PyTorch, and return whether they and the generators' states are the same."""
+    generator = torch.Generator().manual_seed(1)
+    torch.randint(9, (1,), generator=generator)  # an odd number of words
+    state = generator.get_state()
+    if len(state) != STATE:
+        return False
+    drawn, expected = exponential(state, 999), torch.rand(999, dtype=torch.float64, generator=generator).neg_().log1p_().neg_()
+    return torch.equal(state, generator.get_state()) and torch.allclose(drawn.double(), expected)
+
+
+def exponential(state: Tensor, count: int) -> Tensor:
+    """Compute what the reference in `hart_infer/ops/exponential.py` computes, but for rounding: log to 1.5 ulp of fp64."""
+    if state.dtype != torch.uint8 or state.shape != (STATE,) or state.device.type != "cpu" or not state.is_contiguous():
+        raise ValueError(f"exponential: the state must be {STATE} bytes on the CPU, not {state.dtype} {list(state.shape)}.")
+    drawn = torch.empty(count)
+    if count:
+        call("exponential", Exponential(state.data_ptr(), drawn.data_ptr(), count))
+    return drawn
