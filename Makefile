@@ -10,8 +10,8 @@ BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc
 # For `make newest` and `make oldest`: the tests of what stands on other libraries. Of constraints.txt only torch counts;
 # TORCH=2.14.1 takes another, TORCH="2.*" the newest, on Linux a CUDA build of several GB.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-LIBRARIES := transformers huggingface_hub numpy safetensors pillow tqdm sentencepiece
-OLDEST := "transformers==4.45.*" "huggingface_hub==0.25.*" "numpy==1.26.*" safetensors==0.4.3 "pillow==10.1.*" "sentencepiece==0.1.99"
+LIBRARIES := transformers tokenizers huggingface_hub numpy safetensors pillow tqdm sentencepiece
+OLDEST := "transformers==4.45.*" "tokenizers==0.20.*" "huggingface_hub==0.25.*" "numpy==1.26.*" safetensors==0.4.3 "pillow==10.1.*" "sentencepiece==0.1.99"
 BESIDE := tests/packaging/test_versions.py tests/models/test_text.py tests/golden/test_text.py tests/checkpoints tests/images \
 	tests/pipelines tests/test_mini.py tests/cli tests/models/vila_u tests/generation
 

@@ -1,12 +1,10 @@
-"""Find text encoders on disk or on the Hub, load them, and save them as transformers does; tokenizers are transformers'."""
+"""Find text encoders on disk or on the Hub, load them, and save them as transformers does."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,14 +16,11 @@ from .hub import HUB, HubOptions, Repository
 from .layouts import hub_id, local_path
 from .llama import QWEN2_KEYS, decoder_rules, qwen2_config, qwen2_name, read_decoder
 from .saving import write_module
+from .tokenizer import load_tokenizer
 from .weights import RenameTable, load_module
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEXT_FOLDERS = ("text_encoder", "text-encoder")  # beside a checkpoint's weights
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # configuration and tokenizer
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5 and 4: classes that only load tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _READ, _DROPPED = r"(model\.)?(embed_tokens|layers|norm)\..*", r".*rotary_emb\.inv_freq"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -84,8 +79,7 @@ def load_text_encoder(
     rename = RenameTable(decoder_rules(config, r"(?:model\.)?"), dropped=_DROPPED).only(_READ)
     model = load_module(lambda: Decoder(config), _weights(path, title), rename, dtype=dtype)
     try:
-        with quiet_transformers():
-            tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -115,33 +109,6 @@ def save_text_encoder(encoder: TextEncoder, path: Path, *, max_shard_size: int |
     config = qwen2_config(encoder.model.config, str(encoder.model.dtype).removeprefix("torch."))
     write_module(encoder.model, config, path, max_shard_size=max_shard_size, rename=qwen2_name)
     encoder.tokenizer.save_pretrained(path)
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    config = path / "tokenizer_config.json"
-    kind = read_json(config).get("tokenizer_class") if config.exists() else None
-    if kind in _GENERIC and (path / "tokenizer.json").exists():  # else transformers 5 applies Qwen2's pre-tokenizer
-        return PreTrainedTokenizerFast.from_pretrained(str(path), **options)
-    return AutoTokenizer.from_pretrained(str(path), **options)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and logs."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from ..errors import WeightsError
 from .llama import Decoder
 from .parts.cache import KVCache
 from .parts.stamp import Stamp
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _TOKENIZING = threading.RLock()  # fast tokenizers change state in a call and are not thread-safe
 
@@ -53,6 +51,32 @@ def system_prompt() -> str:
     return (resources.files("hart_infer") / "assets" / "system_prompt.txt").read_text(encoding="utf-8")
 
 
+class Tokenizer(Protocol):
+    """What is used of a tokenizer: one of transformers', or tokenizer.json by itself (`checkpoints.tokenizer`)."""
+
+    is_fast: bool
+    padding_side: str
+
+    @property
+    def pad_token_id(self) -> Any:
+        """The id of what fills a prompt up, None if there is no such token."""
+        ...
+
+    def __call__(
+        self, text: str, *, truncation: bool = ..., max_length: int | None = ..., return_offsets_mapping: bool = ...
+    ) -> Mapping[str, Any]:
+        """Tokenize one text -> its "input_ids", and its "offset_mapping" if asked."""
+        ...
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return all tokens with their ids."""
+        ...
+
+    def save_pretrained(self, path: str | Path) -> Any:
+        """Write its files into a folder."""
+        ...
+
+
 class TextEncoder:
     """A Qwen2 and its tokenizer.
 
@@ -60,8 +84,8 @@ class TextEncoder:
     for each token limit and reused.
     """
 
-    def __init__(self, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer`, of transformers, must have a padding token; its padding side is honoured."""
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        """`tokenizer`, one of transformers' or alike, must have a padding token; its padding side is honoured."""
         if not isinstance(model, Decoder):
             raise WeightsError(f"A text encoder's model is a hart_infer.models.llama.Decoder, not a {type(model).__name__}.")
         if tokenizer.pad_token_id is None:
@@ -153,8 +177,8 @@ class TextEncoder:
         if kept is None or not kept[0].fits(self.model):
             stamp = Stamp(self.model)
             with _TOKENIZING:
-                ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
-            ids = ids.to(self.model.device)
+                ids = self.tokenizer(system_prompt(), truncation=True, max_length=limit)["input_ids"]
+            ids = torch.tensor([ids], device=self.model.device)
             cache = self.model.new_cache(rows=1, length=ids.shape[1])
             self._run(ids, torch.ones_like(ids, dtype=torch.bool), cache, 0)
             kept = self._prefixes[limit] = (stamp, cache)

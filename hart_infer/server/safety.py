@@ -56,7 +56,7 @@ class Judge:
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..checkpoints.text_encoder import quiet_transformers
+        from ..checkpoints.tokenizer import quiet_transformers
 
         options: dict[str, Any] = {_dtype_argument(transformers.__version__): torch.bfloat16, "use_safetensors": True}
         try:

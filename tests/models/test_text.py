@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen2Model
+from transformers import PreTrainedTokenizerFast, Qwen2Model
 
 from hart_infer import ConfigError, HartPipeline, WeightsError
 from hart_infer.checkpoints.text_encoder import load_text_encoder, save_text_encoder
@@ -49,8 +49,9 @@ def relative(given: Tensor, expected: Tensor) -> float:
 
 
 def padded_tokens(encoder: TextEncoder, prompts: list[str], limit: int = T) -> tuple[Tensor, Tensor]:
-    """The tokenizer's own padding and truncation: tokens and mask."""
-    batch = encoder.tokenizer(prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
+    """Transformers' tokenizer with its own padding and truncation: tokens and mask."""
+    tokenizer = transformers_tokenizer(encoder.tokenizer.padding_side)
+    batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
 
@@ -59,12 +60,18 @@ def transformers_model(side: str) -> Qwen2Model:
     return Qwen2Model.from_pretrained(golden(f"text-tiny-{side}")).float().eval()
 
 
+@cache
+def transformers_tokenizer(side: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(golden(f"text-tiny-{side}"))
+
+
 def in_one_go(encoder: TextEncoder, prompts: list[str], *, with_system_prompt: bool, limit: int = T) -> Tensor:
     """What transformers' model says to the system prompt and the prompts as one sequence, no cache, default positions."""
     tokens, mask = padded_tokens(encoder, prompts, limit)
     model, before = transformers_model(encoder.tokenizer.padding_side), 0
     if with_system_prompt:
-        system = encoder.tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
+        tokenizer = transformers_tokenizer(encoder.tokenizer.padding_side)
+        system = tokenizer(system_prompt(), truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
         before = system.shape[1]
         system = system.expand(len(prompts), -1)
         tokens, mask = torch.cat([system, tokens], dim=1), torch.cat([torch.ones_like(system), mask], dim=1)

@@ -19,7 +19,7 @@ import transformers
 from packaging.requirements import Requirement
 
 from hart_infer import HartPipeline
-from hart_infer.checkpoints import text_encoder
+from hart_infer.checkpoints import tokenizer
 
 DEPRECATED = ("deprecated", "will be removed", "no longer supported")
 
@@ -41,7 +41,7 @@ def deprecations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     log, logger, verbosity = Log(), logging.getLogger("transformers"), transformers.logging.get_verbosity()
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # transformers' own: each message once in a process
-    monkeypatch.setattr(text_encoder, "quiet_transformers", nullcontext)
+    monkeypatch.setattr(tokenizer, "quiet_transformers", nullcontext)
     transformers.logging.set_verbosity_warning()
     logger.addHandler(log)
     try:
@@ -70,7 +70,7 @@ def test_nothing_that_we_call_is_deprecated(
 def test_a_silenced_line_of_the_log_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = transformers.logging.get_logger("transformers.modeling_utils")
     for _ in range(2):
-        with deprecations(monkeypatch) as found, text_encoder.quiet_transformers():
+        with deprecations(monkeypatch) as found, tokenizer.quiet_transformers():
             logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
             logger.warning("2 prompts were padded.")
         assert found == ["`torch_dtype` is deprecated! Use `dtype` instead!"]
