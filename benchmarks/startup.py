@@ -44,6 +44,7 @@ print(json.dumps(stamps))
 def run_once(checkout: Path) -> dict[str, dict[str, float]]:
     """Seconds and processor seconds of each step, of a later picture, and of all until the first picture."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
     run = subprocess.run([sys.executable, "-c", CHILD], env=environment, cwd=checkout, capture_output=True, text=True)
     if run.returncode:
         said = run.stderr.strip() or "it says nothing"

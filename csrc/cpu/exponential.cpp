@@ -27,8 +27,8 @@ INLINE inline uint32_t tempered(uint32_t word) {
     return word ^ (word >> 18);
 }
 
-// log(x) of a normal x > 0, to some 1.5 units of the last place: k log 2 + 2 artanh((m - 1) / (m + 1)) for x = 2^k m with m in
-// sqrt(1/2)..sqrt(2), by the series, whose next term is 2e-17 of the sum. Exponents by 32 bits: not every CPU has 64.
+// log(x) of a normal x > 0, to 2 units of the last place: k log 2 + 2 artanh((m - 1) / (m + 1)) for x = 2^k m with m in
+// sqrt(1/2)..sqrt(2), by the series up to 2e-17 of the sum. k has 32 bits, as AVX2 converts no 64-bit integers to fp64.
 INLINE inline double log_of(double x) {
     constexpr uint32_t ONE = 0x3ff00000u, ROOT = 0x3fe6a09eu;  // upper halves of 1 and of sqrt(1/2)
     uint64_t bits;

@@ -87,7 +87,7 @@ struct Filter {
 // What the state of a torch.Generator of the CPU begins with: a Mersenne Twister (MT19937) of 624 words of 32 bits.
 struct Twister {
     uint64_t seed;
-    int32_t left, seeded;   // `left`: words until the next twist, and 1 more
+    int32_t left, seeded;   // `left`: 1 when all words are used up, else one more than are not
     uint64_t next;          // place of the next word
     uint64_t words[624];
 };

@@ -51,7 +51,7 @@ def system_prompt() -> str:
     return (resources.files("hart_infer") / "assets" / "system_prompt.txt").read_text(encoding="utf-8")
 
 
-class Tokenizer(Protocol):
+class PromptTokenizer(Protocol):
     """What is used of a tokenizer: one of transformers', or tokenizer.json by itself (`checkpoints.tokenizer`)."""
 
     is_fast: bool
@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
         """Return all tokens with their ids."""
         ...
 
-    def save_pretrained(self, path: str | Path) -> Any:
+    def save_pretrained(self, path: str | Path) -> object:
         """Write its files into a folder."""
         ...
 
@@ -84,7 +84,7 @@ class TextEncoder:
     for each token limit and reused.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Decoder, tokenizer: PromptTokenizer) -> None:
         """`tokenizer`, one of transformers' or alike, must have a padding token; its padding side is honoured."""
         if not isinstance(model, Decoder):
             raise WeightsError(f"A text encoder's model is a hart_infer.models.llama.Decoder, not a {type(model).__name__}.")

@@ -113,7 +113,7 @@ class Op(Generic[P, R]):
 
     If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. So it does where
     autocast has mixed the arguments' dtypes: kernels want one. Under `torch.compile` it is the custom op
-    `torch.ops.hart_infer.<name>`, with the reference as fake implementation; on the CPU the reference.
+    `torch.ops.hart_infer.<name>`, with the reference, or `fake`, as fake implementation; on the CPU the reference.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend], defaults: Sequence[Default] = ()) -> None:

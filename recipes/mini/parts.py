@@ -69,7 +69,10 @@ def meanings_of(out: Path) -> dict[str, Meant]:
     """What words mean, by associate.py. SystemExit where it has not run."""
     if not (out / MEANINGS).exists():
         raise SystemExit(f"{out} has no {MEANINGS}: run associate.py first.")
-    return {word: Meant(*meant) for word, meant in json.loads((out / MEANINGS).read_text(encoding="utf-8")).items()}
+    read: dict[str, Any] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
+    if not all(isinstance(meant, list) and len(meant) == 2 for meant in read.values()):
+        raise SystemExit(f"{out / MEANINGS} has no frequencies: delete it, and run associate.py again.")
+    return {word: Meant(*meant) for word, meant in read.items()}
 
 
 def assemble(out: Path) -> HartPipeline:

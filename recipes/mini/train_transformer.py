@@ -39,7 +39,7 @@ from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.05  # share of conditions replaced by the unconditional one
 WORDED = 0.2  # share of captions that name the subject by one of its words in words.json, where there are some
-RARE = 1e-8  # a word's least share of English text: many keywords are in no count
+RARE = 1e-8  # a word's least share of English text: many keywords were never counted
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
     "a dog face, twemoji style", "noto bicycle", "a house with garden", "grinning face, fluent style", "sun with face",
@@ -258,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--full-every", type=int, default=1, help="steps: the others leave the last scale and its residual out")
     result.add_argument(
         "--mixed", type=float, nargs=3, default=(0.3, 0.5, 0.2), metavar=("PLAIN", "STYLED", "COMPOSED"),
-        help="hart-mini: shares of a batch of what a caption without a style means, of other pictures, and of composed ones",
+        help="hart-mini: shares of pictures that a caption without a style means, of other ones, and of composed ones",
     )  # fmt: skip
     result.add_argument(
         "--styled", type=Path, help="hart-mini: learn other styles of these alone, one name per line (all of them)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -175,12 +176,12 @@ def shuffled(indices: list[int], batch: int, seed: int, start: int) -> Iterator[
     """Endless batches in an order that depends on `seed` and the step alone; begins at step `start`."""
     if len(indices) < batch:
         raise SystemExit(f"There are {len(indices)} pictures, too few for a batch of {batch}: give fewer with --batch.")
-    per_epoch, step = len(indices) // batch, start
-    while True:
-        epoch, place = divmod(step, per_epoch)
+    begun, first = divmod(start, len(indices) // batch)
+    for epoch in itertools.count(begun):
         order = np.random.default_rng((seed, epoch)).permutation(len(indices))
-        yield [indices[i] for i in order[place * batch : (place + 1) * batch]]
-        step += 1
+        for place in range(first, len(indices) // batch):
+            yield [indices[i] for i in order[place * batch : (place + 1) * batch]]
+        first = 0
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

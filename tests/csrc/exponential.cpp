@@ -18,13 +18,14 @@ int main() {
         }
         random.discard(before);
         if (before) {  // as a generator is behind so many words: twisted once
-            std::vector<uint32_t> words(2 * WORDS);
-            for (int64_t i = 0; i < WORDS; i++) words[i] = (uint32_t)state.words[i];
-            twist(words.data(), WORDS);
-            for (int64_t i = 0; i < WORDS; i++) state.words[i] = words[WORDS + i];
+            std::vector<uint32_t> twisted(2 * WORDS);
+            for (int64_t i = 0; i < WORDS; i++) twisted[i] = (uint32_t)state.words[i];
+            twist(twisted.data(), WORDS);
+            for (int64_t i = 0; i < WORDS; i++) state.words[i] = twisted[WORDS + i];
             state.next = (uint64_t)before;
             state.left = (int32_t)(WORDS + 1 - before);
         }
+        int64_t words = before;  // drawn so far
         for (int64_t count : {1, 311, 312, 313, 39936, 40249}) {
             std::vector<float> found(count);
             const Exponential exponential = {&state, found.data(), count};
@@ -37,6 +38,9 @@ int main() {
                 printf("behind %d words, draw %d of %d: %g, not %g\n", (int)before, (int)i, (int)count, found[i], expected);
                 return 1;
             }
+            words += 2 * count;
+            const int64_t next = (words - 1) % WORDS + 1;
+            if (state.next != (uint64_t)next || state.left != WORDS + 1 - next) return printf("state behind %d words\n", (int)words), 4;
         }
     }
     for (double x = 0x1p-53; x <= 1; x += x < 1e-3 ? x / 3 : 1e-4) {

@@ -28,11 +28,13 @@ def calls():
 
 def results(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
     """What an operation returns and what it writes."""
-    if name == "drop_unlikely":
+    if name in ("drop_unlikely", "exponential"):
         arguments = (arguments[0].clone(), *arguments[1:])
     found = OPS[name](*arguments, **options)
     if name == "drop_unlikely":
         return [arguments[0]]
+    if name == "exponential":
+        return [found, arguments[0]]
     found = list(found) if isinstance(found, tuple) else [found]
     return found + [slot.clone() for slot in arguments[3:5]] if name == "rope_cache" else found
 
