@@ -218,7 +218,7 @@ def drop_unlikely(x: Inputs) -> Call:
 
 
 def exponential(x: Inputs) -> Call:
-    """The last scale's, by a generator, which is the CPU's wherever the rest is."""
+    """As many as the last scale takes; on the CPU, whatever the device."""
     return (torch.Generator().manual_seed(7).get_state(), x.shapes.tokens * x.shapes.codes), {}
 
 
