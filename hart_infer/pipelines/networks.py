@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 from torch import Tensor
 
-from ..engine.cpu import cpu_threads, threads_for
+from ..engine.cpu import cpu_threads, keep_freed_memory, threads_for
 from ..engine.graphs import CudaRecorder, Graphs
 from ..engine.next_scale import Engine, TransformerT
 from ..engine.packed import pack_weights, packing_refusal, unpack_weights
@@ -35,6 +35,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self.engine = Engine(transformer, autoencoder.quantizer)
         self.autoencoder = autoencoder
         self.num_threads = threads_for(transformer)
+        keep_freed_memory()
         self._tile: int | None = None
         self._slices = False
 

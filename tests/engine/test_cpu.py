@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,3 +77,22 @@ def test_other_threads_keep_theirs() -> None:
         assert pool.submit(torch.get_num_threads).result() == 2  # from now on its own
         with cpu_threads(1):
             assert pool.submit(torch.get_num_threads).result() == 2
+
+
+PAGE_FAULTS = """
+import resource
+from hart_infer import HartPipeline
+
+pipe = HartPipeline.from_pretrained("hart-mini")
+pipe("a cat")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+pipe("a cat")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory by rules of their own")
+def test_a_small_model_s_next_picture_takes_the_memory_of_the_last() -> None:
+    """In a process of its own, as the tests before may have freed large blocks. Without it there are 5,000 and more."""
+    found = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 2000
