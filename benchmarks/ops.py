@@ -141,6 +141,11 @@ def swiglu(x: Inputs) -> Call:
     return (x(*shape), x(*shape)), {}
 
 
+def gelu_tanh(x: Inputs) -> Call:
+    """Between the maps of VAR's MLP."""
+    return (x(x.shapes.rows, x.shapes.tokens, x.shapes.mlp),), {}
+
+
 def _weight(x: Inputs) -> Tensor:
     return x(x.shapes.width)
 
@@ -249,7 +254,7 @@ def int8_linear(x: Inputs) -> Call:
 CASES: dict[str, Callable[[Inputs], Call]] = {
     case.__name__: case
     for case in (
-        attention, rope_cache, swiglu, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
+        attention, rope_cache, swiglu, gelu_tanh, rms_norm, add_rms_norm, rms_norm_modulate, rms_norm_quantized,
         layer_norm_modulate, gated_layer_norm_modulate, diffusion_step, guided_sample, drop_unlikely, exponential,
         normal_noise, group_norm_silu, int8_linear,
     )

@@ -68,6 +68,13 @@ struct Swiglu {
     int64_t rows, width;
 };
 
+// See `hart_infer/ops/gelu_tanh.py`. Contiguous.
+struct GeluTanh {
+    const uint16_t *x;
+    uint16_t *out;
+    int64_t rows, width;
+};
+
 // See `hart_infer/ops/rope_cache.py`. q, k, v are the parts of qkv; all heads share the tables; `gains` is null without norms.
 struct RopeCache {
     Operand q, k, v, cos, sin;

@@ -7,7 +7,7 @@
 int attention_avx512(const Attention &attention, Threads threads);
 int attention_amx(const Attention &attention, Threads threads);
 
-HART_EXPORT int hart_infer_cpu_interface() { return 3; }
+HART_EXPORT int hart_infer_cpu_interface() { return 4; }
 
 // Ask Linux for AMX's tiles, which it gives to a process only on request; 1 if it does.
 HART_EXPORT int hart_infer_cpu_ask_for_tiles() {

@@ -1,4 +1,4 @@
-// RMS norm, layer norm, SwiGLU and rotary positions in bf16: each rounds where PyTorch's operations do.
+// RMS norm, layer norm, SwiGLU, GELU and rotary positions in bf16: each rounds where PyTorch's operations do.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include "vectors.h"
 
@@ -74,6 +74,17 @@ void gate_row(const Swiglu &a, int64_t row) {
     }
 }
 
+// x (1 + tanh u) / 2, where u = sqrt(2 / pi) (x + 0.044715 x^3): x / (1 + 2^(-2 u log2(e))).
+void gelu_row(const GeluTanh &a, int64_t row) {
+    const __m512 one = _mm512_set1_ps(1.0f), cubic = _mm512_set1_ps(0.044715f), minus_2_log2e = _mm512_set1_ps(-2.30220819813f);
+    for (int64_t i = row * a.width, stop = i + a.width; i < stop; i += 16) {
+        const __mmask16 lanes = first_lanes(stop - i);
+        const __m512 x = load(a.x + i, lanes);
+        const __m512 inner = _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), cubic, one));
+        store(a.out + i, lanes, _mm512_div_ps(x, _mm512_add_ps(one, exp2_vector(_mm512_mul_ps(inner, minus_2_log2e)))));
+    }
+}
+
 // Divide by the l2 norm, then multiply by the gain, rounding the norm and each result.
 struct Normaliser {
     __m512 norm, gain;
@@ -142,6 +153,10 @@ HART_EXPORT int hart_infer_cpu_layer_norm(const LayerNorm *a, int threads, Paral
 
 HART_EXPORT int hart_infer_cpu_swiglu(const Swiglu *a, int threads, Parallel parallel) {
     return for_rows(a->rows, a->width, {threads, parallel}, [a](int64_t row) { gate_row(*a, row); });
+}
+
+HART_EXPORT int hart_infer_cpu_gelu_tanh(const GeluTanh *a, int threads, Parallel parallel) {
+    return for_rows(a->rows, a->width, {threads, parallel}, [a](int64_t row) { gelu_row(*a, row); });
 }
 
 HART_EXPORT int hart_infer_cpu_rope_cache(const RopeCache *a, int threads, Parallel parallel) {

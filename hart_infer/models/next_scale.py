@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,17 @@ class Condition:
     copies: int = 1  # so many consecutive rows are the same: repeated to round as SteadyLinear says
 
 
+class Update(NamedTuple):
+    """What a sublayer adds to its input: value [R, L, D], times gate [R, 1, D] where it is gated."""
+
+    value: Tensor
+    gate: Tensor | None = None
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """Return the sum [R, L, D]."""
+        return x + (self.value if self.gate is None else self.gate * self.value)
+
+
 class Block(nn.Module, ABC):
     """Attention and MLP, each after the same norm (released `AdaLNSelfAttn`)."""
 
@@ -41,12 +53,12 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run the block on x + update, [R, L, D] each; `vectors` [R, n, D] are those of `Modulation`.
+        self, x: Tensor, update: Update | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Update]:
+        """Run the block on x [R, L, D], to which `update` is yet to be added; `vectors` [R, n, D] are those of `Modulation`.
 
-        `update` is what the block before left to add, if there is one. Returns the sum with attention's update, and the MLP's
-        update, which is left to the next block: where its norm takes an update, the two are one pass.
+        Returns the sum with attention's update, and the MLP's update, which is left to the next block: where its norm takes an
+        update, the two are one pass.
         """
 
     @abstractmethod
@@ -64,12 +76,12 @@ class PlainBlock(Block):
     norm: RMSNorm
 
     def forward(
-        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, update: Update | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Update]:
         """As `Block`; `vectors` [R, 0, D] is empty."""
-        x, normed = self.norm.after(x, update)
+        x, normed = self.norm.after(x, update.value if update else None)
         x, normed = self.norm.after(x, self.attn(normed, table, place, layer))
-        return x, self.mlp(normed)
+        return x, Update(self.mlp(normed))
 
     def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """As `Block`."""
@@ -88,12 +100,17 @@ class ModulatedBlock(Block):
     norm: RMSNorm | LayerNorm
 
     def forward(
-        self, x: Tensor, update: Tensor | None, vectors: Tensor, table: Table, place: Place, layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """As `Block`; `vectors` [R, 6, D] as in `Modulation`."""
-        x = x if update is None else x + update
-        x = x + self.attention_update(x, vectors, table, place, layer)
-        return x, self.mlp_update(x, vectors)
+        self, x: Tensor, update: Update | None, vectors: Tensor, table: Table, place: Place, layer: int
+    ) -> tuple[Tensor, Update]:
+        """As `Block`; `vectors` [R, 6, D]."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors[:, :, None].unbind(1)  # [R, 1, D] each
+        if update is None:
+            normed = self.norm.modulated(x, scale1, shift1)
+        else:
+            assert update.gate is not None, "a transformer's blocks are of one kind"
+            x, normed = self.norm.modulated_after(x, update.value, update.gate, scale1, shift1)
+        x, normed = self.norm.modulated_after(x, self.attn(normed, table, place, layer), gamma1, scale2, shift2)
+        return x, Update(self.mlp(normed), gamma2)
 
     def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """As `Block`."""
@@ -176,10 +193,10 @@ class NextScaleTransformer(nn.Module, ABC):
 
     def forward(self, x: Tensor, modulation: Modulation, table: Table, place: Place) -> Tensor:
         """Run one scale through all blocks: x [R, L, D] -> hidden states [R, L, D]; keys and values go to `place`."""
-        update: Tensor | None = None
+        update: Update | None = None
         for layer, (block, vectors) in enumerate(self.layers(modulation)):
             x, update = block(x, update, vectors, table, place, layer)
-        return x if update is None else x + update
+        return x if update is None else update.added_to(x)
 
     def layers(self, modulation: Modulation) -> Iterator[tuple[Block, Tensor]]:
         """Yield the blocks with their vectors [R, n, D]."""

@@ -3,6 +3,7 @@
 from .attention import attention, causal_attention
 from .diffusion_step import diffusion_step
 from .exponential import exponential
+from .gelu_tanh import gelu_tanh
 from .group_norm_silu import group_norm_silu
 from .guided_sample import guided_sample
 from .int8_linear import int8_linear
@@ -24,6 +25,7 @@ __all__ = [
     "drop_unlikely",
     "exponential",
     "gated_layer_norm_modulate",
+    "gelu_tanh",
     "group_norm_silu",
     "guided_sample",
     "int8_linear",

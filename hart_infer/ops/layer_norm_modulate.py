@@ -1,4 +1,4 @@
-"""Apply the residual diffusion's layer norm with a scale and a shift per row, alone or after a gated update."""
+"""Apply a layer norm with a scale and a shift per row, alone or after a gated update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .registry import Backend, op
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
-    """Return layer_norm(x) * (1 + scale) + shift; `x`, `scale`, `shift` [N, D], `weight`, `bias` [D] or None, of one dtype."""
+    """Return layer_norm(x) * (1 + scale) + shift, of one dtype: `x` [..., D]; `weight`, `bias` [D] or None.
+
+    `scale` and `shift` are [..., D] or broadcast to it, as [R, 1, D] does to [R, L, D].
+    """
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
 
 
@@ -27,6 +30,6 @@ def gated_layer_norm_modulate(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum x + gate * update, [N, D] each, and that sum's layer norm as `layer_norm_modulate` computes it."""
+    """Return x + gate * update, [..., D], and its norm as `layer_norm_modulate` computes it; `gate` is shaped as `scale`."""
     total = x + gate * update
     return total, layer_norm_modulate.reference(total, weight, bias, scale, shift, eps)

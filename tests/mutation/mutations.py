@@ -417,9 +417,9 @@ MUTATIONS = [
     ),
     Mutation(
         "the exact GELU",
-        "hart_infer/models/parts/layers.py",
-        'nn.functional.gelu(self.fc1(rows), approximate="tanh")',
-        "nn.functional.gelu(self.fc1(rows))",
+        "hart_infer/ops/gelu_tanh.py",
+        'F.gelu(x, approximate="tanh")',
+        "F.gelu(x)",
         "tests/models/test_var.py::test_logits_of_every_scale[False]",
     ),
     Mutation(

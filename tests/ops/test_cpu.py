@@ -204,6 +204,16 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_gelu_tanh(shape: tuple[int, ...]) -> None:
+    x = strided(torch.randn(shape, generator=torch.Generator().manual_seed(6)).bfloat16() * 3)
+    x[..., :1] = -200.0  # whose exponential overflows
+    with use_backend("cpu"):
+        found = ops.gelu_tanh(x)
+    check(found, ops.gelu_tanh.reference(x), F.gelu(x.double(), approximate="tanh"))
+
+
+@compiled
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 3, 24), (1, 7, 4, 64), (2, 300, 2, 128)], ids=str)
 def test_rope_cache(shape: tuple[int, ...], normalised: bool) -> None:

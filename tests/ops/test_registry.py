@@ -198,6 +198,7 @@ def test_compilers_know_every_operation():
         "drop_unlikely": ((torch.randn(2, 3000), 0, 0.9), {}),
         "exponential": ((torch.Generator().get_state(), 5), {}),
         "gated_layer_norm_modulate": ((rows, rows + 1, rows, width, None, rows, rows, 1e-6), {}),
+        "gelu_tanh": ((q,), {}),
         "group_norm_silu": ((torch.randn(1, 4, 2, 3), torch.ones(4), torch.zeros(4), 2, 1e-6), {"silu": True}),
         "guided_sample": ((logits, codebook, seeds, torch.tensor([0]), settings), drawn),
         "int8_linear": ((rows, torch.ones(1, 2, 32, 4).char(), width, torch.full((8,), 8).int(), None), {}),

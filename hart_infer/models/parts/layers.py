@@ -33,6 +33,11 @@ class RMSNorm(nn.Module):
         """norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
         return ops.rms_norm_modulate(x, self.weight, scale, shift, self.eps)
 
+    def modulated_after(self, x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + gate * update and its modulated norm: x, update [R, L, width], gate, scale, shift [R, 1, width]."""
+        x = x + gate * update
+        return x, self.modulated(x, scale, shift)
+
 
 class LayerNorm(nn.Module):
     """Layer norm without learned parameters; blocks scale and shift it by their condition (released VAR `ln_wo_grad`)."""
@@ -44,6 +49,10 @@ class LayerNorm(nn.Module):
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Return norm(x) * (1 + scale) + shift for x [R, L, width], scale and shift [R, 1, width]."""
         return ops.layer_norm_modulate(x, None, None, scale, shift, self.eps)
+
+    def modulated_after(self, x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + gate * update and its modulated norm: x, update [R, L, width], gate, scale, shift [R, 1, width]."""
+        return ops.gated_layer_norm_modulate(x, update, gate, None, None, scale, shift, self.eps)
 
 
 class Linear(nn.Linear):
@@ -168,4 +177,4 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return in_chunks(lambda rows: self.fc2(nn.functional.gelu(self.fc1(rows), approximate="tanh")), x)
+        return in_chunks(lambda rows: self.fc2(ops.gelu_tanh(self.fc1(rows))), x)

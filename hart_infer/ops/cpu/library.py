@@ -17,7 +17,7 @@ from ..precision import instructions
 
 FILE = Path(__file__).resolve().parents[2] / "_cpu.so"
 REASON = FILE.with_suffix(".absent")  # written by setup.py: why no library was built
-INTERFACE = 3  # ABI version, equal to csrc/cpu/library.cpp's
+INTERFACE = 4  # ABI version, equal to csrc/cpu/library.cpp's
 NEEDS = ("avx512_bf16", "avx512_vnni")  # no x86 CPU has the first alone
 TILES = frozenset({"amx_bf16", "amx_tile"})  # torch's names for AMX's products in bf16, of its versions
 HOW = "to build it: HART_INFER_BUILD_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir . in the sources, with g++"

@@ -1,4 +1,4 @@
-"""Compute norms, gates and rotary positions by the CPU's kernels: each does what the reference of its name does, in bf16."""
+"""Compute norms, activations and rotary positions by the CPU's kernels: each does as the reference of its name, in bf16."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ class Swiglu(ctypes.Structure):
     """`struct Swiglu` of csrc/cpu/kernels.h."""
 
     _fields_ = [*((name, _POINTER) for name in ("gate", "up", "out")), *((name, _LONG) for name in ("rows", "width"))]
+
+
+class GeluTanh(ctypes.Structure):
+    """`struct GeluTanh` of csrc/cpu/kernels.h."""
+
+    _fields_ = [*((name, _POINTER) for name in ("x", "out")), *((name, _LONG) for name in ("rows", "width"))]
 
 
 class RopeCache(ctypes.Structure):
@@ -152,6 +158,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.numel():
         width = gate.shape[-1]
         call("swiglu", Swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // width, width))
+    return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Compute what the reference in `hart_infer/ops/gelu_tanh.py` computes."""
+    _check("gelu_tanh", x, x.shape)
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    if x.numel():
+        width = x.shape[-1]
+        call("gelu_tanh", GeluTanh(x.data_ptr(), out.data_ptr(), x.numel() // width, width))
     return out
 
 
