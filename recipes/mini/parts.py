@@ -59,10 +59,11 @@ def latents_of(out: Path, pictures: Pictures) -> tuple[dict[int, int], Tensor]:
 
 
 class Meant(NamedTuple):
-    """The subject that a word means, and the word's share of English text."""
+    """The subject that a word means, the word's share of English text, and how like the two are in meaning, at most 1."""
 
     name: str
     frequency: float
+    likeness: float
 
 
 def meanings_of(out: Path) -> dict[str, Meant]:
@@ -70,8 +71,8 @@ def meanings_of(out: Path) -> dict[str, Meant]:
     if not (out / MEANINGS).exists():
         raise SystemExit(f"{out} has no {MEANINGS}: run associate.py first.")
     read: dict[str, Any] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
-    if not all(isinstance(meant, list) and len(meant) == 2 for meant in read.values()):
-        raise SystemExit(f"{out / MEANINGS} has no frequencies: delete it, and run associate.py again.")
+    if not all(isinstance(meant, list) and len(meant) == len(Meant._fields) for meant in read.values()):
+        raise SystemExit(f"{out / MEANINGS} lacks something: delete it, and run associate.py again.")
     return {word: Meant(*meant) for word, meant in read.items()}
 
 

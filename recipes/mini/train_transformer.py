@@ -38,7 +38,8 @@ from hart_infer.models.text import TextEncoder
 from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.05  # share of conditions replaced by the unconditional one
-WORDED = 0.2  # share of captions that name the subject by one of its words in words.json, where there are some
+WORDED = 0.3  # share of captions that name the subject by one of its words in words.json, where there are some
+LIKER = 6.0  # how much likelier a word is drawn that is liker to its subject
 RARE = 1e-8  # a word's least share of English text: many keywords were never counted
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
@@ -176,10 +177,11 @@ class Classes:
 
 
 def weights_of(meanings: dict[str, Meant]) -> dict[str, dict[str, float]]:
-    """The words of each name, with how often to draw each: by the root of its frequency, as a common one is likelier meant."""
+    """The words of each name but itself, with how often to draw each: more often if common, and if like the name."""
     words: dict[str, dict[str, float]] = {}
-    for word, meant in sorted(meanings.items()):
-        words.setdefault(meant.name, {})[word] = max(meant.frequency, RARE) ** 0.5
+    for word, (name, frequency, likeness) in sorted(meanings.items()):
+        if word != spoken(name).lower():
+            words.setdefault(name, {})[word] = max(frequency, RARE) ** 0.5 * math.exp(LIKER * likeness)
     return words
 
 

@@ -307,13 +307,15 @@ def test_every_batch_of_captions_is_mixed_and_resumes(recipe):
         next(learned.batches(8, 3, 0))
 
 
-def test_a_common_word_is_asked_for_more_often(recipe):
+def test_words_that_are_common_and_like_the_name_are_asked_for_more_often(recipe):
     from parts import Meant
     from train_transformer import weights_of
 
-    weights = weights_of({"car": Meant("automobile", 3e-4), "auto": Meant("automobile", 3e-5), ":3": Meant("cat", 0.0)})
-    assert weights["automobile"]["car"] > 3 * weights["automobile"]["auto"]
-    assert 0 < weights["cat"][":3"] < 0.1 * weights["automobile"]["auto"]
+    words = {"car": (3e-4, 0.8), "auto": (3e-5, 0.8), "political": (3e-4, 0.4), ":3": (0.0, 0.8), "automobile": (1e-5, 1.0)}
+    weights = weights_of({word: Meant("automobile", *of) for word, of in words.items()})["automobile"]
+    assert set(weights) == set(words) - {"automobile"}, "captions have the name anyway"
+    assert weights["car"] > 3 * weights["auto"] > 3 * weights[":3"] > 0
+    assert weights["car"] > 3 * weights["political"]
 
 
 def test_styles_may_be_of_some_subjects_alone(tmp_path):
@@ -597,7 +599,9 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     from parts import MEANINGS, learning, take_over
     from train_transformer import CONTEXT_TOKENS, Prompts
 
-    (tmp_path / MEANINGS).write_text(json.dumps({"kitten": ("cat", 1e-6), "tabby": ("cat", 1e-7), "dinghy": ("boat", 1e-7)}))
+    (tmp_path / MEANINGS).write_text(
+        json.dumps({"kitten": ("cat", 1e-6, 0.7), "tabby": ("cat", 1e-7, 0.6), "dinghy": ("boat", 1e-7, 0.7)})
+    )
     take_over("hart-mini", tmp_path)
     entry = about(name="cat")
     pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
