@@ -19,7 +19,7 @@ from pathlib import Path
 from parts import MEANINGS, TEXT, TOKENIZER, take_over
 
 HERE = Path(__file__).parent
-HART = ("--lr", "6e-4", "--decay", "0.5")
+HART = ("--lr", "6e-4", "--decay", "0.5", "--batch", "8")
 # For glibc: it keeps freed memory, which takes long to get anew, and asks for large pages. Ignored elsewhere.
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**34),

@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--every", type=int, default=250, help="steps between checkpoints and grids")
     result.add_argument("--full-every", type=int, default=1, help="steps: the others leave the last scale and its residual out")
     result.add_argument(
-        "--mixed", type=float, nargs=3, default=(0.3, 0.5, 0.2), metavar=("PLAIN", "STYLED", "COMPOSED"),
+        "--mixed", type=float, nargs=3, default=(0.45, 0.5, 0.05), metavar=("PLAIN", "STYLED", "COMPOSED"),
         help="hart-mini: shares of pictures that a caption without a style means, of other ones, and of composed ones",
     )  # fmt: skip
     result.add_argument(
