@@ -142,7 +142,7 @@ def swiglu(x: Inputs) -> Call:
 
 
 def gelu_tanh(x: Inputs) -> Call:
-    """Between the maps of VAR's MLP."""
+    """Between the maps of a GeluMLP."""
     return (x(x.shapes.rows, x.shapes.tokens, x.shapes.mlp),), {}
 
 

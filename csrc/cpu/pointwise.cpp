@@ -74,7 +74,8 @@ void gate_row(const Swiglu &a, int64_t row) {
     }
 }
 
-// x (1 + tanh u) / 2, where u = sqrt(2 / pi) (x + 0.044715 x^3): x / (1 + 2^(-2 u log2(e))).
+// x (1 + tanh u) / 2, where u = sqrt(2 / pi) (x + 0.044715 x^3): x / (1 + 2^(-2 u log2(e))), in which nothing cancels. Below -4,
+// where 1 + tanh u does in fp32, PyTorch's numbers are the rougher ones; results below 2^-124 may be 0.
 void gelu_row(const GeluTanh &a, int64_t row) {
     const __m512 one = _mm512_set1_ps(1.0f), cubic = _mm512_set1_ps(0.044715f), minus_2_log2e = _mm512_set1_ps(-2.30220819813f);
     for (int64_t i = row * a.width, stop = i + a.width; i < stop; i += 16) {

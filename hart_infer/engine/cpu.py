@@ -43,12 +43,14 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep 62 MiB of freed memory for the next request, as it does once it has seen a block of 31 freed.
+    """Let glibc keep what a small model's call frees for the next one, as it does after a large model's by itself.
 
-    Without, a small model, whose blocks have 2 MiB at most, leaves it 4, and what is freed beyond is asked of the system again:
-    5,000 page faults in each picture of hart-mini. A large model frees such blocks by itself. Without glibc nothing changes.
+    After a freed block of 31 MiB it maps only larger blocks apart, and gives the end of a heap back only beyond 62 MiB
+    (mallopt(3), "dynamic mmap threshold"), in the whole process, unless its user set MALLOC_TRIM_THRESHOLD_ or the like. A
+    small model's blocks have 2 MiB at most, which leaves it at 4: 5,000 page faults in each picture of hart-mini. Nothing
+    happens with other C libraries.
     """
-    torch.empty(LARGE_BLOCK, dtype=torch.uint8)  # freed at once; none of its pages is ever touched
+    torch.UntypedStorage(LARGE_BLOCK, device="cpu")  # freed at once; none of its pages is touched
 
 
 def leave_file(module: nn.Module) -> None:

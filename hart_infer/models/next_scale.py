@@ -79,7 +79,8 @@ class PlainBlock(Block):
         self, x: Tensor, update: Update | None, vectors: Tensor, table: Table, place: Place, layer: int
     ) -> tuple[Tensor, Update]:
         """As `Block`; `vectors` [R, 0, D] is empty."""
-        x, normed = self.norm.after(x, update.value if update else None)
+        assert update is None or update.gate is None, "a transformer's blocks are of one kind"
+        x, normed = self.norm.after(x, None if update is None else update.value)
         x, normed = self.norm.after(x, self.attn(normed, table, place, layer))
         return x, Update(self.mlp(normed))
 
@@ -94,6 +95,18 @@ class PlainBlock(Block):
         return update
 
 
+def _of_attention(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate, scale and shift of attention, [R, 1, D] each, of a block's vectors [R, 6, D]."""
+    gamma, _, scale, _, shift, _ = vectors[:, :, None].unbind(1)
+    return gamma, scale, shift
+
+
+def _of_mlp(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate, scale and shift of the MLP, [R, 1, D] each, of a block's vectors [R, 6, D]."""
+    _, gamma, _, scale, _, shift = vectors[:, :, None].unbind(1)
+    return gamma, scale, shift
+
+
 class ModulatedBlock(Block):
     """A block whose norms are scaled and shifted, and whose sublayers are gated."""
 
@@ -103,7 +116,8 @@ class ModulatedBlock(Block):
         self, x: Tensor, update: Update | None, vectors: Tensor, table: Table, place: Place, layer: int
     ) -> tuple[Tensor, Update]:
         """As `Block`; `vectors` [R, 6, D]."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors[:, :, None].unbind(1)  # [R, 1, D] each
+        gamma1, scale1, shift1 = _of_attention(vectors)
+        gamma2, scale2, shift2 = _of_mlp(vectors)
         if update is None:
             normed = self.norm.modulated(x, scale1, shift1)
         else:
@@ -114,13 +128,13 @@ class ModulatedBlock(Block):
 
     def attention_update(self, x: Tensor, vectors: Tensor, table: Table, place: Place, layer: int) -> Tensor:
         """As `Block`."""
-        gamma, _, scale, _, shift, _ = vectors[:, :, None].unbind(1)  # [R, 1, D] each
+        gamma, scale, shift = _of_attention(vectors)
         update: Tensor = self.attn(self.norm.modulated(x, scale, shift), table, place, layer)
         return gamma * update
 
     def mlp_update(self, x: Tensor, vectors: Tensor) -> Tensor:
         """As `Block`."""
-        _, gamma, _, scale, _, shift = vectors[:, :, None].unbind(1)
+        gamma, scale, shift = _of_mlp(vectors)
         update: Tensor = self.mlp(self.norm.modulated(x, scale, shift))
         return gamma * update
 

@@ -1,4 +1,4 @@
-"""Compute the activation of VAR's MLP."""
+"""Compute GELU by tanh, the activation of VAR's MLPs, HART's of `mlp_type` gpt2, and VILA-U's tower."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .registry import Backend, op
 
 @op(cpu=Backend(".cpu:gelu_tanh"))
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Return x [..., D] times the normal distribution function of x, approximated by tanh, in x's dtype."""
+    """Return x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 for x [..., D], in its dtype."""
     return F.gelu(x, approximate="tanh")

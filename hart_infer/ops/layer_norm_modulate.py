@@ -12,9 +12,10 @@ from .registry import Backend, op
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> Tensor:
-    """Return layer_norm(x) * (1 + scale) + shift, of one dtype: `x` [..., D]; `weight`, `bias` [D] or None.
+    """Return layer_norm(x) * (1 + scale) + shift for x [..., D]; `weight`, `bias` [D] or None.
 
-    `scale` and `shift` are [..., D] or broadcast to it, as [R, 1, D] does to [R, L, D].
+    `scale` and `shift` broadcast to x, as [R, 1, D] does to [R, L, D]. All are of one dtype, but with x in fp32 and neither
+    weight nor bias these two may be in half precision.
     """
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
 
@@ -30,6 +31,6 @@ def gated_layer_norm_modulate(
     shift: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return x + gate * update, [..., D], and its norm as `layer_norm_modulate` computes it; `gate` is shaped as `scale`."""
+    """Return x + gate * update, [..., D], and its norm as `layer_norm_modulate` computes it; `gate` broadcasts to x too."""
     total = x + gate * update
     return total, layer_norm_modulate.reference(total, weight, bias, scale, shift, eps)

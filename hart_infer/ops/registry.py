@@ -113,7 +113,8 @@ class Op(Generic[P, R]):
 
     If gradients are enabled and an argument needs them the reference runs: kernels have no backward pass. So it does where
     autocast has mixed the arguments' dtypes: kernels want one. Under `torch.compile` it is the custom op
-    `torch.ops.hart_infer.<name>`, with the reference, or `fake`, as fake implementation; on the CPU the reference.
+    `torch.ops.hart_infer.<name>`, with the reference, or `fake`, as fake implementation; on the CPU, and where it has no kernel
+    for GPUs, the reference, which compilers see into.
     """
 
     def __init__(self, reference: Callable[P, R], backends: dict[str, Backend], defaults: Sequence[Default] = ()) -> None:
@@ -139,8 +140,13 @@ class Op(Generic[P, R]):
         if _is_learning(given) or (autocast_dtype(x.device.type) and _is_mixed(given)):
             return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return self.reference(*args, **kwargs) if x.device.type == "cpu" else self._trace(*args, **kwargs)
+            opaque = x.device.type != "cpu" and self._has_kernels(x.device.type)
+            return self._trace(*args, **kwargs) if opaque else self.reference(*args, **kwargs)
         return self._run(*args, **kwargs)
+
+    def _has_kernels(self, device: str) -> bool:
+        """Return whether there are kernels for this type of device, loaded or not."""
+        return any((name == CPU) == (device == "cpu") for name in self.backends)
 
     def _trace(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run as a custom op that writes to fresh tensors, then copy these to the arguments that it mutates.
@@ -158,7 +164,7 @@ class Op(Generic[P, R]):
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         x: Any = args[0]
         forced = _forced.get()
-        if forced is None and x.device.type == "cpu" and CPU not in self.backends:
+        if forced is None and not self._has_kernels(x.device.type):
             return self.reference(*args, **kwargs)
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():  # Triton launches on the current one
             key = (x.device, x.dtype, forced, self._default(kwargs))

@@ -35,7 +35,8 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self.engine = Engine(transformer, autoencoder.quantizer)
         self.autoencoder = autoencoder
         self.num_threads = threads_for(transformer)
-        keep_freed_memory()
+        if self.num_threads is not None and transformer.device.type == "cpu":
+            keep_freed_memory()
         self._tile: int | None = None
         self._slices = False
 

@@ -72,7 +72,9 @@ def meanings_of(out: Path) -> dict[str, Meant]:
         raise SystemExit(f"{out} has no {MEANINGS}: run associate.py first.")
     read: dict[str, Any] = json.loads((out / MEANINGS).read_text(encoding="utf-8"))
     if not all(isinstance(meant, list) and len(meant) == len(Meant._fields) for meant in read.values()):
-        raise SystemExit(f"{out / MEANINGS} lacks something: delete it, and run associate.py again.")
+        raise SystemExit(
+            f"{out / MEANINGS} lacks frequency or likeness, as an older associate.py's: delete it, and run associate.py again."
+        )
     return {word: Meant(*meant) for word, meant in read.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from hart_infer.models.parts.diffusion import ResidualDiffusion
 from hart_infer.ops.registry import use_backend
 from tests.models.test_hart import ADAPTIVE, PLAIN, build, run
+from tests.models.test_var import built, logits, transformer_state
 
 pytestmark = pytest.mark.usefixtures("on_host")
 
@@ -30,6 +31,18 @@ def test_a_transformer(config):
         [(x - y).norm() for x, y in zip(outputs(b, torch.float32), exact, strict=True)] for b in ("cuda", "torch")
     )
     assert all(0 < x <= 2 * y for x, y in zip(found, expected, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_var_s_transformer(dtype, tmp_path):
+    """Its blocks add within the norm, and its head's norm takes fp32 with vectors of the weights' dtype."""
+    exact = logits(built(transformer_state(), tmp_path))
+    transformer = built(transformer_state(), tmp_path).to(dtype)
+    with use_backend("cuda"):
+        found = logits(transformer)
+    expected = logits(transformer)
+    assert 0 < (found - exact).norm() + 1e-3 * exact.norm() <= 2 * (expected - exact).norm() + 2e-3 * exact.norm()
 
 
 def test_a_residual_diffusion():

@@ -130,6 +130,31 @@ def test_gated_layer_norm_modulate(width, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("width", [7, 256, 1000])
+def test_gated_layer_norm_modulate_of_rows_that_share_their_vectors(width, dtype):
+    """As VAR's blocks have it."""
+    x, update = (strided(numbers(2, length(width), width, dtype=dtype, seed=seed)) for seed in (0, 1))
+    six = numbers(2, 6, width, dtype=dtype, seed=2)
+    gate, scale, shift = six[:, ::2, None].unbind(1)
+    arguments = (x, update, gate, None, None, scale, shift, EPS)
+    total, normed = by_kernel(ops.gated_layer_norm_modulate, *arguments)
+    assert torch.equal(total, x + gate * update)
+    exact = F.layer_norm(total.double(), (width,), eps=EPS) * (1 + scale.double()) + shift.double()
+    compare(normed, ops.gated_layer_norm_modulate.reference(*arguments)[1], exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [7, 256, 1000])
+def test_layer_norm_modulate_of_an_input_wider_than_its_parameters(width, dtype):
+    """As VAR's head has it: 1 + scale is rounded to the parameters' dtype, everything else is fp32."""
+    x = strided(numbers(2, length(width), width, dtype=torch.float32))
+    scale, shift = (numbers(2, 1, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    arguments = (x, None, None, scale, shift, EPS)
+    exact = F.layer_norm(x.double(), (width,), eps=EPS) * (1 + scale).double() + shift.double()
+    compare(by_kernel(ops.layer_norm_modulate, *arguments), ops.layer_norm_modulate.reference(*arguments), exact)
+
+
+@every_dtype
 @every_width
 @pytest.mark.parametrize("quantized", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 def test_rms_norm_quantized(width, dtype, quantized):

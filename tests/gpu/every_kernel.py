@@ -68,6 +68,8 @@ def norms(dtype: torch.dtype) -> None:
         for quantized in (torch.int8, torch.float8_e4m3fn):
             ops.rms_norm_quantized(x, weight, EPS, quantized)
         ops.layer_norm_modulate(x, None, None, x, x, EPS)
+        ops.layer_norm_modulate(x.float(), None, None, row, row, EPS)  # the same
+        ops.gated_layer_norm_modulate(x, x, row, None, None, row, row, EPS)  # vectors that rows share
         ops.gated_layer_norm_modulate(x, x, x, weight, weight, x, x, EPS)
 
 

@@ -231,6 +231,10 @@ def test_compiled_code_on_a_gpu_holds_one_operation_and_no_break():
     found.clear()
     torch.compile(lambda *args: ops.attention(*args, scale=0.3), backend=backend, fullgraph=True)(q, k, v)
     assert found and "hart_infer" not in " ".join(found), "on the CPU the compiler sees into the reference"
+    found.clear()
+    elsewhere = torch.randn(2, 8, device="meta")
+    torch.compile(lambda x: ops.swiglu(x, ops.gelu_tanh(x)), backend=backend, fullgraph=True)(elsewhere)
+    assert sum("hart_infer" in name for name in found) == 1 < len(found), "and so where there is a kernel for CPUs alone"
 
 
 def test_where_autocast_mixes_dtypes_the_reference_runs(monkeypatch):

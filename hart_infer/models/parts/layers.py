@@ -34,7 +34,10 @@ class RMSNorm(nn.Module):
         return ops.rms_norm_modulate(x, self.weight, scale, shift, self.eps)
 
     def modulated_after(self, x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + gate * update and its modulated norm: x, update [R, L, width], gate, scale, shift [R, 1, width]."""
+        """Return x + gate * update and its modulated norm: x, update [R, L, width], gate, scale, shift [R, 1, width].
+
+        In several passes: no kernel does it in one.
+        """
         x = x + gate * update
         return x, self.modulated(x, scale, shift)
 
@@ -51,7 +54,7 @@ class LayerNorm(nn.Module):
         return ops.layer_norm_modulate(x, None, None, scale, shift, self.eps)
 
     def modulated_after(self, x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + gate * update and its modulated norm: x, update [R, L, width], gate, scale, shift [R, 1, width]."""
+        """Return x + gate * update and its modulated norm, in one pass: shapes as in RMSNorm."""
         return ops.gated_layer_norm_modulate(x, update, gate, None, None, scale, shift, self.eps)
 
 
