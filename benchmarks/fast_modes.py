@@ -1,6 +1,6 @@
 """What the fast modes cost and save, beside exact at the same seeds: seconds, PSNR, SSIM, codes, and what a judge sees.
 
-    python benchmarks/fast_modes.py hart-mini --data DATA --judge JUDGE --subjects recipes/mini/styled.txt --out fast.json
+    python benchmarks/fast_modes.py hart-mini --data DATA --judge JUDGE --out fast.json
     python benchmarks/fast_modes.py MODEL --dtype bf16 --prompts prompts.txt --count 8 --out fast.json
 
 The modes take turns picture by picture in one process. DATA and JUDGE are recipes/mini's: prompts are then hart-mini's in

@@ -1,6 +1,6 @@
 """Measure a hart-mini by the recipe's own network: Frechet distance, and how often the judge sees what was asked for.
 
-    python recipes/evaluate/mini.py DATA JUDGE OUT --subjects recipes/mini/styled.txt -- --model hart-mini
+    python recipes/evaluate/mini.py DATA JUDGE OUT -- --model hart-mini
 
 DATA is what recipes/mini/data.py wrote, JUDGE recipes/mini/judge.safetensors. What follows `--`
 are options of `hart-infer batch`. The pairs of subject and style that hart-mini learned are drawn in wordings that no

@@ -1,7 +1,7 @@
 """Measure a hart-mini: reconstruction, generation with and without the residual, prompts of all kinds, unseen combinations.
 Or a var-mini: its classes.
 
-    python recipes/mini/evaluate.py DATA OUT [--styled recipes/mini/styled.txt] [--model var-mini] [--only prompts ...]
+    python recipes/mini/evaluate.py DATA OUT [--model var-mini] [--only prompts ...]
 
 The judge is classifier.py's. Writes OUT/hart-results.json or OUT/var-results.json and, for the eye, OUT/*.png.
 """
@@ -289,7 +289,6 @@ def main() -> None:
     parser.add_argument("--model", default="hart-mini")
     parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge.safetensors")
     parser.add_argument("--subjects", type=Path, help="what the model has learned, one name per line (all of them)")
-    parser.add_argument("--styled", type=Path, help="hart-mini: those whose other styles it has learned too (all of them)")
     parser.add_argument("--only", nargs="+", choices=[part.__name__ for parts in PARTS.values() for part in parts])
     parser.add_argument("--count", type=int, default=384, help="pictures generated for a score, 24 or more")
     parser.add_argument("--seed", type=int, default=0)
@@ -300,14 +299,13 @@ def main() -> None:
     if others := [name for name in args.only or () if name not in parts]:
         raise SystemExit(f"{args.model} is a {family} model, which has no part {others[0]}; it has {', '.join(parts)}.")
     pictures = Pictures(args.data, args.subjects)
-    learned = sorted(i for part in mixed_pictures(pictures, args.styled)[:2] for i in part)
+    learned = sorted(i for part in mixed_pictures(pictures)[:2] for i in part)
     evaluation = Evaluation(pictures, learned, args.out, args.model, args.judge, count=args.count, seed=args.seed)
     path, results = args.out / f"{family.lower()}-results.json", {}
     if path.exists():
         results = json.loads(path.read_text())
     settings = {"model": args.model, "count": args.count, "seed": args.seed, **asdict(evaluation.pipe.defaults)}
     settings |= {"weights": weights_digest(evaluation.pipe.components), "subjects": args.subjects and args.subjects.name}
-    settings["styled"] = args.styled and args.styled.name
     for name in args.only or parts:
         results[name] = parts[name](evaluation) | {"settings": settings}
         print(json.dumps({name: results[name]}, indent=1), flush=True)

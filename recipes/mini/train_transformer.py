@@ -72,14 +72,12 @@ class Learned(Protocol):
 class Prompts:
     """hart-mini: pictures by captions."""
 
-    def __init__(
-        self, pictures: Pictures, out: Path, start_from: str | None, mixed: Sequence[float], styled: Path | None
-    ) -> None:
-        """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is; `mixed`, `styled`: the options."""
+    def __init__(self, pictures: Pictures, out: Path, start_from: str | None, mixed: Sequence[float]) -> None:
+        """New, on the tokenizer and the text encoder in `out`, or as a saved pipeline is; `mixed`: the option."""
         meanings = meanings_of(out)
         begun = take_over(start_from, out) if start_from and not (out / STATE["hart"]).exists() else None
         self.about, self.pipe = pictures.about, assemble(out)
-        self.mixed = list(zip(mixed_pictures(pictures, styled), mixed, strict=True))
+        self.mixed = list(zip(mixed_pictures(pictures), mixed, strict=True))
         self.words = weights_of(meanings)
         self.others = other_words(meanings, [spoken(a.name) for a in self.about])
         self.classes: list[str] = []
@@ -262,9 +260,6 @@ def parser() -> argparse.ArgumentParser:
         "--mixed", type=float, nargs=3, default=(0.45, 0.5, 0.05), metavar=("PLAIN", "STYLED", "COMPOSED"),
         help="hart-mini: shares of pictures that a caption without a style means, of other ones, and of composed ones",
     )  # fmt: skip
-    result.add_argument(
-        "--styled", type=Path, help="hart-mini: learn other styles of these alone, one name per line (all of them)"
-    )
     result.add_argument("--subjects", type=Path, help="learn these alone, one name per line (all of them)")
     result.add_argument(
         "--start-from", metavar="MODEL", help="begin with the weights and tokenizers of a pipeline that this recipe exported"
@@ -281,7 +276,7 @@ def main() -> None:
     if args.model == "var":
         learned = Classes(pictures, args.out, args.start_from)
     else:
-        learned = Prompts(pictures, args.out, args.start_from, args.mixed, args.styled)
+        learned = Prompts(pictures, args.out, args.start_from, args.mixed)
     transformer, quantizer = learned.pipe.transformer, learned.pipe.autoencoder.quantizer
     whole = learning(learned.pipe).requires_grad_(True)
     in_one_product(transformer)

@@ -150,13 +150,11 @@ class Pictures:
         return torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def mixed_pictures(pictures: Pictures, styled: Path | None) -> list[list[int]]:
-    """Pictures that a caption without a style means, others (of the subjects in the file `styled`), and composed ones."""
+def mixed_pictures(pictures: Pictures) -> list[list[int]]:
+    """Pictures that a caption without a style means, their subjects' other styles, and composed ones."""
     single, about = pictures.split("train"), pictures.about
-    chosen = names_in(styled, {a.name for a in about}) if styled else None
     plain = [i for i in single if about[i].plain]
-    others = [i for i in single if not about[i].plain and (chosen is None or about[i].name in chosen)]
-    return [plain, others, pictures.split("composed")]
+    return [plain, [i for i in single if not about[i].plain], pictures.split("composed")]
 
 
 def names_in(path: Path, known: set[str]) -> set[str]:

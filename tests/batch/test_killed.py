@@ -215,7 +215,7 @@ def kill_an_actor(driver: subprocess.Popen[Any]) -> int:
 def test_500_prompts_on_two_actors_with_three_kills(tmp_path):
     """Two actors are killed on the way, then the driver, which is started again."""
     pytest.importorskip("ray")
-    subjects = (REPOSITORY / "recipes/mini/styled.txt").read_text().splitlines()
+    subjects = (REPOSITORY / "recipes/mini/vocabulary.txt").read_text().splitlines()
     rows = [{"id": f"row-{i}", "prompt": f"{subjects[i % len(subjects)]}, noto style"} for i in range(500)]
     prompts, out, whole = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "whole"
     prompts.write_text("\n".join(map(json.dumps, rows)))

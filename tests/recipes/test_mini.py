@@ -318,17 +318,13 @@ def test_words_that_are_common_and_like_the_name_are_asked_for_more_often(recipe
     assert weights["car"] > 9 * weights["political"]
 
 
-def test_styles_may_be_of_some_subjects_alone(tmp_path):
+def test_pictures_are_told_by_what_their_captions_say():
     from training import mixed_pictures
 
     entries = [about(name=name, style=style, plain=style == "noto") for name in ("cat", "dog") for style in ("noto", "fluent")]
-    pictures = SimpleNamespace(about=entries, split=lambda split: [0, 1, 2, 3] if split == "train" else [])
-    assert mixed_pictures(pictures, None) == [[0, 2], [1, 3], []]
-    (tmp_path / "few.txt").write_text("dog\n")
-    assert mixed_pictures(pictures, tmp_path / "few.txt") == [[0, 2], [3], []]
-    (tmp_path / "few.txt").write_text("dog\nunicorn\n")
-    with pytest.raises(SystemExit, match="no pictures of: unicorn"):
-        mixed_pictures(pictures, tmp_path / "few.txt")
+    splits = {"train": [0, 1, 2, 3], "composed": [4]}
+    pictures = SimpleNamespace(about=entries, split=splits.__getitem__)
+    assert mixed_pictures(pictures) == [[0, 2], [1, 3], [4]]
 
 
 def test_learning_rate_warms_up_stays_and_falls():
@@ -605,7 +601,7 @@ def test_the_text_encoder_is_trained_with_the_transformer_by_words_that_fit(reci
     take_over("hart-mini", tmp_path)
     entry = about(name="cat")
     pictures = SimpleNamespace(about=[entry], split=lambda *_: [0])
-    learned = Prompts(pictures, tmp_path, None, (1, 0, 0), None)
+    learned = Prompts(pictures, tmp_path, None, (1, 0, 0))
     encoder, drawn = learned.pipe.text_encoder, Random(0)
     monkeypatch.setattr(train_transformer, "WORDED", 0.5)
     captions = [learned.caption(encoder, entry, drawn) for _ in range(200)]
