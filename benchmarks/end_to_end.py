@@ -135,6 +135,8 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     pipe, loading = load(*(request[name] for name in names))
     pipe.set_progress_bar_config(disable=True)
     pipe.num_threads = request["threads"]
+    if request["packed"]:
+        pipe.enable_packed_weights()
     options = {
         **inputs(request["family"], pipe),
         "num_images_per_prompt": request["images"],
@@ -185,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--stored", choices=DTYPES, help="dtype of the random checkpoint's file (default: --dtype)")
     result.add_argument("--text-encoder", choices=("none", "tiny", "full"), default="none",
                         help="with a given checkpoint: none, or anything else for its own")  # fmt: skip
+    result.add_argument("--packed", action="store_true", help="pack weights, as the command line does in bf16 on CPUs")
     result.add_argument("--images", type=int, default=1, help="pictures per call")
     result.add_argument("--guidance", type=float, help="default: 4.5 for HART, 4 for VAR")
     measure.add_run_options(result)
@@ -211,7 +214,7 @@ def benchmark(args: argparse.Namespace) -> None:
         path = measure.random_checkpoint(args.size, stored, args.text_encoder, args.cache_dir)
     settings = {
         **{name: getattr(args, name) for name in ("family", "dtype", "device", "text_encoder", "images", "guidance")},
-        **{name: getattr(args, name) for name in ("repeats", "warmup", "threads")},
+        **{name: getattr(args, name) for name in ("repeats", "warmup", "threads", "packed")},
         "checkpoint": "random" if args.checkpoint == "random" else str(path),
         "stored": stored if args.checkpoint == "random" else None,
     }

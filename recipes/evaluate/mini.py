@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("judge", type=Path, metavar="JUDGE")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--subjects", type=Path, metavar="FILE", help="what the model has learned, one name a line (all)")
-    parser.add_argument("--count", type=int, default=654, help="pictures drawn in each of both ways (654)")
+    parser.add_argument("--count", type=int, default=384, help="pictures drawn in each of both ways (384)")
     parser.add_argument("--results", type=Path, help="what is written (OUT/results.json)")
     args = parser.parse_args(own)
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from scipy.linalg import sqrtm
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from training import Pictures, mixed_pictures, psnr, write_grid
+from training import Pictures, psnr, write_grid
 
 from hart_infer import HartPipeline, VarPipeline
 from hart_infer.checkpoints.families import Family, find_family
@@ -40,11 +40,9 @@ class Evaluation:
 
     pipe: HartPipeline | VarPipeline
 
-    def __init__(
-        self, pictures: Pictures, learned: Sequence[int], out: Path, model: str, judge: Path, *, count: int, seed: int
-    ) -> None:
-        """`learned`: which pictures the model has learned; `count`: how many are generated for a score."""
-        self.pictures, self.learned, self.out, self.count, self.seed = pictures, learned, out, count, seed
+    def __init__(self, pictures: Pictures, out: Path, model: str, judge: Path, *, count: int, seed: int) -> None:
+        """`count`: how many pictures are generated for a score."""
+        self.pictures, self.out, self.count, self.seed = pictures, out, count, seed
         pipeline = VarPipeline if find_family(model) == "VAR" else HartPipeline
         self.pipe = pipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
         self.pipe.set_progress_bar_config(disable=True)
@@ -60,8 +58,8 @@ class Evaluation:
         return torch.cat(parts) * 2 - 1
 
     def some(self, split: str, count: int | None = None) -> list[int]:
-        """A fixed choice of pictures of a split, of "train" those that were learned."""
-        indices = list(self.learned) if split == "train" else self.pictures.split(split)
+        """A fixed choice of pictures of a split."""
+        indices = self.pictures.split(split)
         return Random(self.seed).sample(indices, min(count or self.count, len(indices)))
 
     def judge(self, drawn: Tensor, indices: Sequence[int], missed: list[str] | None = None) -> dict[str, float]:
@@ -299,8 +297,7 @@ def main() -> None:
     if others := [name for name in args.only or () if name not in parts]:
         raise SystemExit(f"{args.model} is a {family} model, which has no part {others[0]}; it has {', '.join(parts)}.")
     pictures = Pictures(args.data, args.subjects)
-    learned = sorted(i for part in mixed_pictures(pictures)[:2] for i in part)
-    evaluation = Evaluation(pictures, learned, args.out, args.model, args.judge, count=args.count, seed=args.seed)
+    evaluation = Evaluation(pictures, args.out, args.model, args.judge, count=args.count, seed=args.seed)
     path, results = args.out / f"{family.lower()}-results.json", {}
     if path.exists():
         results = json.loads(path.read_text())

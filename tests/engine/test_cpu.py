@@ -16,6 +16,7 @@ from torch import nn
 
 from hart_infer import HartPipeline, Step
 from hart_infer.engine.cpu import SMALL_MODEL, cpu_threads, threads_for
+from hart_infer.pipelines import networks
 from tests.pipelines.test_hart import load
 
 
@@ -78,6 +79,18 @@ def test_other_threads_keep_theirs() -> None:
         assert pool.submit(torch.get_num_threads).result() == 2  # from now on its own
         with cpu_threads(1):
             assert pool.submit(torch.get_num_threads).result() == 2
+
+
+def test_a_large_model_leaves_the_memory_s_keeping_alone(
+    hart_tiny: Path, text_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(networks, "keep_freed_memory", lambda: kept.append(True))
+    load(hart_tiny, text_tiny, torch.float32)
+    assert kept == [True]
+    monkeypatch.setattr(networks, "threads_for", lambda _: None)
+    load(hart_tiny, text_tiny, torch.float32)
+    assert kept == [True]
 
 
 PAGE_FAULTS = """

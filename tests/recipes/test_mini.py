@@ -318,6 +318,15 @@ def test_words_that_are_common_and_like_the_name_are_asked_for_more_often(recipe
     assert weights["car"] > 9 * weights["political"]
 
 
+def test_subjects_that_there_are_no_pictures_of_are_refused(tmp_path):
+    from training import names_in
+
+    (tmp_path / "few.txt").write_text("dog\nunicorn\n")
+    assert names_in(tmp_path / "few.txt", {"dog", "unicorn", "cat"}) == {"dog", "unicorn"}
+    with pytest.raises(SystemExit, match="no pictures of: unicorn"):
+        names_in(tmp_path / "few.txt", {"dog", "cat"})
+
+
 def test_pictures_are_told_by_what_their_captions_say():
     from training import mixed_pictures
 

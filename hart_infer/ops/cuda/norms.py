@@ -106,7 +106,7 @@ def _layer_norm(
     With x in fp32, scale and shift may be in half precision. 1 + scale is rounded to theirs, and goes through fp32 unchanged.
     """
     _check_size(name, x)
-    if x.dtype == torch.float32 and scale.dtype in ACTIVATIONS and shift.dtype == scale.dtype:
+    if x.dtype == torch.float32 and scale.dtype in (torch.float16, torch.bfloat16) and shift.dtype == scale.dtype:
         scale, shift = (1 + scale).float() - 1, shift.float()
     weight = None if weight is None else _vector(name, "weight", weight, x, x.dtype)
     bias = None if bias is None else _vector(name, "bias", bias, x, x.dtype)
