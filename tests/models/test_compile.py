@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hart_infer import HartPipeline
+from hart_infer import HartPipeline, VarPipeline
 from hart_infer.ops.registry import Op
 from tests.pipelines.test_hart import HARD, latent, load, relative
 
@@ -26,6 +26,24 @@ def test_a_compiled_transformer_draws_the_same(own: HartPipeline) -> None:
     own.transformer = torch.compile(own.transformer, backend="aot_eager")
     assert torch.equal(latent(own), before)
     assert own.transformer is own.engine.transformer
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_var_draws_the_same(whole_var_tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Its blocks hand updates and their gates on; as on a GPU, operations with kernels for one are opaque."""
+    call = Op.__call__
+
+    def traced(self: Op[Any, Any], *args: Any, **kwargs: Any) -> Any:
+        opaque = torch.compiler.is_compiling() and self._has_kernels("cuda")
+        return (self._trace if opaque else lambda *a, **k: call(self, *a, **k))(*args, **kwargs)
+
+    monkeypatch.setattr(Op, "__call__", traced)
+    torch._dynamo.reset()
+    pipe = VarPipeline.from_pretrained(whole_var_tiny, device="cpu")
+    before = pipe(1, seed=0, output_type="latent").images
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    assert relative(pipe(1, seed=0, output_type="latent").images, before) <= HARD
+    torch._dynamo.reset()
 
 
 def test_compiled_in_place(own: HartPipeline) -> None:

@@ -416,6 +416,20 @@ MUTATIONS = [
         "tests/models/test_var.py::test_log_scales_are_clamped_at_100",
     ),
     Mutation(
+        "freed memory that is not kept",
+        "hart_infer/pipelines/networks.py",
+        "            keep_freed_memory()",
+        "            pass",
+        "tests/engine/test_cpu.py::test_a_large_model_leaves_the_memory_s_keeping_alone",
+    ),
+    Mutation(
+        "gates of attention and MLP exchanged",
+        "hart_infer/models/next_scale.py",
+        "x, normed = self.norm.modulated_after(x, self.attn(normed, table, place, layer), gamma1, scale2, shift2)",
+        "x, normed = self.norm.modulated_after(x, self.attn(normed, table, place, layer), gamma2, scale2, shift2)",
+        "tests/models/test_var.py::test_logits_of_every_scale[False]",
+    ),
+    Mutation(
         "the exact GELU",
         "hart_infer/ops/gelu_tanh.py",
         'F.gelu(x, approximate="tanh")',
