@@ -56,9 +56,8 @@ def draw_pictures(folder: Path) -> None:
 def test_every_step_is_run_and_a_finished_one_is_skipped(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "data")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "words.json").write_text(
-        json.dumps({"pear": ("apple", 1e-6, 0.6)})
-    )  # associate.py needs a sentence encoder
+    words = {"pear": ("apple", 1e-6, 0.6)}  # associate.py needs a sentence encoder
+    (tmp_path / "run" / "words.json").write_text(json.dumps(words))
     first = make(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     drawn = HartPipeline.from_pretrained(tmp_path / "hart-mini")("a cat", seed=0).images[0]
