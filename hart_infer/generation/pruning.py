@@ -27,6 +27,13 @@ class BlockInputs:
     table: Table  # rotary angles, [R, 1, L, d] each
     place: CachePlace
 
+    def rows(self, own: slice) -> BlockInputs:
+        """Return some consecutive rows alone."""
+        cos, sin = self.table
+        chosen = range(self.place.cache.keys.shape[1])[self.place.rows][own]
+        place = replace(self.place, rows=slice(chosen.start, chosen.stop))
+        return BlockInputs(self.x[own], self.modulation.rows(own), (cos[own], sin[own]), place)
+
     def at(self, chosen: Tensor) -> BlockInputs:
         """Return those at the places `chosen` [R, K] alone."""
         cos, sin = (_take(angles[:, 0], chosen)[:, None] for angles in self.table)

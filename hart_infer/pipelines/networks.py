@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.cpu import cpu_threads, keep_freed_memory, threads_for
@@ -13,6 +14,7 @@ from ..engine.graphs import CudaRecorder, Graphs
 from ..engine.next_scale import Engine, TransformerT
 from ..engine.packed import pack_weights, packing_refusal, unpack_weights
 from ..errors import InputError
+from ..generation.halves import Pair
 from ..images import tensors
 from ..models.parts.autoencoder import Autoencoder, Mode
 from .base import Pipeline
@@ -37,6 +39,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self.num_threads = threads_for(transformer)
         if self.num_threads is not None and transformer.device.type == "cpu":
             keep_freed_memory()
+        self._pair: Pair | None = None
         self._tile: int | None = None
         self._slices = False
 
@@ -103,11 +106,34 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
             raise InputError(f"enable_graphs needs a CUDA device; this pipeline is on {self.device}, which has no graphs.")
         if self._offloads_from is not None:
             raise InputError("enable_graphs needs the weights to stay on the device; enable_model_cpu_offload moves them.")
+        if self._pair is not None:
+            raise InputError("enable_graphs and enable_guidance_parallel exclude each other: graphs exchange nothing.")
         self.engine.graphs = Graphs(CudaRecorder(self.device))
 
     def disable_graphs(self) -> None:
         """Run eagerly again, and free what was captured."""
         self.engine.graphs = None
+
+    def enable_guidance_parallel(self, group: dist.ProcessGroup | None = None) -> None:
+        """Share every picture between two processes, each with a device: one computes the conditional half, one the other.
+
+        `group`: two processes, by default all there are (`torchrun --nproc-per-node 2`). Both make the same calls, with the
+        same arguments and seeds, and both return the pictures; where one fails, the other waits as long as the group does.
+        Calls without guidance are computed by both. Ends with `disable_guidance_parallel()`. Raises InputError where there are
+        no two processes, and with `enable_graphs`.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise InputError("enable_guidance_parallel needs torch.distributed; call init_process_group first, under torchrun.")
+        pair = Pair(group)
+        if pair.size != 2:
+            raise InputError(f"enable_guidance_parallel needs a group of two processes, not of {pair.size}.")
+        if self.engine.graphs is not None:
+            raise InputError("enable_graphs and enable_guidance_parallel exclude each other: graphs exchange nothing.")
+        self._pair = pair
+
+    def disable_guidance_parallel(self) -> None:
+        """Compute both halves in this process again."""
+        self._pair = None
 
     def enable_packed_weights(self) -> None:
         """On a CPU in bf16: keep the transformer's weights as oneDNN multiplies them. The same pictures to the bit, faster.

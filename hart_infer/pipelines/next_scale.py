@@ -13,6 +13,8 @@ from ..checkpoints.hart import Defaults
 from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads
 from ..engine.next_scale import TransformerT
+from ..errors import InputError
+from ..generation.halves import agree, split_guidance
 from ..generation.next_scale import Generation, as_drawn, finish
 from ..generation.sampling import check_finite, make_sampler
 from ..generation.schedule import Schedule
@@ -132,6 +134,10 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         call: Call,
     ) -> Any:
         """Generate one image per seed in the form of `call`; `conditions` computes the prompts' and the negatives'."""
+        if self._pair is not None:
+            if not agree(schedule, seeds, self._pair, self.device):
+                raise InputError("With enable_guidance_parallel both processes must be given the same seed and settings.")
+            schedule = split_guidance(schedule, self._pair)
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             with self._using(self.transformer, self.autoencoder.quantizer):
                 images, flags = self._generate(schedule, *conditions(), seeds, draw_device, call)

@@ -72,3 +72,12 @@ def test_two_processes_draw_what_one_does(tmp_path: Path):
     expected = HartPipeline.from_pretrained("hart-mini", device="cpu")(prompts, seed=5).images
     found = [Image.open(tmp_path / "pictures" / f"{i:06d}.png").tobytes() for i in range(3)]
     assert found == [image.tobytes() for image in expected]
+
+
+def test_two_processes_share_a_picture(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "guidance_parallel.py"), "a cat", "--seed", "5", "--guidance", "1.5", "--out", "cat.png"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    expected = HartPipeline.from_pretrained("hart-mini", device="cpu")("a cat", seed=5, guidance_scale=1.5).images[0]
+    gap = np.abs(np.asarray(Image.open(tmp_path / "cat.png"), float) - np.asarray(expected, float))
+    assert gap.max() <= 8, "bf16 products of one row and of two may round apart"

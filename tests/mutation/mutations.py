@@ -99,6 +99,20 @@ MUTATIONS = [
         "test_rows_may_be_four_billion_bytes_apart",
     ),
     Mutation(
+        "both processes compute the conditional half",
+        "hart_infer/generation/halves.py",
+        "self.pair.rank * count, (self.pair.rank + 1) * count",
+        "0, count",
+        "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
+    ),
+    Mutation(
+        "a scale without guidance from the process that has no conditional keys",
+        "hart_infer/generation/halves.py",
+        "self.pair.gather(hidden)[0]",
+        "self.pair.gather(hidden)[1]",
+        "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
+    ),
+    Mutation(
         "packs beyond the end of a row",
         "csrc/rms_norm.cu",
         "shape.width % VEC == 0 &&",
