@@ -2,19 +2,20 @@
 
     python benchmarks/against_peers.py --official CHECKOUT --out benchmarks/results/peers.json
 
-Needs diffusers. What turns a prompt into features is left out on every side. A peer's picture is its denoiser, once a step,
-and its decoder, called as its pipeline calls them; the scheduler's arithmetic between is left out. Each model has a fresh
-process in every round, which draws all its rows. Speed says nothing of quality, and sizes in pixels differ: read the rows
-with both in mind.
+Needs diffusers; where openvino is installed, the peers run on it too. What turns a prompt into features is left out on every
+side. A peer's picture is its denoiser, once a step, and its decoder, called as its pipeline calls them; the scheduler's
+arithmetic between is left out. Each model has a fresh process in every round, which draws all its rows. Speed says nothing of
+quality, and sizes in pixels differ: read the rows with both in mind.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from families import DTYPES, FAMILIES
 from torch import Tensor, nn
 
 OURS, RELEASED, SPRINT, TURBO = "hart_infer", "released HART", "SANA-Sprint 0.6B", "SDXL-Turbo"
+OPENVINO = " on OpenVINO"  # behind a peer's name
 SANA = {  # NVlabs/Sana's SanaSprint_600M_P1_D28, as diffusers' scripts/convert_sana_to_diffusers.py has it
     "in_channels": 32, "out_channels": 32, "num_attention_heads": 36, "attention_head_dim": 32, "num_layers": 28,
     "num_cross_attention_heads": 16, "cross_attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 2304,
@@ -72,7 +74,9 @@ ROWS = [
     *(Row(OURS, 1024, speed) for speed in ("exact", "turbo")),
     Row(RELEASED, 1024),
     *(Row(SPRINT, 1024, setting, steps) for setting in ("", "channels_last") for steps in (1, 2)),
+    *(Row(SPRINT + OPENVINO, 1024, steps=steps) for steps in (1, 2)),
     *(Row(TURBO, 512, setting, 1) for setting in ("", "channels_last")),
+    Row(TURBO + OPENVINO, 512, steps=1),
 ]
 
 
@@ -92,6 +96,95 @@ def filled(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> n
     return network
 
 
+class Called(nn.Module):
+    """A network behind a function of fp32 tensors alone, as an exporter wants it."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Tensor]) -> None:
+        """`call` takes the network and its inputs, in its dtype."""
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Inputs of the network, fp32 -> its output, fp32."""
+        dtype = next(self.network.parameters()).dtype
+        return self.call(self.network, *(x.to(dtype) for x in inputs)).float()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of diffusers: `denoise` takes x_t and what is `known`, `decode` a latent."""
+
+    denoise: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
+    latent: Tensor
+    known: Sequence[Tensor]
+
+    def draw(self, row: dict[str, Any]) -> object:
+        """Draw a picture."""
+        x = self.latent
+        for _ in range(row["steps"]):
+            x = self.denoise(x, *self.known)
+        return self.decode(x)
+
+
+def sana_sprint(dtype: torch.dtype, device: str) -> tuple[Called, Called, list[Tensor]]:
+    """Return SANA-Sprint's denoiser, its decoder, and inputs: the latent and what is known."""
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
+
+    denoiser = filled(lambda: SanaTransformer2DModel(**SANA), dtype, device)
+    autoencoder = filled(lambda: AutoencoderDC(**SANA_DECODER), dtype, device)
+
+    def call(network: nn.Module, x: Tensor, text: Tensor, mask: Tensor, time: Tensor, guidance: Tensor) -> Tensor:
+        known = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "guidance": guidance}
+        output: Tensor = network(x, timestep=time, return_dict=False, **known)[0]
+        return output
+
+    one = torch.ones(1)
+    inputs = [random((1, 32, 32, 32)), random((1, 300, 2304)), torch.ones(1, 300), one, 4.5 * one]
+    return Called(denoiser, call), decoder_of(autoencoder), [x.to(device) for x in inputs]
+
+
+def sdxl_turbo(dtype: torch.dtype, device: str) -> tuple[Called, Called, list[Tensor]]:
+    """Return SDXL-Turbo's, as `sana_sprint`."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    denoiser = filled(lambda: UNet2DConditionModel(**SDXL), dtype, device)
+    autoencoder = filled(lambda: AutoencoderKL(**SDXL_DECODER), dtype, device)
+
+    def call(network: nn.Module, x: Tensor, text: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
+        known = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+        output: Tensor = network(x, 999, return_dict=False, **known)[0]
+        return output
+
+    sizes = torch.tensor([[512.0, 512, 0, 0, 512, 512]])
+    inputs = [random((1, 4, 64, 64)), random((1, 77, 2048)), random((1, 1280)), sizes]
+    return Called(denoiser, call), decoder_of(autoencoder), [x.to(device) for x in inputs]
+
+
+def decoder_of(autoencoder: Any) -> Called:
+    """Return the decoding half of an autoencoder; the other half is dropped."""
+    del autoencoder.encoder
+    return Called(autoencoder, lambda network, latent: network.decode(latent, return_dict=False)[0])
+
+
+def random(shape: tuple[int, ...]) -> Tensor:
+    """Return the same normal numbers every time, fp32."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def on_openvino(called: Called, inputs: Sequence[Tensor], threads: int) -> Callable[..., Tensor]:
+    """Compile for OpenVINO's CPU device, in the weights' dtype; it goes on reading some of them where `called` has them."""
+    import openvino
+
+    dtype = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[next(called.parameters()).dtype]
+    with torch.no_grad():
+        converted = openvino.convert_model(torch.export.export(called, tuple(inputs)))
+    # Its fusing of elementwise layers fails on SANA's transformer (2026.4.1: "2 passes ... can't be merged").
+    settings = {"INFERENCE_PRECISION_HINT": dtype, "INFERENCE_NUM_THREADS": threads, "SNIPPETS_MODE": "DISABLE"}
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    return lambda *given: torch.from_numpy(compiled([x.numpy() for x in given])[0])
+
+
 class Side:
     """A worker's state: one model, drawn again and again."""
 
@@ -100,7 +193,7 @@ class Side:
         self._role = role
         self._draw: Callable[[dict[str, Any]], object] = lambda request: None
         self._device = torch.device("cpu")
-        self._networks: tuple[nn.Module, ...] = ()
+        self._networks: list[Called] = []  # of a peer; kept, as OpenVINO reads their weights
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a request."""
@@ -109,61 +202,33 @@ class Side:
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(request["threads"])
         self._device = torch.device(request["device"])
-        load = {OURS: self._load_hart, RELEASED: self._load_hart, SPRINT: self._load_sana, TURBO: self._load_sdxl}
-        load[self._role](request)
-        return {"parameters": [sum(p.numel() for p in network.parameters()) for network in self._networks]}
+        return {"parameters": self._load_hart(request) if self._role in (OURS, RELEASED) else self._load_peer(request)}
 
-    def _load_hart(self, request: dict[str, Any]) -> None:
+    def _load_hart(self, request: dict[str, Any]) -> list[int]:
         family = FAMILIES["hart"]
         loaded = (family.load_ours if self._role == OURS else family.load_theirs)(request)
         measure.touch(loaded.weights)
         further = {OURS: lambda row: {"speed": row["setting"]}, RELEASED: lambda row: {}}[self._role]
         self._draw = lambda row: loaded.draw(1, **further(row))
+        return []
 
-    def _load_sana(self, request: dict[str, Any]) -> None:
-        from diffusers import AutoencoderDC, SanaTransformer2DModel
-
-        dtype = DTYPES[request["dtype"]]
-        denoiser = filled(lambda: SanaTransformer2DModel(**SANA), dtype, request["device"])
-        autoencoder = filled(lambda: AutoencoderDC(**SANA_DECODER), dtype, request["device"])
-        self._networks = denoiser, autoencoder.decoder
-        latent, text = self._random((1, 32, 32, 32), dtype), self._random((1, 300, 2304), dtype)
-        mask, time = torch.ones(1, 300, dtype=dtype, device=self._device), torch.ones(1, dtype=dtype, device=self._device)
-
-        def draw(row: dict[str, Any]) -> object:
-            x = latent
-            for _ in range(row["steps"]):
-                known = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "guidance": 4.5 * time}
-                x = denoiser(x, timestep=time, return_dict=False, **known)[0]
-            return autoencoder.decode(x, return_dict=False)
-
-        self._draw = draw
-
-    def _load_sdxl(self, request: dict[str, Any]) -> None:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-
-        dtype = DTYPES[request["dtype"]]
-        denoiser = filled(lambda: UNet2DConditionModel(**SDXL), dtype, request["device"])
-        autoencoder = filled(lambda: AutoencoderKL(**SDXL_DECODER), dtype, request["device"])
-        self._networks = denoiser, autoencoder.decoder
-        latent, text = self._random((1, 4, 64, 64), dtype), self._random((1, 77, 2048), dtype)
-        sizes = torch.tensor([[512.0, 512, 0, 0, 512, 512]], device=self._device)
-        added = {"text_embeds": self._random((1, 1280), dtype), "time_ids": sizes}
-
-        def draw(row: dict[str, Any]) -> object:
-            x = denoiser(latent, 999, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
-            return autoencoder.decode(x, return_dict=False)
-
-        self._draw = draw
-
-    def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self._device, dtype)
+    def _load_peer(self, request: dict[str, Any]) -> list[int]:
+        build = {SPRINT: sana_sprint, TURBO: sdxl_turbo}[self._role.removesuffix(OPENVINO)]
+        denoiser, decoder, (latent, *known) = build(DTYPES[request["dtype"]], request["device"])
+        self._networks = [denoiser, decoder]
+        if self._role.endswith(OPENVINO):
+            denoise = on_openvino(denoiser, [latent, *known], request["threads"])
+            self._draw = Peer(denoise, on_openvino(decoder, [latent], request["threads"]), latent, known).draw
+        else:
+            self._draw = Peer(denoiser, decoder, latent, known).draw
+        return [sum(p.numel() for p in called.parameters()) for called in self._networks]
 
     @torch.inference_mode()
     def _picture(self, row: dict[str, Any]) -> dict[str, Any]:
-        layout = torch.channels_last if row["setting"] == "channels_last" else torch.contiguous_format
-        for network in self._networks:
-            network.to(memory_format=layout)
+        if not self._role.endswith(OPENVINO):
+            layout = torch.channels_last if row["setting"] == "channels_last" else torch.contiguous_format
+            for network in self._networks:
+                network.to(memory_format=layout)
         measure.reset_peak(self._device)
         measure.synchronize(self._device)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -231,12 +296,16 @@ def benchmark(args: argparse.Namespace) -> None:
     measure.check_out(args.out)
     if args.official:
         args.official = official.check_checkout(args.official, "hart")
-    result = compare([row for row in ROWS if args.official or row.model != RELEASED], args)
+    absent = set() if args.official else {RELEASED}
+    if args.device != "cpu" or importlib.util.find_spec("openvino") is None:
+        absent |= {SPRINT + OPENVINO, TURBO + OPENVINO}
+    print("".join(f"left out: {model}\n" for model in sorted(absent)), end="", file=sys.stderr)
+    result = compare([row for row in ROWS if row.model not in absent], args)
     for name, row in result["rows"].items():
         print(f"{name:44}{row['seconds']['median']:8.2f} s {measure.gigabytes(row['peak_bytes']):>9}  ratio {row['ratio']:.3f}")
     if args.out:
         settings = {name: getattr(args, name) for name in ("dtype", "device", "repeats", "warmup", "threads")}
-        machine = measure.machine(args.device) | {"diffusers": measure.version("diffusers")}
+        machine = measure.machine(args.device) | {name: measure.version(name) for name in ("diffusers", "openvino")}
         measure.write_json(args.out, {"benchmark": "against_peers", "machine": machine, "settings": settings, **result})
 
 
