@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("prompt")
 parser.add_argument("--model", default="hart-mini")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--guidance", type=float, default=4.5)
+parser.add_argument("--guidance", type=float, default=4.5, help="at 0, hart-mini's default, there is nothing to share")
 parser.add_argument("--out", type=Path, default=Path("picture.png"))
 args = parser.parse_args()
 

@@ -2,7 +2,8 @@
 unconditional ones.
 
 A map from Schedule to Schedule, as the fast modes are. Hidden states are exchanged after each scale; logits, draws and the
-residual diffusion are then computed by both, from the same numbers, so both have the same codes.
+residual diffusion are then computed by both, and the second takes the first one's result, so that the two stay in step where
+they round apart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..models.next_scale import NextScaleTransformer
-from .pruning import BlockInputs, EveryToken, Memory, Pass
+from .next_scale import Edit
+from .pruning import BlockInputs, Memory, Pass
 from .schedule import Schedule, Stage
 
 
@@ -26,25 +28,28 @@ class Pair:
 
     group: dist.ProcessGroup | None = None  # None is the default group
 
-    @property
-    def size(self) -> int:
-        """Number of processes: two."""
-        return dist.get_world_size(self.group)
+    def gather(self, own: Tensor) -> Tensor:
+        """Return what both gave, tensors of one shape [N, ...], as [2, N, ...]: the first process's first."""
+        gathered = own.new_empty(2 * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own.contiguous(), group=self.group)
+        return gathered.unflatten(0, (2, -1))
 
-    @property
-    def rank(self) -> int:
-        """Which of the two this one is."""
-        return dist.get_rank(self.group)
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether either of the two says so."""
+        return bool(self.gather(torch.tensor([flag], dtype=torch.uint8, device=device)).any())
 
-    def gather(self, own: Tensor) -> list[Tensor]:
-        """Return what the first and what the second process gave, tensors of one shape."""
-        gathered = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(gathered, own.contiguous(), group=self.group)
-        return gathered
+    def agrees(self, description: object, inputs: Tensor) -> bool:
+        """Whether both describe alike what they are about to do, and have the same inputs [N, D], but for rounding."""
+        digest = zlib.crc32(repr((description, inputs.shape)).encode())
+        first, second = self.gather(torch.tensor([digest], dtype=torch.int64, device=inputs.device))
+        if first != second:
+            return False
+        first, second = self.gather(inputs.float())
+        return not ((first - second).norm(dim=-1) > 0.25 * first.norm(dim=-1)).any()
 
 
 @dataclass(frozen=True)
-class Half(Pass):
+class GuidanceHalf(Pass):
     """Computes half of a guided scale's rows, and takes the others from the other process."""
 
     run: Pass
@@ -52,13 +57,9 @@ class Half(Pass):
 
     def __call__(self, transformer: NextScaleTransformer, inputs: BlockInputs, memory: Memory) -> Tensor:
         """As `Pass`: R rows in, R out."""
-        count = len(inputs.x) // 2
-        own = inputs.rows(slice(self.pair.rank * count, (self.pair.rank + 1) * count))
-        return torch.cat(self.pair.gather(self.run(transformer, own, memory)))
-
-    def num_updates(self, depth: int) -> int:
-        """As `Pass`."""
-        return self.run.num_updates(depth)
+        count, rank = len(inputs.x) // 2, dist.get_rank(self.pair.group)
+        own = self.run(transformer, inputs.rows(slice(rank * count, (rank + 1) * count)), memory)
+        return self.pair.gather(own).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,33 @@ class FirstAlone(Pass):
 
     def __call__(self, transformer: NextScaleTransformer, inputs: BlockInputs, memory: Memory) -> Tensor:
         """As `Pass`."""
-        hidden = inputs.x if self.pair.rank else self.run(transformer, inputs, memory)
-        return self.pair.gather(hidden)[0]
-
-    def num_updates(self, depth: int) -> int:
-        """As `Pass`."""
-        return self.run.num_updates(depth)
+        first = dist.get_rank(self.pair.group) == 0
+        return self.pair.gather(self.run(transformer, inputs, memory) if first else inputs.x)[0]
 
 
 def split_guidance(schedule: Schedule, pair: Pair) -> Schedule:
     """Share a guided schedule between two processes; one without guidance is computed by both."""
 
     def split(stage: Stage) -> Stage:
-        return stage if stage.prefilled else replace(stage, run=(Half if stage.guided else FirstAlone)(stage.run, pair))
+        return stage if stage.prefilled else replace(stage, run=(GuidanceHalf if stage.guided else FirstAlone)(stage.run, pair))
 
     return replace(schedule, stages=tuple(map(split, schedule))) if schedule.guided else schedule
 
 
-def agree(schedule: Schedule, seeds: Sequence[int], pair: Pair, device: torch.device) -> bool:
-    """Whether both processes are about to draw the same seeds by like schedules."""
-    described = [(type(stage.run).__name__, replace(stage, run=EveryToken())) for stage in schedule]
-    digest = zlib.crc32(repr((list(seeds), described)).encode())
-    first, second = pair.gather(torch.tensor(digest, dtype=torch.int64, device=device))
-    return bool(first == second)
+def in_step(edit: Edit, pair: Pair) -> Edit:
+    """Return `edit` with the first process's result for both."""
+
+    def shared(embedding: Tensor, stage: Stage) -> Tensor:
+        edited = edit(embedding, stage)
+        return torch.empty_like(edited).copy_(pair.gather(edited)[0])  # with its strides, by which convolutions round
+
+    return shared
+
+
+def described(schedule: Schedule) -> Sequence[object]:
+    """What has to be the same in both processes, without what differs between them: addresses of functions."""
+    return [
+        (stage.side, stage.length, stage.guided, stage.guidance, stage.top_k, stage.top_p, stage.more_smooth)
+        + (stage.logit_temperature, stage.num_inference_steps, type(stage.run).__name__, getattr(stage.run, "kept", None))
+        for stage in schedule
+    ]

@@ -43,6 +43,10 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self._tile: int | None = None
         self._slices = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the other process, for copies and pickles."""
+        return super().__getstate__() | {"_pair": None}
+
     @property
     def transformer(self) -> TransformerT:
         """The network that the engine runs. It may be replaced, for example by `torch.compile(pipe.transformer)`."""
@@ -100,7 +104,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         is the number of pictures, the settings' kinds (guidance on or off, top-k, top-p, speed) and the dtype; prompts, seeds
         and numbers may differ. What is captured keeps its memory: docs/memory.md. Edits, and callbacks of calls that draw
         pictures one by one, run without. `disable_graphs` and moving to another device end it. Raises InputError without a CUDA
-        device.
+        device, and with `enable_guidance_parallel`.
         """
         if self.device.type != "cuda":
             raise InputError(f"enable_graphs needs a CUDA device; this pipeline is on {self.device}, which has no graphs.")
@@ -115,21 +119,23 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self.engine.graphs = None
 
     def enable_guidance_parallel(self, group: dist.ProcessGroup | None = None) -> None:
-        """Share every picture between two processes, each with a device: one computes the conditional half, one the other.
+        """Share every picture between two processes: one computes the conditional half of each scale, the other the other.
 
-        `group`: two processes, by default all there are (`torchrun --nproc-per-node 2`). Both make the same calls, with the
-        same arguments and seeds, and both return the pictures; where one fails, the other waits as long as the group does.
-        Calls without guidance are computed by both. Ends with `disable_guidance_parallel()`. Raises InputError where there are
-        no two processes, and with `enable_graphs`.
+        `group`: two processes with a device each, by default all there are (`torchrun --nproc-per-node 2`), whose backend fits
+        the device: nccl for CUDA, gloo for CPUs. Both make the same calls, in one thread, with the same arguments, `seed` and
+        callbacks or none, and both return the pictures. These may differ from one process's, as products of half the rows
+        round apart. It saves time, no memory; prefill, residual diffusion, decoding and calls without guidance are done by
+        both. An error or an interruption in one process alone leaves the other waiting, as long as the group does; make both
+        anew then. `disable_guidance_parallel()` ends it. Raises InputError where there are no two processes, and with
+        `enable_graphs`.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise InputError("enable_guidance_parallel needs torch.distributed; call init_process_group first, under torchrun.")
-        pair = Pair(group)
-        if pair.size != 2:
-            raise InputError(f"enable_guidance_parallel needs a group of two processes, not of {pair.size}.")
+        if (size := dist.get_world_size(group)) != 2:
+            raise InputError(f"enable_guidance_parallel needs a group of two processes, this one among them, not of {size}.")
         if self.engine.graphs is not None:
             raise InputError("enable_graphs and enable_guidance_parallel exclude each other: graphs exchange nothing.")
-        self._pair = pair
+        self._pair = Pair(group)
 
     def disable_guidance_parallel(self) -> None:
         """Compute both halves in this process again."""

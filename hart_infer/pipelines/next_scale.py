@@ -14,8 +14,8 @@ from ..checkpoints.var import VarDefaults
 from ..engine.cpu import cpu_threads
 from ..engine.next_scale import TransformerT
 from ..errors import InputError
-from ..generation.halves import agree, split_guidance
-from ..generation.next_scale import Generation, as_drawn, finish
+from ..generation.halves import Pair, described, in_step, split_guidance
+from ..generation.next_scale import Edit, Generation, as_drawn, finish
 from ..generation.sampling import check_finite, make_sampler
 from ..generation.schedule import Schedule
 from ..generation.speed import SPEEDS, Knobs, Prune, SpeedName, resolve
@@ -42,6 +42,7 @@ class Call:
     reproducible: bool | None
     edit: PictureEdit
     interrupts: int  # that the pipeline had counted when the call began
+    pair: Pair | None  # who shares the guidance halves
 
 
 class NextScalePipeline(NetworksPipeline[TransformerT]):
@@ -122,7 +123,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
             check_bool(reproducible, "reproducible")
         if edit is not None:
             check_edit(edit, self.sizes[0], self.autoencoder.quantizer)
-        return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT, self._interrupts)
+        return Call(output_type, check_callback(callback, self), reproducible, edit or NO_EDIT, self._interrupts, self._pair)
 
     @torch.no_grad()
     def _draw(
@@ -134,10 +135,6 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         call: Call,
     ) -> Any:
         """Generate one image per seed in the form of `call`; `conditions` computes the prompts' and the negatives'."""
-        if self._pair is not None:
-            if not agree(schedule, seeds, self._pair, self.device):
-                raise InputError("With enable_guidance_parallel both processes must be given the same seed and settings.")
-            schedule = split_guidance(schedule, self._pair)
         with out_of_memory_advice(), cpu_threads(self.num_threads):
             with self._using(self.transformer, self.autoencoder.quantizer):
                 images, flags = self._generate(schedule, *conditions(), seeds, draw_device, call)
@@ -168,8 +165,14 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         """
         batch_size = self._batch_size(call.reproducible, len(seeds))
         samplers = [make_sampler(seeds[i : i + batch_size], draw_device, schedule) for i in range(0, len(seeds), batch_size)]
-        edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
+        edit: Edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
         watched = call.callback is not None
+        if call.pair is not None:
+            description = (list(seeds), batch_size, draw_device.type, edit is as_drawn, watched, described(schedule))
+            inputs = torch.cat([condition.inputs.flatten(0, 1) for condition in (*prompts, *(negatives or ()))])
+            if not call.pair.agrees(description, inputs):
+                raise InputError("With enable_guidance_parallel both processes must make the same call, with the same seed.")
+            schedule, edit = split_guidance(schedule, call.pair), in_step(edit, call.pair)
         started = self.engine.start(schedule, samplers, prompts, negatives, edit, side_by_side=watched)
         turns: Iterable[Iterable[Generation]] = [started] if watched else ([each] for each in started)
         latents: list[Tensor] = []
@@ -205,13 +208,16 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
             for stage in schedule:
                 self.engine.run_scale(states, stage)
                 bar.update()
+                stopped = False
                 if callback is not None:
                     f_hat = torch.cat([state.f_hat for state in states])
                     step = Step(stage.index, stage.side, len(schedule), f_hat, preview)
                     callback(step)
-                    if step.stopped:
-                        break
-                if self._interrupts != call.interrupts:
+                    stopped = step.stopped
+                stopped = stopped or self._interrupts != call.interrupts
+                if callback is not None and call.pair is not None:
+                    stopped = call.pair.any(stopped, self.device)
+                if stopped:
                     break
             latents.append(torch.cat([finish(state) for state in states]))  # a copy, as graphs write to it again
             flags += [state.sampler.failed(state.indices[-1]) for state in states]

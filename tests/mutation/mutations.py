@@ -101,15 +101,29 @@ MUTATIONS = [
     Mutation(
         "both processes compute the conditional half",
         "hart_infer/generation/halves.py",
-        "self.pair.rank * count, (self.pair.rank + 1) * count",
+        "rank * count, (rank + 1) * count",
         "0, count",
         "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
     ),
     Mutation(
         "a scale without guidance from the process that has no conditional keys",
         "hart_infer/generation/halves.py",
-        "self.pair.gather(hidden)[0]",
-        "self.pair.gather(hidden)[1]",
+        "if first else inputs.x)[0]",
+        "if first else inputs.x)[1]",
+        "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
+    ),
+    Mutation(
+        "nothing shared",
+        "hart_infer/generation/halves.py",
+        "if schedule.guided else schedule",
+        "if not schedule.guided else schedule",
+        "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
+    ),
+    Mutation(
+        "any prompts agree",
+        "hart_infer/generation/halves.py",
+        "0.25 * first.norm",
+        "25 * first.norm",
         "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
     ),
     Mutation(

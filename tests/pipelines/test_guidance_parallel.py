@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ CALLS: dict[str, tuple[str, str | int | list[str], dict[str, Any]]] = {
     "guided": ("hart", "a cat", MINI),
     "a batch": ("hart", ["a cat", "two dogs"], {**MINI, "negative_prompt": "a blue cat", "reproducible": False}),
     "guidance ends": ("hart", "a cat", {**MINI, "guidance_stops_at": 10, "num_inference_steps": 2}),
-    "pruned": ("hart", "a cat", {**MINI, "prune": {"drop": [0.5]}}),
-    "pruned once": ("hart", "a cat", {**MINI, "prune": {"drop": [0.5], "once": True}, "guidance_stops_at": 16}),
+    "pruned": ("hart", "a cat", {**MINI, "prune": {"drop": [0.5]}, "guidance_stops_at": 16}),
+    "pruned once": ("hart", "a cat", {**MINI, "prune": {"drop": [0.5], "once": True}}),
     "no guidance": ("hart", "a cat", {**MINI, "guidance_scale": 0.0}),
     "VAR": ("var", 3, MINI),
 }
@@ -39,32 +41,69 @@ def draw(made: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def one_of_two(rank: int, folder: Path) -> None:
     """What each process does; this file is its script."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     made = pipelines()
-    for pipe in made.values():
-        pipe.enable_guidance_parallel()
+    pipe = made["hart"]
+    for each in made.values():
+        each.enable_guidance_parallel()
     torch.save(draw(made), folder / f"{rank}.pt")
-    with pytest.raises(InputError, match="both processes must be given the same seed"):
-        made["hart"]("a cat", guidance_scale=1.5, seed=rank)
+
+    rows: list[int] = []
+    hook = pipe.transformer.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
+    pipe("a cat", **MINI)
+    assert rows[-5:] == [1] * 5  # two without sharing
+    rows.clear()
+    pipe("a cat", **MINI, guidance_stops_at=10)
+    assert rows[-5:] == [1] * 5 if rank == 0 else rows[-3:] == [1] * 3  # none at the last two
+    hook.remove()
+
+    two = {"guidance_scale": 1.5, "seed": 5, "num_images_per_prompt": 2}
+    only_one: list[tuple[str, dict[str, Any]]] = [
+        ("a cat", {**two, "seed": rank}),
+        ("a dog" if rank else "a cat", two),
+        ("a cat", {**two, "top_k": 5 + rank}),
+        ("a cat", {**two, "callback_on_step_end": print if rank else None}),
+    ]
+    for prompt, arguments in only_one:
+        with pytest.raises(InputError, match="both processes must make the same call"):
+            pipe(prompt, **arguments)
+
+    sides: list[int] = []
+
+    def stop(step: Any) -> None:
+        sides.append(step.side)
+        if rank and step.side == 4:
+            step.stop()
+
+    pipe("a cat", **two, callback_on_step_end=stop)
+    assert sides == [1, 2, 4], "the first process ends with the second"
+
+    copied = copy.deepcopy(pipe)
     alone = [dist.new_group([each]) for each in range(2)]
-    with pytest.raises(InputError, match="a group of two processes, not of 1"):
-        made["hart"].enable_guidance_parallel(alone[rank])
+    with pytest.raises(InputError, match="a group of two processes, this one among them, not of 1"):
+        pipe.enable_guidance_parallel(alone[rank])
+    pipe.engine.graphs = object()
+    with pytest.raises(InputError, match="exclude each other"):
+        pipe.enable_guidance_parallel()
     dist.destroy_process_group()
-    made["hart"].disable_guidance_parallel()
-    made["hart"]("a cat", guidance_scale=1.5)
+    copied("a cat", guidance_scale=1.5)  # alone
 
 
 def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(tmp_path)]
-    both = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    expected = draw(pipelines())
-    for process in both:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, images in expected.items():
-            torch.testing.assert_close(found[name], images, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    both = [subprocess.Popen([*command, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
+    try:
+        expected = draw(pipelines())
+        said = [process.communicate(timeout=300)[1].decode() for process in both]
+        assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    finally:
+        for process in both:
+            process.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, images in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], images, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert not torch.equal(expected["guided"], expected["no guidance"])
 
 
