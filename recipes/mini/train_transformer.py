@@ -39,7 +39,7 @@ from hart_infer.models.var import VarTransformer
 
 DROPPED = 0.05  # share of conditions replaced by the unconditional one
 WORDED = 0.3  # share of captions that name the subject by one of its words in words.json, where there are some
-LIKENESS = 6.0  # a word whose likeness to its subject is 0.1 higher is drawn e^0.6 times as often
+LIKENESS = 10.0  # a word whose likeness to its subject is 0.1 higher is drawn e times as often
 RARE = 1e-8  # a word's least share of English text: many keywords were never counted
 SAMPLES = (
     "a cat, noto style", "a cat, fluent style", "a cat, twemoji style", "pizza", "a rocket in fluent style", "red heart",
