@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hart_infer import VarPipeline
+from hart_infer import HartPipeline, VarPipeline
 from hart_infer.engine.graphs import tensors_of
 from hart_infer.generation.next_scale import new_cache, prefill
 from hart_infer.generation.residual import LATENT_SCALE
@@ -23,6 +23,7 @@ from hart_infer.generation.schedule import Settings, hart_schedule, var_schedule
 from hart_infer.models.hart import HartTransformer
 from hart_infer.models.parts.autoencoder import Autoencoder
 from hart_infer.models.var import VarTransformer
+from hart_infer.pipelines.describe import weights_digest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mini"
 
@@ -646,3 +647,18 @@ def test_the_text_encoder_learns_what_it_encodes(recipe, tmp_path):
     assert torch.equal(mask, expected_mask)
     near = (hidden - expected).abs().mean() / expected.abs().mean()  # padding too, which HART attends to
     assert near < 0.02, "within bf16's rounding"
+
+
+def test_the_tables_have_the_records_figures(recipe):
+    """Of the weights in the package, too: new ones want new figures."""
+    from tables import RECORD, RESULTS, filled
+
+    text, record = RESULTS.read_text(encoding="utf-8"), json.loads(RECORD.read_text(encoding="utf-8"))
+    assert filled(text, record) == text
+    weights = {part["settings"]["weights"] for part in record.values()}
+    assert weights == {
+        weights_digest(HartPipeline.from_pretrained("hart-mini", device="cpu", torch_dtype=torch.float32).components)
+    }
+    assert f"({weights.pop()}; bf16" in text
+    with pytest.raises(SystemExit, match="has 0 rows that begin with 'drawn, five new wordings', not one"):
+        filled(text.replace("| drawn, five new", "| drawn, 5 new"), record)
