@@ -119,7 +119,7 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
         self.engine.graphs = None
 
     def enable_guidance_parallel(self, group: dist.ProcessGroup | None = None) -> None:
-        """Share every picture between two processes: one computes the conditional half of each scale, the other the other.
+        """Share every picture between two processes: one computes the conditional half, one the other.
 
         `group`: two processes with a device each, by default all there are (`torchrun --nproc-per-node 2`), whose backend fits
         the device: nccl for CUDA, gloo for CPUs. Both make the same calls, in one thread, with the same arguments, `seed` and
