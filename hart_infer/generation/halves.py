@@ -45,7 +45,7 @@ class Pair:
         if first != second:
             return False
         first, second = self.gather(inputs.float())
-        return not ((first - second).norm(dim=-1) > 0.25 * first.norm(dim=-1)).any()
+        return not ((first - second).norm(dim=-1) > 0.03 * first.norm(dim=-1)).any()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
@@ -51,12 +52,21 @@ class PictureEdit:
         picture, anew = self.picture.to(pixels.device), self.anew.to(pixels.device)
         return picture + (pixels - picture) * anew
 
+    def digest(self) -> int:
+        """Return a number that differs where picture or mask do."""
+        parts = [part for part in (self.keep, self.picture, self.anew) if part is not None]
+        return zlib.crc32(torch.cat([part.flatten().cpu() for part in parts]).numpy().tobytes())
+
 
 class NoEdit(PictureEdit):
     """The edit of a call that draws everything."""
 
     def __init__(self) -> None:
         pass
+
+    def digest(self) -> int:
+        """Return 0."""
+        return 0
 
     def __repr__(self) -> str:
         """Return its name; it has no fields."""

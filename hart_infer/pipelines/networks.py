@@ -123,11 +123,11 @@ class NetworksPipeline(Pipeline, Generic[TransformerT]):
 
         `group`: two processes with a device each, by default all there are (`torchrun --nproc-per-node 2`), whose backend fits
         the device: nccl for CUDA, gloo for CPUs. Both make the same calls, in one thread, with the same arguments, `seed` and
-        callbacks or none, and both return the pictures. These may differ from one process's, as products of half the rows
-        round apart. It saves time, no memory; prefill, residual diffusion, decoding and calls without guidance are done by
-        both. An error or an interruption in one process alone leaves the other waiting, as long as the group does; make both
-        anew then. `disable_guidance_parallel()` ends it. Raises InputError where there are no two processes, and with
-        `enable_graphs`.
+        callbacks or none, and both return the pictures. These may differ from one process's, as products of half the rows round
+        apart. It is meant to save time, which is not measured, and saves no memory; prefill, residual diffusion, decoding and
+        calls without guidance are done by both. An error or an interruption in one process alone leaves the other waiting, as
+        long as the group does; make both anew then. `disable_guidance_parallel()` ends it. Raises InputError where there are no
+        two processes, and with `enable_graphs`.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise InputError("enable_guidance_parallel needs torch.distributed; call init_process_group first, under torchrun.")

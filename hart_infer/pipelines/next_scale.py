@@ -168,7 +168,7 @@ class NextScalePipeline(NetworksPipeline[TransformerT]):
         edit: Edit = as_drawn if call.edit is NO_EDIT else call.edit.embedding
         watched = call.callback is not None
         if call.pair is not None:
-            description = (list(seeds), batch_size, draw_device.type, edit is as_drawn, watched, described(schedule))
+            description = (list(seeds), batch_size, draw_device.type, call.edit.digest(), watched, described(schedule))
             inputs = torch.cat([condition.inputs.flatten(0, 1) for condition in (*prompts, *(negatives or ()))])
             if not call.pair.agrees(description, inputs):
                 raise InputError("With enable_guidance_parallel both processes must make the same call, with the same seed.")

@@ -2,8 +2,8 @@
 
     python recipes/mini/tables.py OUT/hart-results.json
 
-A row is known by its first cell; what stands in the others is replaced. The record is kept as results/hart-mini.json, with
-which the tests compare the tables.
+What it takes are generation, prompts, fresh_prompts, plain, unseen and pairs. A row is known by its first cell; what stands
+in the others is replaced. The record is kept as results/hart-mini.json, with which the tests compare the tables.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS, RECORD = HERE / "RESULTS.md", HERE / "results" / "hart-mini.json"
 HEADING = "\n## hart-mini\n"
+PARTS = ("generation", "prompts", "fresh_prompts", "plain", "unseen", "pairs")
 
 
 def percent(share: float) -> str:
@@ -79,7 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
     args = parser.parse_args()
-    record = json.loads(args.record.read_text(encoding="utf-8"))
+    found = json.loads(args.record.read_text(encoding="utf-8"))
+    if missing := [part for part in PARTS if part not in found]:
+        raise SystemExit(f"{args.record} has no {missing[0]}; draw it by evaluate.py --only {' '.join(missing)}.")
+    record = {part: found[part] for part in PARTS}
     text = filled(RESULTS.read_text(encoding="utf-8"), record)
     RESULTS.write_text(text, encoding="utf-8")
     RECORD.parent.mkdir(exist_ok=True)

@@ -122,8 +122,8 @@ MUTATIONS = [
     Mutation(
         "any prompts agree",
         "hart_infer/generation/halves.py",
-        "0.25 * first.norm",
-        "25 * first.norm",
+        "0.03 * first.norm",
+        "3 * first.norm",
         "tests/pipelines/test_guidance_parallel.py::test_two_processes_draw_what_one_does",
     ),
     Mutation(

@@ -52,16 +52,17 @@ def one_of_two(rank: int, folder: Path) -> None:
     rows: list[int] = []
     hook = pipe.transformer.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
     pipe("a cat", **MINI)
-    assert rows[-5:] == [1] * 5  # two without sharing
+    assert rows == [1] * 6  # the prefill's, and five scales of two rows without sharing
     rows.clear()
     pipe("a cat", **MINI, guidance_stops_at=10)
-    assert rows[-5:] == [1] * 5 if rank == 0 else rows[-3:] == [1] * 3  # none at the last two
+    assert rows == [1] * (4 if rank else 6)  # the second has none at the last two
     hook.remove()
 
     two = {"guidance_scale": 1.5, "seed": 5, "num_images_per_prompt": 2}
     only_one: list[tuple[str, dict[str, Any]]] = [
         ("a cat", {**two, "seed": rank}),
         ("a dog" if rank else "a cat", two),
+        ("a cat", {**two, "edit": pipe.edit(torch.full((1, 3, 128, 128), 0.5), (0, 0, 0.5, 0.5 + 0.25 * rank))}),
         ("a cat", {**two, "top_k": 5 + rank}),
         ("a cat", {**two, "callback_on_step_end": print if rank else None}),
     ]
