@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..models.next_scale import NextScaleTransformer
 from .next_scale import Edit
-from .pruning import BlockInputs, Memory, Pass
+from .pruning import BlockInputs, EveryToken, Memory, Pass
 from .schedule import Schedule, Stage
 
 
@@ -95,9 +95,5 @@ def in_step(edit: Edit, pair: Pair) -> Edit:
 
 
 def described(schedule: Schedule) -> Sequence[object]:
-    """What has to be the same in both processes, without what differs between them: addresses of functions."""
-    return [
-        (stage.side, stage.length, stage.guided, stage.guidance, stage.top_k, stage.top_p, stage.more_smooth)
-        + (stage.logit_temperature, stage.num_inference_steps, type(stage.run).__name__, getattr(stage.run, "kept", None))
-        for stage in schedule
-    ]
+    """What has to be the same in both processes; how scales prune, by name and number, as functions have addresses."""
+    return [(replace(stage, run=EveryToken()), type(stage.run), getattr(stage.run, "kept", None)) for stage in schedule]
