@@ -18,6 +18,7 @@ SETTINGS: dict[str, Callable[[Any, str], Any]] = {  # columns that change a row'
     "size": lambda value, name: check_int(_number(value), name, 1),
     "guidance_scale": lambda value, name: check_float(_number(value), name, 0),
     "num_inference_steps": lambda value, name: check_int(_number(value), name, 0),
+    "residual_temperature": lambda value, name: check_float(_number(value), name, 0, 1),
     "top_k": lambda value, name: check_int(_number(value), name, 0),
     "top_p": lambda value, name: check_float(_number(value), name, 0, 1),
     "more_smooth": lambda value, name: check_bool(_flag(value), name),

@@ -108,6 +108,7 @@ class Defaults:
     guidance_scale: float = 4.5
     top_p: float = 0.0
     use_system_prompt: bool = True
+    residual_temperature: float = 1.0
     late_temperature: float = 1.0  # of late scales without guidance; benchmarks/fit_late_temperature.py fits it
 
     def __post_init__(self) -> None:
@@ -115,6 +116,8 @@ class Defaults:
         guidance = self.guidance_scale
         require(0 <= guidance <= MAX_GUIDANCE, f"guidance_scale must be from 0 to {MAX_GUIDANCE:g}, not {guidance}.")
         require(0 <= self.top_p <= 1, f"top_p must be from 0 to 1, not {self.top_p}.")
+        noise = self.residual_temperature
+        require(0 <= noise <= 1, f"residual_temperature must be from 0 to 1, not {noise}.")
         (low, high), late = LATE_TEMPERATURES, self.late_temperature
         require(low <= late <= high, f"late_temperature must be from {low:g} to {high:g}, not {late}.")
 

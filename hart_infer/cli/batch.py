@@ -34,8 +34,8 @@ FORMATS = ("png", "webdataset")
 DETAILS = """\
 FILE is .txt (one prompt per line), .csv, .jsonl or .parquet, with a column prompt
 (or label, for a model of classes) and, if you like, id, seed and settings: size,
-guidance_scale, top_k, top_p, more_smooth, num_inference_steps, negative_prompt,
-use_system_prompt. An empty cell is the command line's value.
+guidance_scale, top_k, top_p, more_smooth, num_inference_steps, residual_temperature,
+negative_prompt, use_system_prompt. An empty cell is the command line's value.
 Called again, the same command goes on where it was ended: what has a picture is
 not drawn again. The manifest's path goes to stdout at the end."""
 

@@ -21,6 +21,7 @@ Ability = Literal["draw pictures", "edit pictures", "draw videos", "answer quest
 # The options that not every family has, by the arguments that they give.
 FLAGS = {
     "num_inference_steps": "--steps",
+    "residual_temperature": "--residual-temperature",
     "speed": "--speed",
     "guidance_stops_at": "--guidance-stops-at",
     "late_temperature": "--late-temperature",

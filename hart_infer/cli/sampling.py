@@ -30,6 +30,7 @@ class SamplingOptions:
     size: int | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    residual_temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     more_smooth: bool | None = None
@@ -49,6 +50,7 @@ class SamplingOptions:
             size=args.size,
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.steps,
+            residual_temperature=args.residual_temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             more_smooth=args.more_smooth,
@@ -121,6 +123,12 @@ def add_sampling(parser: argparse.ArgumentParser, seed: str = "seed of the first
         help="next input: mixtures of codes (HART), or the drawn codes (VAR)",
     )
     add("--steps", metavar="N", type=options.steps, help="HART: residual diffusion steps, 0 for none (8)")
+    add(
+        "--residual-temperature",
+        metavar="X",
+        type=options.number(0, 1),
+        help="HART: scales the noise of the residual steps, 0 for none (1)",
+    )
     add("--negative-prompt", metavar="TEXT", help="HART, VILA-U: what to steer away from")
     add(
         "--no-system-prompt",
@@ -184,7 +192,7 @@ def add_video_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", **TOP_P, help="probability kept, 0 for all (0.96)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--batch-size", metavar="N", type=options.whole(1), default=1, help="videos at a time (1)")
-    parser.set_defaults(size=None, more_smooth=None, steps=None, use_system_prompt=None, preset=None)
+    parser.set_defaults(size=None, more_smooth=None, steps=None, residual_temperature=None, use_system_prompt=None, preset=None)
     parser.set_defaults(**dict.fromkeys(SPEED_OPTIONS))
 
 

@@ -191,6 +191,7 @@ def run_scale(state: GenerationState, stage: Stage) -> None:
             transformer.residual_condition(hidden, codebook[indices]),
             settings=sampler.settings(stage, hidden.device),
             num_inference_steps=stage.num_inference_steps,
+            temperature=stage.residual_temperature,
             noise=sampler.noise,
         )
     embedding = embedding.transpose(1, 2).reshape(state.batch_size, -1, stage.side, stage.side)

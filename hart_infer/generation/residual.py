@@ -70,11 +70,18 @@ def diffusion_schedule(num_inference_steps: int) -> tuple[DiffusionStep, ...]:
 
 
 def sample_residual(
-    network: ResidualDiffusion, condition: Tensor, *, settings: Tensor, num_inference_steps: int, noise: Noise
+    network: ResidualDiffusion,
+    condition: Tensor,
+    *,
+    settings: Tensor,
+    num_inference_steps: int,
+    temperature: float = 1.0,
+    noise: Noise,
 ) -> Tensor:
     """Sample the residual [B, L, C] fp32, in units of the latent, for the B images of `noise`.
 
     `condition` z [R, L, D]: R = B, or 2B with the unconditional rows last; `settings`, of `draw_settings`, has the guidance.
+    `temperature` scales the noise of the steps, not the first one's x_T (an argument of the released `DiffLoss.sample`).
     Both halves share x_t: the released code computes one for the unconditional half that is never read.
     """
     _, length, _ = condition.shape
@@ -86,7 +93,7 @@ def sample_residual(
     start = noise.start(length, network.channels, condition.device)
     x = start.flatten(0, 1)
     for step, time in zip(steps, times, strict=True):
-        added = noise.step(length, network.channels, x.device).view(x.shape) if step.adds_noise else x
+        added = noise.step(length, network.channels, x.device).view(x.shape) * temperature if step.adds_noise else x
         x = denoise(network, x, step, time, embedded, settings, added)
     return x.view(start.shape) * LATENT_SCALE
 

@@ -19,6 +19,7 @@ class Settings:
 
     guidance_scale: float = 4.5  # at the last scale; 0 is none
     num_inference_steps: int = 8  # of the residual diffusion; 0 leaves it out (the released `final_stage=1`)
+    residual_temperature: float = 1.0  # scales the noise of its steps; 0 adds none after the start
     top_k: int | None = None  # None is the released schedule; 0 keeps all codes
     top_p: float = 0.0  # 0 is off
     more_smooth: bool = True  # feed on Gumbel-softmax mixtures of codes instead of drawn codes
@@ -44,6 +45,7 @@ class Stage:
     logit_temperature: float = 1.0  # divides the logits; other than 1 where a fast mode took the guidance away
     phi: int | None  # which of the shared residual convolutions refines its codes; None for none
     num_inference_steps: int = 0  # of the residual diffusion behind it; 0 for none
+    residual_temperature: float = 1.0  # scales the noise that its steps add
     run: Pass = EveryToken()  # how its tokens go through the blocks
 
     @property
@@ -134,6 +136,7 @@ def hart_schedule(
                 more_smooth=settings.more_smooth,
                 phi=phi_index(index, len(patch_nums), share_quant_resi) if index < last else None,
                 num_inference_steps=0 if index < last else settings.num_inference_steps,
+                residual_temperature=settings.residual_temperature,
             )
         )
     return placed(stages, patch_nums[-1])

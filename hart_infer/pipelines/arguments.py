@@ -73,13 +73,16 @@ def _next_seed(generator: torch.Generator) -> int:
     return generator.initial_seed() if is_fresh else int(drawn)
 
 
-def check_settings(*, guidance_scale: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int) -> Settings:
+def check_settings(
+    *, guidance_scale: Any, top_k: Any, top_p: Any, more_smooth: Any, vocab_size: int, residual_temperature: Any = 1.0
+) -> Settings:
     """Return the checked settings of the sampling; raises InputError."""
     return Settings(
         guidance_scale=check_float(guidance_scale, "guidance_scale", 0, MAX_GUIDANCE),
         top_k=None if top_k is None else check_int(top_k, "top_k", 0, vocab_size),
         top_p=check_float(top_p, "top_p", 0, 1),
         more_smooth=check_bool(more_smooth, "more_smooth"),
+        residual_temperature=check_float(residual_temperature, "residual_temperature", 0, 1),
     )
 
 

@@ -164,6 +164,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         num_images_per_prompt: int = ...,
         guidance_scale: float | None = ...,
         num_inference_steps: int | None = ...,
+        residual_temperature: float | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool = ...,
@@ -197,6 +198,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         num_images_per_prompt: int = ...,
         guidance_scale: float | None = ...,
         num_inference_steps: int | None = ...,
+        residual_temperature: float | None = ...,
         top_k: int | None = ...,
         top_p: float | None = ...,
         more_smooth: bool = ...,
@@ -230,6 +232,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
+        residual_temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         more_smooth: bool = True,
@@ -261,6 +264,8 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
                 the checkpoint's default (released: 4.5).
             num_inference_steps: steps of the residual diffusion; 0 leaves it out (discrete tokens only); None is the `speed`'s,
                 8 in the paper.
+            residual_temperature: scales the noise that these steps add, from 0, which gives the likeliest residual and smoother
+                pictures, to 1; None is the checkpoint's default (released: 1).
             top_k: codes kept before drawing; None is the released 600, then 300 from scale 7 on; 0 keeps all.
             top_p: nucleus of probability kept after top-k; 0 turns it off; None is the checkpoint's default (released: 0).
             more_smooth: feed on Gumbel-softmax mixtures of codes (the released scripts' default) instead of the drawn codes.
@@ -294,6 +299,7 @@ class HartPipeline(NextScalePipeline[HartTransformer]):
             top_k=top_k,
             top_p=self.defaults.top_p if top_p is None else top_p,
             more_smooth=more_smooth,
+            residual_temperature=self.defaults.residual_temperature if residual_temperature is None else residual_temperature,
             vocab_size=self.autoencoder.config.vocab_size,
         )
         knobs = self.knobs(

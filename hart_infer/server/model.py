@@ -20,6 +20,7 @@ CLIENT_OPTIONS = (  # arguments of a call that a client may give, where the mode
     "guidance_scale",
     "negative_prompt",
     "num_inference_steps",
+    "residual_temperature",
     "speed",
     "top_k",
     "top_p",

@@ -36,6 +36,7 @@ class PictureRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
     negative_prompt: str | None = None
     num_inference_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] | None = None
+    residual_temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     speed: str | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None

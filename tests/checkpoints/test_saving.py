@@ -110,7 +110,13 @@ def test_the_folder_holds_what_it_should_and_nothing_else(
         "_class_name": "HartPipeline",
         "_hart_infer_version": hart_infer.__version__,
         "parts": list(parts),
-        "defaults": {"guidance_scale": 4.5, "top_p": 0.0, "use_system_prompt": True, "late_temperature": 1.0},
+        "defaults": {
+            "guidance_scale": 4.5,
+            "top_p": 0.0,
+            "use_system_prompt": True,
+            "residual_temperature": 1.0,
+            "late_temperature": 1.0,
+        },
     }
     names = set(content(saved))
     for part in PARTS[:2]:

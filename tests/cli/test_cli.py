@@ -301,6 +301,7 @@ def test_one_prompt_one_file(calls: Calls, capsys: pytest.CaptureFixture[str]) -
         "size": None,
         "guidance_scale": 4.5,
         "num_inference_steps": 8,
+        "residual_temperature": 1.0,
         "top_k": None,
         "top_p": 0.0,
         "more_smooth": True,
@@ -317,7 +318,7 @@ def test_every_option_arrives(calls: Calls) -> None:
     arguments = (
         "generate x --size 32 --guidance-scale 3 --steps 5 --top-k 9 --top-p .5 --no-smooth "
         "--negative-prompt b --no-system-prompt -m m --variant v --revision r --local-files-only --no-ema --text-encoder t "
-        "--device cpu --dtype bf16 --quantize int8"
+        "--residual-temperature .25 --device cpu --dtype bf16 --quantize int8"
     )
     assert main(arguments.split()) == 0
     (load,), (batch,) = calls.loads, calls.batches
@@ -334,6 +335,7 @@ def test_every_option_arrives(calls: Calls) -> None:
     }
     settings = {key: batch[key] for key in ("size", "guidance_scale", "num_inference_steps", "top_k", "top_p")}
     assert list(settings.values()) == [32, 3.0, 5, 9, 0.5]
+    assert batch["residual_temperature"] == 0.25
     assert (batch["more_smooth"], batch["negative_prompt"], batch["use_system_prompt"]) == (False, "b", False)
 
 
@@ -496,6 +498,7 @@ def test_metadata_says_what_made_the_picture(
         "size": SIDE,
         "guidance_scale": 4.5,
         "num_inference_steps": 8,
+        "residual_temperature": 1.0,
         "top_p": 0.0,
         "more_smooth": True,
         "negative_prompt": "dogs",
@@ -829,7 +832,13 @@ def test_info_counts_what_is_loaded(model: list[str], hart_tiny: Path, capsys: p
     assert report["parameters"]["total"] == sum(part.numel() for part in parts)
     assert report["memory"]["fp32"]["weights_bytes"] == sum(part.numel() * 4 for part in parts)
     assert report["schedule"]["picture_pixels"] == pipe.sizes[0]
-    assert report["defaults"] == {"guidance_scale": 4.5, "top_p": 0.0, "use_system_prompt": True, "late_temperature": 1.0}
+    assert report["defaults"] == {
+        "guidance_scale": 4.5,
+        "top_p": 0.0,
+        "use_system_prompt": True,
+        "residual_temperature": 1.0,
+        "late_temperature": 1.0,
+    }
     assert {"llm/ema_model.bin", "tokenizer/model.safetensors"} == set(report["files"])
     assert main(["info", str(hart_tiny), "--no-ema"]) == 0
     assert "llm/model.safetensors" in capsys.readouterr().out

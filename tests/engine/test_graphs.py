@@ -109,6 +109,7 @@ def test_graphs_keep_the_unconditional_prefix_that_they_read(by_graphs: HartPipe
         {"more_smooth": False},
         {"num_inference_steps": 4},
         {"num_inference_steps": 0},
+        {"residual_temperature": 0.5},
         {"negative_prompt": "a dog"},
         {"num_images_per_prompt": 3},
         {"speed": "fast"},

@@ -109,6 +109,33 @@ def test_sample_is_in_units_of_the_latent(network):
     assert sample.abs().max() == pytest.approx(LATENT_SCALE)
 
 
+class Given:
+    """Noise that is given: x_T, and what each step adds."""
+
+    def __init__(self, start, steps):
+        self.first, self.steps = start, iter(steps)
+
+    def start(self, *_):
+        return self.first
+
+    def step(self, *_):
+        return next(self.steps)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_temperature_scales_what_the_steps_add_alone(network, temperature):
+    condition, start, steps = torch.randn(2, 50, 32), torch.randn(2, 50, 4), torch.randn(7, 2, 50, 4)
+
+    def sample(steps, **changes):
+        noise = Given(start, steps)
+        return sample_residual(network, condition, settings=draw_settings(), num_inference_steps=8, noise=noise, **changes)
+
+    assert sample(steps, temperature=temperature).equal(sample(steps * temperature))
+    assert sample(steps, temperature=1.0).equal(sample(steps))
+    assert not sample(steps, temperature=0.5).equal(sample(steps))
+    assert sample(steps, temperature=0.0).equal(sample(-steps, temperature=0.0))
+
+
 def test_guidance_of_exactly_one_is_guidance(network):
     """The released code takes t = 1 for none at all."""
     condition = torch.randn(4, 50, 32)

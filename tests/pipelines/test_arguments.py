@@ -104,6 +104,10 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
         for bad in (-1, 1001, 8.0, "8", NAN, False)
     ),
     ({"num_inference_steps": 1}, "num_inference_steps must be 0 .* or from 2 to 1000, not 1"),
+    *(
+        ({"residual_temperature": bad}, "residual_temperature must be a number from 0 to 1, not")
+        for bad in (-0.1, 1.1, NAN, "1", True)
+    ),
     *(({"speed": bad}, "speed must be one of exact, fast, turbo, draft, not") for bad in ("Fast", "", None, 1, ["fast"])),
     *(({"guidance_stops_at": bad}, "guidance_stops_at must be the side of one of") for bad in (0, 5, "6", True, [6])),
     *(({"stop_after": bad}, "stop_after must be the side of one of") for bad in (0, 5, "6", True, NAN)),

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +364,22 @@ def test_no_steps_leave_the_residual_out(pipe: HartPipeline, scales: list[Scale]
 
 
 def test_the_steps_only_change_the_residual(pipe: HartPipeline, scales: list[Scale]) -> None:
-    few, many = latent(pipe, num_inference_steps=2), latent(pipe, num_inference_steps=20)
+    _differ_in_the_residual_alone(pipe, scales, {"num_inference_steps": 2}, {"num_inference_steps": 20})
+
+
+def test_the_residual_temperature_only_changes_the_residual(pipe: HartPipeline, scales: list[Scale]) -> None:
+    _differ_in_the_residual_alone(pipe, scales, {"residual_temperature": 0}, {"residual_temperature": 1.0})
+    assert torch.equal(latent(pipe), latent(pipe, residual_temperature=1.0))
+
+
+def test_the_residual_temperature_is_the_checkpoint_s(pipe: HartPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = latent(pipe, residual_temperature=0.25)
+    monkeypatch.setattr(pipe, "defaults", replace(pipe.defaults, residual_temperature=0.25))
+    assert torch.equal(latent(pipe), calm)
+
+
+def _differ_in_the_residual_alone(pipe: HartPipeline, scales: list[Scale], one: dict[str, Any], other: dict[str, Any]) -> None:
+    few, many = latent(pipe, **one), latent(pipe, **other)
     first, second = scales[: len(SIDES)], scales[len(SIDES) :]
     assert torch.equal(indices_of(first), indices_of(second))
     assert torch.equal(first[-2].f_hat, second[-2].f_hat)

@@ -237,4 +237,5 @@ def test_facts(mini: Model) -> None:
     assert (facts.modes, facts.num_scales) == (("discrete", "hybrid"), mini.pipe.num_scales)
     assert facts.speeds[:2] == ("exact", "fast")
     assert facts.guidance_scale == mini.pipe.defaults.guidance_scale
-    assert {"guidance_scale", "negative_prompt", "num_inference_steps", "top_k", "top_p"} <= facts.options
+    for_hart = {"num_inference_steps", "residual_temperature"}
+    assert {"guidance_scale", "negative_prompt", "top_k", "top_p"} | for_hart <= facts.options
