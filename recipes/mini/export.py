@@ -2,6 +2,9 @@
 
 python recipes/mini/export.py OUT hart_infer/assets/hart-mini
 python recipes/mini/export.py OUT hart_infer/assets/var-mini --model var
+
+--mean-with writes the mean of these weights and of what an earlier part of the same training left. Both must have ended at a
+rate of 0; what one forgot the other may still know.
 """
 
 from __future__ import annotations
@@ -12,6 +15,18 @@ from pathlib import Path
 import torch
 from parts import STATE, finished
 
+from hart_infer import HartPipeline
+
+
+@torch.no_grad()
+def average(pipe: HartPipeline, other: HartPipeline) -> None:
+    """Make the transformer and the text encoder of `pipe`, which learn together, the mean of their own and of `other`'s."""
+    assert pipe.text_encoder is not None and other.text_encoder is not None
+    pairs = (pipe.transformer, other.transformer), (pipe.text_encoder.model, other.text_encoder.model)
+    for module, earlier in pairs:
+        for mine, yours in zip(module.parameters(), earlier.parameters(), strict=True):
+            mine.lerp_(yours, 0.5)
+
 
 def main() -> None:
     """Assemble the averaged weights, cast, write."""
@@ -19,8 +34,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="what the trainings wrote")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--model", choices=STATE, default="hart")
+    parser.add_argument("--mean-with", metavar="MODEL", help="hart-mini: an earlier model that this recipe exported")
     args = parser.parse_args()
     pipe = finished(args.out, args.model)
+    if args.mean_with:
+        average(pipe, HartPipeline.from_pretrained(args.mean_with, dtype=torch.float32, device="cpu"))
     path = pipe.to(torch.bfloat16).save_pretrained(args.checkpoint, max_shard_size="24MB")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(pipe.describe(), f"\n{size / 1e6:.1f} MB in {args.checkpoint}")

@@ -584,6 +584,26 @@ def test_what_the_text_encoder_learned_with_the_transformer_is_written(tmp_path)
         finished(tmp_path, "hart")
 
 
+def test_the_mean_with_an_earlier_model_is_written(tmp_path, monkeypatch):
+    from export import main
+    from parts import STATE, assemble, learning, parts_hash, take_over
+
+    earlier = take_over("hart-mini", tmp_path)
+    average = {name: value + 1 for name, value in learning(assemble(tmp_path)).state_dict().items()}
+    torch.save({"average": average, "parts": parts_hash(tmp_path, "hart")}, tmp_path / STATE["hart"])
+    arguments = ["export.py", str(tmp_path), str(tmp_path / "made"), "--mean-with", "hart-mini"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    pipe = HartPipeline.from_pretrained(tmp_path / "made")
+    for module in ("transformer", "autoencoder"):
+        parts = [dict(getattr(one, module).named_parameters()) for one in (pipe, earlier)]
+        for name, ours in parts[0].items():
+            half = (average[f"{module}.{name}"] + parts[1][name]) / 2 if module == "transformer" else parts[1][name]
+            torch.testing.assert_close(ours, half.to(ours.dtype), msg=name)
+    norm = pipe.text_encoder.model.norm.weight
+    assert torch.equal(norm, ((average["text.norm.weight"] + earlier.text_encoder.model.norm.weight) / 2).to(norm.dtype))
+
+
 def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
     """Of the trainings only the transformers' are left, var-mini's anew."""
     import make
