@@ -35,7 +35,7 @@ TRANSFORMER = HartConfig(
     diff_depth=3,
 )
 
-DEFAULTS = Defaults(guidance_scale=0.0, top_p=0.3, use_system_prompt=False)
+DEFAULTS = Defaults(guidance_scale=0.0, top_p=0.3, residual_temperature=0.0, use_system_prompt=False)
 VAR_DEFAULTS = VarDefaults(guidance_scale=1.0, top_k=0, top_p=0.8)
 VAR_STYLES = ("twemoji",)  # a class is a subject in any of these
 VAR_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities")  # of the subjects

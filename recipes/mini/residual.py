@@ -11,8 +11,6 @@ from torch import Tensor
 from hart_infer.generation.residual import LATENT_SCALE, TRAIN_STEPS, diffusion_schedule
 from hart_infer.models.parts.diffusion import ResidualDiffusion
 
-DRAWS = 4  # steps per residual of a batch: a draw costs little beside the transformer, and one alone is a noisy gradient
-
 
 @lru_cache(maxsize=1)
 def _constants() -> dict[str, Tensor]:
@@ -23,17 +21,17 @@ def _constants() -> dict[str, Tensor]:
 
 
 def diffusion_loss(diffusion: ResidualDiffusion, residual: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
-    """Loss of residuals [N, C], in units of the latent, given their conditions [N, D], at DRAWS random steps each.
+    """Loss of residuals [N, C], in units of the latent, given their conditions [N, D], at a random step each.
 
     The squared error of the predicted noise, and, for the variance alone, the divergence of the predicted step from the true
     one in bits, as improved DDPM weighs them (1 / TRAIN_STEPS of the sum over all steps is its mean here).
     """
-    clean, condition = (residual / LATENT_SCALE).repeat(DRAWS, 1), diffusion.condition_embed(condition).repeat(DRAWS, 1)
+    clean = residual / LATENT_SCALE
     time = torch.randint(TRAIN_STEPS, (len(clean),), generator=generator)
     c = {name: values[time, None] for name, values in _constants().items()}
     noise = torch.randn(clean.shape, generator=generator)
     noised = (clean + c["x0_from_noise"] * noise) / c["x0_from_x"]
-    predicted, share = diffusion(noised, diffusion.time_embed(time), condition)
+    predicted, share = diffusion(noised, diffusion.time_embed(time), diffusion.condition_embed(condition))
     guess = (c["x0_from_x"] * noised - c["x0_from_noise"] * predicted.detach()).clamp(-1, 1)
     error = c["mean_from_x0"] * (clean - guess)  # of the posterior mean
     share = (share + 1) / 2

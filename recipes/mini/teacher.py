@@ -23,7 +23,6 @@ from hart_infer.models.text import TextEncoder, attended
 from hart_infer.ops.registry import use_backend
 
 LOGITS_AT_ONCE = 1500  # rows of 4096
-DIFFUSION = 4.0  # weight of the residual's loss: a mean over channels beside a code's cross-entropy, it alone hardly teaches
 CORRUPTED = 0.02  # share of input codes replaced by random ones: sampling errs too
 
 
@@ -165,7 +164,7 @@ def losses(
         known = transformer.residual_condition(hidden[-1], _tokens(embeddings[-1])).flatten(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
             found["diffusion"] = diffusion_loss(transformer.diffusion, _tokens(residual).flatten(0, 1), known, generator)
-        found["loss"] = found["loss"] + DIFFUSION * found["diffusion"]
+        found["loss"] = found["loss"] + found["diffusion"]
     return found
 
 
