@@ -119,6 +119,7 @@ def hart_schedule(
     last = len(patch_nums) - 1
     stages = []
     for index, side in enumerate(patch_nums):
+        steps = settings.num_inference_steps if index == last else 0
         progress = min(index, last - 1) / last
         guidance = settings.guidance_scale * progress
         stages.append(
@@ -135,8 +136,8 @@ def hart_schedule(
                 top_p=settings.top_p,
                 more_smooth=settings.more_smooth,
                 phi=phi_index(index, len(patch_nums), share_quant_resi) if index < last else None,
-                num_inference_steps=0 if index < last else settings.num_inference_steps,
-                residual_temperature=settings.residual_temperature,
+                num_inference_steps=steps,
+                residual_temperature=settings.residual_temperature if steps else 1.0,
             )
         )
     return placed(stages, patch_nums[-1])

@@ -13,14 +13,20 @@ import argparse
 from pathlib import Path
 
 import torch
-from parts import STATE, finished
+from parts import STATE, finished, same
 
 from hart_infer import HartPipeline
 
 
 @torch.no_grad()
 def average(pipe: HartPipeline, other: HartPipeline) -> None:
-    """Make the transformer and the text encoder of `pipe`, which learn together, the mean of their own and of `other`'s."""
+    """Make the transformer and the text encoder of `pipe`, which learn together, the mean of their own and of `other`'s.
+
+    SystemExit where `other` is of other sizes or on another tokenizer.
+    """
+    states = [{name: x.bfloat16() for name, x in one.autoencoder.state_dict().items()} for one in (pipe, other)]
+    if other.transformer.config != pipe.transformer.config or not same(*states):
+        raise SystemExit(f"{other.name} is of other sizes or on another tokenizer: take an earlier export of this training.")
     assert pipe.text_encoder is not None and other.text_encoder is not None
     pairs = (pipe.transformer, other.transformer), (pipe.text_encoder.model, other.text_encoder.model)
     for module, earlier in pairs:
@@ -34,8 +40,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="what the trainings wrote")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--model", choices=STATE, default="hart")
-    parser.add_argument("--mean-with", metavar="MODEL", help="hart-mini: an earlier model that this recipe exported")
+    parser.add_argument("--mean-with", metavar="MODEL", help="hart-mini: an earlier export of the same training")
     args = parser.parse_args()
+    if args.mean_with and args.model != "hart":
+        raise SystemExit("--mean-with goes with hart-mini alone.")
     pipe = finished(args.out, args.model)
     if args.mean_with:
         average(pipe, HartPipeline.from_pretrained(args.mean_with, dtype=torch.float32, device="cpu"))

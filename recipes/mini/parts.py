@@ -119,7 +119,8 @@ def trained(out: Path, model: str) -> dict[str, Any]:
     return state
 
 
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two state dicts have the same tensors, to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -133,7 +134,7 @@ def take_over(model: str, out: Path) -> HartPipeline:
         raise SystemExit(f"{model} has other sizes than model.py: --start-from takes a pipeline that this recipe exported.")
     assert pipe.text_encoder is not None
     for name, state in ((TOKENIZER, pipe.autoencoder.state_dict()), (TEXT, pipe.text_encoder.model.state_dict())):
-        if (out / name).exists() and not _same(torch.load(out / name, weights_only=True), state):
+        if (out / name).exists() and not same(torch.load(out / name, weights_only=True), state):
             raise SystemExit(f"{out} has a {name} already, which {model}'s would take the place of: give an empty folder.")
         save(out / name, state)
     pipe.text_encoder.tokenizer.save_pretrained(out / WORDS)

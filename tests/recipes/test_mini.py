@@ -599,8 +599,18 @@ def test_the_mean_with_an_earlier_model_is_written(tmp_path, monkeypatch):
         for name, ours in parts[0].items():
             half = (average[f"{module}.{name}"] + parts[1][name]) / 2 if module == "transformer" else parts[1][name]
             torch.testing.assert_close(ours, half.to(ours.dtype), msg=name)
-    norm = pipe.text_encoder.model.norm.weight
-    assert torch.equal(norm, ((average["text.norm.weight"] + earlier.text_encoder.model.norm.weight) / 2).to(norm.dtype))
+    before = dict(earlier.text_encoder.model.named_parameters())
+    for name, ours in pipe.text_encoder.model.named_parameters():
+        torch.testing.assert_close(ours, ((average[f"text.{name}"] + before[name]) / 2).to(ours.dtype), msg=name)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--model", "var"])
+    with pytest.raises(SystemExit, match="hart-mini alone"):
+        main()
+    other = HartPipeline.from_pretrained("hart-mini")
+    other.autoencoder.quantizer.codebook.weight.data[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", [*arguments[:3], "--mean-with", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        main()
 
 
 def test_making_goes_on_from_what_was_begun(monkeypatch, tmp_path):
