@@ -343,6 +343,20 @@ MUTATIONS = [
         "tests/generation/test_residual.py::test_last_step_adds_no_noise_and_clips",
     ),
     Mutation(
+        "the residual's noise at full strength",
+        "hart_infer/generation/residual.py",
+        ".view(x.shape) * temperature if",
+        ".view(x.shape) if",
+        "tests/generation/test_residual.py::test_temperature_scales_what_the_steps_add_alone",
+    ),
+    Mutation(
+        "a graph for any of the residual's temperatures",
+        "hart_infer/engine/graphs.py",
+        "return replace(stage, guidance=float(stage.guided), **filters)",
+        "return replace(stage, guidance=float(stage.guided), residual_temperature=1.0, **filters)",
+        "tests/engine/test_graphs.py::test_another_kind_of_call_has_graphs_of_its_own",
+    ),
+    Mutation(
         "settings that a graph bakes in",
         "hart_infer/generation/sampling.py",
         "        self._settings.copy_(other._settings)\n",
