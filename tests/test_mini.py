@@ -152,7 +152,7 @@ def test_hybrid_reconstruction_beats_discrete(mini):
     assert hybrid > discrete + 1 and hybrid > 26 and discrete > 23, (hybrid, discrete)
 
 
-def test_the_defaults_are_what_it_was_trained_with(mini):
+def test_the_defaults_are_the_recipe_s(mini):
     settings = {"guidance_scale": 0.0, "top_p": 0.3, "use_system_prompt": False, "residual_temperature": 0.0}
     assert {name: getattr(mini.defaults, name) for name in settings} == settings
     said = mini("a cat", seed=0, output_type="pt", **settings).images

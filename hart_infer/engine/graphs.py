@@ -1,7 +1,7 @@
 """Capture generations and other functions of tensors into CUDA graphs, and replay them on the same memory.
 
 A graph bakes in addresses and Python's numbers. So all that differs between two calls of a kind lies in tensors that a plan
-owns: the conditions, the seeds, and the settings of the codes' sampling. What else would change a graph is part of `PlanKey`.
+owns: the conditions, the seeds, the guidance, top-k and top-p. What else would change a graph is part of `PlanKey`.
 """
 
 from __future__ import annotations

@@ -65,12 +65,9 @@ def prune(schedule: Schedule, how: Prune) -> Schedule:
 
 def set_inference_steps(schedule: Schedule, num_inference_steps: int) -> Schedule:
     """Give the residual diffusion so many steps, where there is one."""
-
-    def changed(stage: Stage) -> Stage:
-        temperature = stage.residual_temperature if num_inference_steps else 1.0
-        return replace(stage, num_inference_steps=num_inference_steps, residual_temperature=temperature)
-
-    stages = [changed(stage) if stage.num_inference_steps else stage for stage in schedule]
+    stages = [
+        replace(stage, num_inference_steps=num_inference_steps) if stage.num_inference_steps else stage for stage in schedule
+    ]
     return placed(stages, schedule.latent_side)
 
 

@@ -45,7 +45,7 @@ class Stage:
     logit_temperature: float = 1.0  # divides the logits; other than 1 where a fast mode took the guidance away
     phi: int | None  # which of the shared residual convolutions refines its codes; None for none
     num_inference_steps: int = 0  # of the residual diffusion behind it; 0 for none
-    residual_temperature: float = 1.0  # scales the noise that its steps add
+    residual_temperature: float = 1.0  # scales the noise that these steps add
     run: Pass = EveryToken()  # how its tokens go through the blocks
 
     @property
@@ -119,7 +119,6 @@ def hart_schedule(
     last = len(patch_nums) - 1
     stages = []
     for index, side in enumerate(patch_nums):
-        steps = settings.num_inference_steps if index == last else 0
         progress = min(index, last - 1) / last
         guidance = settings.guidance_scale * progress
         stages.append(
@@ -136,8 +135,8 @@ def hart_schedule(
                 top_p=settings.top_p,
                 more_smooth=settings.more_smooth,
                 phi=phi_index(index, len(patch_nums), share_quant_resi) if index < last else None,
-                num_inference_steps=steps,
-                residual_temperature=settings.residual_temperature if steps else 1.0,
+                num_inference_steps=0 if index < last else settings.num_inference_steps,
+                residual_temperature=settings.residual_temperature,
             )
         )
     return placed(stages, patch_nums[-1])

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 
-from hart_infer.generation.fast import set_inference_steps
 from hart_infer.generation.schedule import Settings, hart_schedule, placed, var_schedule
 
 RELEASED = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -95,21 +94,11 @@ def test_given_top_k_holds_at_every_scale(top_k):
 
 
 def test_settings_are_every_stage_s():
-    settings = Settings(guidance_scale=3, num_inference_steps=4, top_p=0.9, more_smooth=False)
+    settings = Settings(guidance_scale=3, num_inference_steps=4, residual_temperature=0.5, top_p=0.9, more_smooth=False)
     schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4, settings=settings)
     assert {(stage.top_p, stage.more_smooth) for stage in schedule} == {(0.9, False)}
     assert [stage.guidance for stage in schedule] == [3 * stage.progress for stage in schedule]
-    assert schedule.stages[-1].num_inference_steps == 4
-
-
-@pytest.mark.parametrize(("steps", "expected"), [(4, [1.0] * 13 + [0.5]), (0, [1.0] * 14)])
-def test_the_residual_temperature_is_of_a_residual(steps: int, expected: list[float]) -> None:
-    """So calls without one don't differ by it."""
-    settings = Settings(num_inference_steps=steps, residual_temperature=0.5)
-    schedule = hart_schedule(RELEASED, context_tokens=300, share_quant_resi=4, settings=settings)
-    assert [stage.residual_temperature for stage in schedule] == expected
-    without = set_inference_steps(schedule, 0)
-    assert [stage.residual_temperature for stage in without] == [1.0] * 14
+    assert (schedule.stages[-1].num_inference_steps, schedule.stages[-1].residual_temperature) == (4, 0.5)
 
 
 @pytest.mark.parametrize(
